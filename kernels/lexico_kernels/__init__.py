@@ -1,0 +1,17 @@
+"""Sparse-coded KV cache on torch and Triton: code a token's K and V, attend over codes, rebuild dense history."""
+
+from lexico_kernels.cache import Codebook, LayerCache, RequestTables
+from lexico_kernels.layout import PARTS, CodeLayout
+from lexico_kernels.ops import omp_encode, reconstruct, sparse_decode, write_tail
+
+__all__ = [
+    "PARTS",
+    "CodeLayout",
+    "Codebook",
+    "LayerCache",
+    "RequestTables",
+    "omp_encode",
+    "reconstruct",
+    "sparse_decode",
+    "write_tail",
+]

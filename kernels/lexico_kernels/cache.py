@@ -1,0 +1,106 @@
+"""What the operations work on: codebooks, a layer's pages, and where requests' tokens live in them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, uint8
+
+from lexico_kernels.layout import MAX_ATOMS, NUM_LEVELS, PARTS, CodeLayout
+
+__all__ = ["PARTS", "Codebook", "LayerCache", "RequestTables"]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Decodes one part (K or V) of one layer: vector = mean of its head + sum of coefficients times atoms.
+
+    Attributes:
+        atoms: [N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros.
+        levels: [16] float32, ascending, in [-1, 1]: coefficient = scale * levels[level].
+        mean: [Hk, D] float32, taken off a head's vectors before they are coded.
+    """
+
+    atoms: Tensor
+    levels: Tensor
+    mean: Tensor
+
+    def __post_init__(self) -> None:
+        if self.atoms.ndim != 2 or not 1 <= self.atoms.shape[0] <= MAX_ATOMS or not self.atoms.is_contiguous():
+            raise ValueError(
+                f"atoms have shape {list(self.atoms.shape)}; allowed: contiguous [N, D] with N from 1 to {MAX_ATOMS}; "
+                "train a dictionary of at most that many atoms"
+            )
+        if self.levels.shape != (NUM_LEVELS,) or not self.levels.is_contiguous():
+            raise ValueError(
+                f"levels have shape {list(self.levels.shape)}; allowed: [{NUM_LEVELS}]; give the row of one sparsity"
+            )
+        if self.mean.ndim != 2 or self.mean.shape[1] != self.atoms.shape[1] or not self.mean.is_contiguous():
+            raise ValueError(
+                f"mean has shape {list(self.mean.shape)}; allowed: contiguous [Hk, {self.atoms.shape[1]}]; "
+                "give one row a KV head of this rank"
+            )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's pages of both kinds and what decodes them.
+
+    Attributes:
+        code_pages: uint8 [num_pages, at least page_bytes], stride(1) is 1, stride(0) is free.
+        tail_pages: model dtype [num_pages, Hk, R, 2, D], contiguous within a page, stride(0) is free; may share
+            storage with code_pages. K is at index 0 of the fourth axis, V at 1.
+        key, value: the codebooks.
+        layout: sizes and offsets of both.
+    """
+
+    code_pages: Tensor
+    tail_pages: Tensor
+    key: Codebook
+    value: Codebook
+    layout: CodeLayout
+
+    def __post_init__(self) -> None:
+        layout, codes, tail = self.layout, self.code_pages, self.tail_pages
+        if codes.dtype != uint8 or codes.ndim != 2 or codes.shape[1] < layout.page_bytes or codes.stride(1) != 1:
+            raise ValueError(
+                f"code_pages are {codes.dtype} {list(codes.shape)} with strides {codes.stride()}; allowed: uint8 "
+                f"[num_pages, {layout.page_bytes} or more] with dense rows; view the cache as bytes"
+            )
+        R, D = layout.tail_tokens, layout.head_dim
+        strides = (R * 2 * D, 2 * D, D, 1)
+        # The stride of an axis of length 1 says nothing, and views give it any value.
+        axes = zip(tail.shape[1:], tail.stride()[1:], strides, strict=False)
+        dense = all(size == 1 or stride == wanted for size, stride, wanted in axes)
+        if tail.shape[1:] != (layout.num_kv_heads, R, 2, D) or not dense:
+            raise ValueError(
+                f"tail_pages are {list(tail.shape)} with strides {tail.stride()}; allowed: [num_pages, "
+                f"{layout.num_kv_heads}, {R}, 2, {D}], contiguous within a page; view the cache by its layout"
+            )
+        if tail.element_size() != layout.element_bytes:
+            raise ValueError(
+                f"tail_pages are {tail.dtype}; allowed: dtypes of {layout.element_bytes} bytes; "
+                "make the layout with the model's element_bytes"
+            )
+
+    def codebook(self, part: str) -> Codebook:
+        """The codebook of "key" or "value"."""
+        return self.key if part == "key" else self.value
+
+
+@dataclass(frozen=True)
+class RequestTables:
+    """Where each of B requests' tokens live in this step; rows may be padding.
+
+    Positions below sink_end and from raw_start on are raw; those between are codes. Both are multiples of R.
+
+    Attributes:
+        block_table: int32 [B, max_pages]; position p of request b is coded in page block_table[b, p // P].
+        tail_block_table: int32 [B, max_tail_pages]; position p is raw in page tail_block_table[b, p // R]. Entries
+            outside the raw ranges may be stale.
+        sink_end: int32 [B].
+        raw_start: int32 [B], at least sink_end.
+    """
+
+    block_table: Tensor
+    tail_block_table: Tensor
+    sink_end: Tensor
+    raw_start: Tensor

@@ -1,0 +1,153 @@
+"""reconstruct on CUDA: dense K and V of a stretch of one request."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lexico_kernels.cache import LayerCache, RequestTables
+from lexico_kernels.launch import RECONSTRUCT
+from lexico_kernels.records import decode_tile, load_raw, page_start
+
+
+@triton.jit
+def _rebuild_part(
+    out_ptr,
+    out_stride_t,
+    out_stride_h,
+    atoms_ptr,
+    levels_ptr,
+    mean_ptr,
+    heads,
+    raw,
+    positions,
+    head,
+    row,
+    coded,
+    valid,
+    ADDRESS: tl.constexpr,
+    CODEC: tl.constexpr,
+    P: tl.constexpr,
+    DTYPE: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """K or V of one tile: decoded where coded, else the raw rows given."""
+    dims = tl.arange(0, D_PAD)
+    dense = decode_tile(heads, positions % P, coded, atoms_ptr, levels_ptr, ADDRESS, CODEC, DTYPE, N, D, D_PAD)
+    if CODEC != "exact":
+        dense += tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
+    dense = tl.where(coded[:, None], dense, raw.to(tl.float32))
+    target = out_ptr + row.to(tl.int64) * out_stride_t + head * out_stride_h
+    mask = valid[:, None] & (dims < D)[None, :]
+    tl.store(target[:, None] + dims[None, :], dense.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["request", "start", "stop"])
+def _reconstruct(
+    code_ptr,
+    code_page_stride,
+    tail_ptr,
+    tail_page_stride,
+    key_atoms_ptr,
+    key_levels_ptr,
+    key_mean_ptr,
+    value_atoms_ptr,
+    value_levels_ptr,
+    value_mean_ptr,
+    block_table_ptr,
+    block_table_stride,
+    tail_table_ptr,
+    tail_table_stride,
+    sink_end_ptr,
+    raw_start_ptr,
+    out_key_ptr,
+    out_key_stride_t,
+    out_key_stride_h,
+    out_value_ptr,
+    out_value_stride_t,
+    out_value_stride_h,
+    request,
+    start,
+    stop,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    CODEC: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    KEY_N: tl.constexpr,
+    VALUE_N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One tile of positions of one head, K and V."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    head = tl.program_id(1)
+    positions = start + row
+    valid = positions < stop
+    is_raw = (positions < tl.load(sink_end_ptr + request)) | (positions >= tl.load(raw_start_ptr + request))
+    coded, is_raw = valid & (is_raw == 0), valid & is_raw
+    blocks = block_table_ptr + request.to(tl.int64) * block_table_stride
+    tails = tail_table_ptr + request.to(tl.int64) * tail_table_stride
+    heads = page_start(code_ptr, code_page_stride, blocks, positions // P, coded) + head * HEAD_BYTES
+    DTYPE: tl.constexpr = tail_ptr.dtype.element_ty
+    raw = load_raw(tail_ptr, tail_page_stride, tails, positions, is_raw, head, 0, R, D, D_PAD)
+    _rebuild_part(
+        out_key_ptr, out_key_stride_t, out_key_stride_h, key_atoms_ptr, key_levels_ptr, key_mean_ptr,
+        heads, raw, positions, head, row, coded, valid, KEY, CODEC, P, DTYPE, KEY_N, D, D_PAD,
+    )  # fmt: skip
+    raw = load_raw(tail_ptr, tail_page_stride, tails, positions, is_raw, head, 1, R, D, D_PAD)
+    _rebuild_part(
+        out_value_ptr, out_value_stride_t, out_value_stride_h, value_atoms_ptr, value_levels_ptr, value_mean_ptr,
+        heads, raw, positions, head, row, coded, valid, VALUE, CODEC, P, DTYPE, VALUE_N, D, D_PAD,
+    )  # fmt: skip
+
+
+def reconstruct(
+    cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int, out_key: Tensor, out_value: Tensor
+) -> None:
+    """Triton version of `reference.reconstruct`."""
+    layout = cache.layout
+    if stop <= start:
+        return
+    _reconstruct[(triton.cdiv(stop - start, RECONSTRUCT.tile), layout.num_kv_heads)](
+        cache.code_pages,
+        cache.code_pages.stride(0),
+        cache.tail_pages,
+        cache.tail_pages.stride(0),
+        cache.key.atoms,
+        cache.key.levels,
+        cache.key.mean,
+        cache.value.atoms,
+        cache.value.levels,
+        cache.value.mean,
+        tables.block_table,
+        tables.block_table.stride(0),
+        tables.tail_block_table,
+        tables.tail_block_table.stride(0),
+        tables.sink_end,
+        tables.raw_start,
+        out_key,
+        out_key.stride(0),
+        out_key.stride(1),
+        out_value,
+        out_value.stride(0),
+        out_value.stride(1),
+        request,
+        start,
+        stop,
+        KEY=layout.address("key"),
+        VALUE=layout.address("value"),
+        HEAD_BYTES=layout.head_bytes,
+        CODEC=layout.codec,
+        P=layout.block_tokens,
+        R=layout.tail_tokens,
+        KEY_N=cache.key.atoms.shape[0],
+        VALUE_N=cache.value.atoms.shape[0],
+        D=layout.head_dim,
+        D_PAD=triton.next_power_of_2(layout.head_dim),
+        TILE=RECONSTRUCT.tile,
+        num_warps=RECONSTRUCT.num_warps,
+    )

@@ -1,0 +1,190 @@
+"""CodeLayout: the only home of the sizes and offsets of coded and raw tokens in memory.
+
+A code page holds P = `block_tokens` tokens of one layer. KV head h starts at byte h * head_bytes: first the K records of
+all P tokens, then the V records. A record is made of fields, each an array over the tokens of the page with its own stride:
+
+- "packed16": bf16 scale, then S uint16 entries = atom << 4 | level. A token's record is contiguous, 2(S + 1) bytes.
+- "paper" (Lexico, section 3.3): int16 atoms and fp8 e4m3 coefficients, plus a bf16 scale: 3S + 2 bytes. Each field is an
+  array of its own over the page, which keeps 2-byte loads aligned when S is odd.
+- "exact": the vector itself, for tests.
+
+A tail page holds R = `tail_tokens` raw tokens as [Hk, R, 2, D]. R is the largest power of two that fits the bytes of a
+code page, because the engine wants pages of both kinds to have one size; the rest of the page is padding.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+CODECS = ("packed16", "paper", "exact")
+PARTS = ("key", "value")
+MAX_ATOMS = 4096
+MAX_SPARSITY = 31
+NUM_LEVELS = 16
+LEVEL_BITS = 4
+
+SCALE_BYTES = 2
+ENTRY_BYTES = 2  # packed16: atom and level
+INDEX_BYTES = 2  # paper
+FP8_BYTES = 1  # paper
+
+
+class Field(NamedTuple):
+    """One array of a part's records within a page: token t's bytes are [offset + t * stride, ... + width)."""
+
+    offset_bytes: int  # from the start of the part's records of a head
+    stride_bytes: int  # from one token to the next
+    width_bytes: int
+
+
+class PartAddress(NamedTuple):
+    """Plain numbers that a kernel needs to find one part's records; all offsets count from the start of a head."""
+
+    sparsity: int
+    scale_offset: int
+    scale_stride: int
+    index_offset: int  # packed16: the entries; exact: the vector
+    index_stride: int
+    coefficient_offset: int  # paper only
+    coefficient_stride: int
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """Sizes and offsets of one layer's pages.
+
+    Attributes:
+        head_dim: D, numbers in a K or V vector; a multiple of 16 from 16 to 256.
+        num_kv_heads: Hk, KV heads of this rank.
+        key_sparsity: S of keys, atoms a vector, 1 to 31. "exact" ignores both sparsities.
+        value_sparsity: S of values.
+        codec: "packed16", "paper" or "exact".
+        block_tokens: P, tokens a code page; a power of two, at least 16.
+        element_bytes: of a number in the model's dtype: 2, or 4 for float32.
+
+    Raises ValueError for anything else.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    key_sparsity: int
+    value_sparsity: int
+    codec: str = "packed16"
+    block_tokens: int = 128
+    element_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise ValueError(f"codec {self.codec!r} is unknown; allowed: {', '.join(CODECS)}; choose one of these")
+        if not 16 <= self.head_dim <= 256 or self.head_dim % 16:
+            raise ValueError(
+                f"head_dim {self.head_dim} cannot be coded; allowed: multiples of 16 from 16 to 256; "
+                "serve this model with another attention backend"
+            )
+        if self.num_kv_heads < 1:
+            raise ValueError(f"num_kv_heads is {self.num_kv_heads}; allowed: 1 or more; give the heads of this rank")
+        for part in PARTS:
+            sparsity = getattr(self, f"{part}_sparsity")
+            if self.codec != "exact" and not 1 <= sparsity <= MAX_SPARSITY:
+                raise ValueError(
+                    f"{part}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes a vector of 128 in 32 bytes"
+                )
+        if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
+            raise ValueError(
+                f"block_tokens is {self.block_tokens}; allowed: powers of two from 16; 128 is the usual choice"
+            )
+        if self.element_bytes not in (2, 4):
+            raise ValueError(
+                f"element_bytes is {self.element_bytes}; allowed: 2 or 4; run the model in bfloat16, float16 or float32"
+            )
+        if self.tail_tokens < 1:
+            raise ValueError(
+                f"a page of {self.page_bytes} bytes cannot hold one raw token of {self.raw_token_bytes} bytes a head; "
+                "allowed: pages that hold at least one; raise the sparsity or block_tokens"
+            )
+
+    def sparsity(self, part: str) -> int:
+        """Atoms a vector of "key" or "value"; 0 for "exact"."""
+        if self.codec == "exact":
+            return 0
+        return self.key_sparsity if part == "key" else self.value_sparsity
+
+    def part_bytes(self, part: str) -> int:
+        """Bytes of the code of one vector."""
+        return sum(field.width_bytes for field in self.fields(part).values())
+
+    def fields(self, part: str) -> dict[str, Field]:
+        """The arrays that make up a part's records, by name, in the order in which a record lists them."""
+        S, P = self.sparsity(part), self.block_tokens
+        if self.codec == "exact":
+            width = self.head_dim * self.element_bytes
+            return {"vector": Field(0, width, width)}
+        if self.codec == "packed16":
+            stride = SCALE_BYTES + ENTRY_BYTES * S
+            return {
+                "scale": Field(0, stride, SCALE_BYTES),
+                "entries": Field(SCALE_BYTES, stride, ENTRY_BYTES * S),
+            }
+        index_bytes, coefficient_bytes = INDEX_BYTES * S, FP8_BYTES * S
+        return {
+            "scale": Field(0, SCALE_BYTES, SCALE_BYTES),
+            "indices": Field(P * SCALE_BYTES, index_bytes, index_bytes),
+            "coefficients": Field(P * (SCALE_BYTES + index_bytes), coefficient_bytes, coefficient_bytes),
+        }
+
+    def part_offset_bytes(self, part: str) -> int:
+        """Where a part's records start within a head."""
+        return 0 if part == "key" else self.block_tokens * self.key_bytes
+
+    def address(self, part: str) -> PartAddress:
+        """What a kernel needs to find the records of "key" or "value", counted from the start of a head."""
+        base, fields = self.part_offset_bytes(part), self.fields(part)
+        index = fields.get("entries") or fields.get("indices") or fields["vector"]
+        scale, coefficient = fields.get("scale", index), fields.get("coefficients", index)
+        numbers = [number for field in (scale, index, coefficient) for number in (base + field[0], field[1])]
+        return PartAddress(self.sparsity(part), *numbers)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the code of one K vector."""
+        return self.part_bytes("key")
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the code of one V vector."""
+        return self.part_bytes("value")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V codes of one head."""
+        return self.key_bytes + self.value_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head in a code page."""
+        return self.block_tokens * self.token_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a code page of one layer."""
+        return self.num_kv_heads * self.head_bytes
+
+    @property
+    def raw_token_bytes(self) -> int:
+        """Bytes of one token's K and V of one head in the model's dtype."""
+        return 2 * self.head_dim * self.element_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Coded bytes over raw bytes."""
+        return self.token_bytes / self.raw_token_bytes
+
+    @property
+    def tail_tokens(self) -> int:
+        """R: raw tokens in a page, the largest power of two that fits; 0 where not even one does."""
+        fitting = self.block_tokens * self.token_bytes // self.raw_token_bytes
+        return 1 << (fitting.bit_length() - 1) if fitting else 0
+
+    @property
+    def tail_page_bytes(self) -> int:
+        """Bytes of a tail page that hold tokens; the rest up to `page_bytes` is padding."""
+        return self.num_kv_heads * self.tail_tokens * self.raw_token_bytes

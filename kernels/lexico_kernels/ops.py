@@ -1,0 +1,56 @@
+"""The public operations: Triton kernels on CUDA tensors, torch twins elsewhere.
+
+Triton is imported when a CUDA tensor first asks for it, so that machines without it can use the rest. What the
+arguments mean is said in `reference.py`, which has the same names and signatures.
+"""
+
+from functools import cache as once
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from lexico_kernels import reference
+from lexico_kernels.cache import LayerCache, RequestTables
+
+
+@once
+def _triton(module: str) -> ModuleType:
+    return import_module(f"lexico_kernels.{module}")
+
+
+def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
+    """Store raw tokens in the tail pages; see `reference.write_tail`."""
+    module = _triton("tail") if key.is_cuda else reference
+    module.write_tail(key, value, cache, tail_slot_mapping)
+
+
+def omp_encode(
+    key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
+) -> None:
+    """Code tokens of this batch or of the tail into the code pages; see `reference.omp_encode`."""
+    module = _triton("omp") if key.is_cuda else reference
+    module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
+
+
+def sparse_decode(
+    query: Tensor,
+    cache: LayerCache,
+    tables: RequestTables,
+    token_request: Tensor,
+    token_seq_len: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
+    module = _triton("decode") if query.is_cuda else reference
+    return module.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
+
+
+def reconstruct(
+    cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int, out_key: Tensor, out_value: Tensor
+) -> None:
+    """Write positions [start, stop) of a request as dense K and V; see `reference.reconstruct`."""
+    module = _triton("history") if cache.code_pages.is_cuda else reference
+    module.reconstruct(cache, tables, request, start, stop, out_key, out_value)

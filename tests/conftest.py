@@ -1,0 +1,75 @@
+"""Fixtures that the tests share: models to run, and tests that need a GPU left out where there is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Read by vLLM when an engine starts: a small cache (GiB) and no warm-up keep its start short on a CPU.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smollm2", metavar="DIR", help="a SmolLM2-135M-Instruct checkpoint, instead of fetching one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2(pytestconfig: pytest.Config) -> Path:
+    """A checkpoint of SmolLM2-135M-Instruct: the quickstart's, fetched by the same command."""
+    if given := pytestconfig.getoption("--smollm2"):
+        return Path(given)
+    command = [sys.executable, str(ROOT / "examples" / "get_model.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.fail(f"SmolLM2-135M-Instruct could not be fetched:\n{result.stderr}", pytrace=False)
+    return Path(result.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 layers without weights or tokenizer, for `load_format="dummy"` and `skip_tokenizer_init=True`."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 6,  # three query heads a KV head: a group that is no power of two
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "vocab_size": 512,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,19 @@
+"""vllm-lexico: serve language models from a sparsely coded KV cache inside vLLM.
+
+vLLM loads this package through the entry point `vllm.general_plugins` in each of its processes, also where LEXICO is
+not used. So nothing heavy is imported here: `register` only adds a name.
+"""
+
+NAME = "LEXICO"
+BACKEND = "vllm_lexico.backend.LexicoBackend"
+
+__version__ = "0.1.0"
+__all__ = ["BACKEND", "NAME", "register"]
+
+
+def register() -> None:
+    """Make `--attention-backend LEXICO` a valid name in this process. Calling it again changes nothing."""
+    from vllm_lexico import compat
+
+    compat.register_backend_name(NAME, BACKEND)
+    compat.let_cpu_platform_select(NAME, BACKEND)

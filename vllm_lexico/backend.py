@@ -1,0 +1,249 @@
+"""Where vLLM enters: the backend that it selects by name, and what it builds for each step.
+
+A layer has two kinds of pages. Its own cache group holds codes; a shadow layer beside it holds the tail, the tokens in
+full precision (`tail.py`). Both groups have a metadata builder here; `impl.py` does the attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lexico_kernels import CodeLayout
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_lexico import NAME, plan, refusals, report
+from vllm_lexico.engine import LexicoSetup
+from vllm_lexico.tail import LexicoTailSpec
+
+DEFAULT_BLOCK_TOKENS = 128
+
+
+@dataclass
+class LexicoMetadata(AttentionMetadata):
+    """One step, as the codes group sees it. Decode requests come first in the batch.
+
+    Tensors are on the device and persistent, so that a CUDA graph can hold them, but for the `_cpu` ones.
+    """
+
+    layout: CodeLayout
+    num_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    query_start_loc_cpu: Tensor  # int32 [B + 1]
+    seq_lens_cpu: Tensor  # int32 [B], exact for requests in prefill
+    block_table: Tensor  # int32 [B, pages]
+    token_request: Tensor  # int32 [T]
+    token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
+    destination: Tensor  # int64 [M], where the codes of the tokens to code go
+
+
+@dataclass
+class LexicoTailMetadata(AttentionMetadata):
+    """One step, as the tail group sees it."""
+
+    slot_mapping: Tensor  # int64 [T]
+    block_table: Tensor  # int32 [B, pages]
+    source: Tensor  # int32 [M], where the tokens to code are read
+    sink_end: Tensor  # int32 [B]
+    raw_start: Tensor  # int32 [B]
+
+
+class _StepBuffers:
+    """Tensors of fixed address for what a builder derives in each step."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        scheduler = vllm_config.scheduler_config
+        self.max_requests = scheduler.max_num_seqs
+        # A padded batch may exceed the scheduler's budget by the padding of a CUDA graph.
+        self.max_tokens = max(
+            scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        )
+        self.max_coded = plan.max_coded_tokens(self.max_tokens, self.max_requests)
+        self.device = device
+
+    def new(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=self.device)
+
+
+def _keep(buffer: Tensor, values: Tensor) -> Tensor:
+    """Copy values into the front of a persistent buffer and return that part of it."""
+    kept = buffer[: values.shape[0]]
+    kept.copy_(values)
+    return kept
+
+
+class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
+    """Builds a step's metadata for the layers of the codes group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.setup = LexicoSetup.of(vllm_config)
+        self.layout = self.setup.layout(
+            kv_cache_spec.head_size, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, kv_cache_spec.dtype
+        )
+        buffers = _StepBuffers(vllm_config, device)
+        self.token_request = buffers.new(buffers.max_tokens, torch.int32)
+        self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
+        self.destination = buffers.new(buffers.max_coded, torch.int64)
+        self._reported = False
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LexicoMetadata:
+        """Derive where this step's codes go and what each token sees."""
+        common = common_attn_metadata
+        if not self._reported:
+            report.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config, self.layer_names)
+            self._reported = True
+        assert self.reorder_batch_threshold is not None
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
+        request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
+        members = plan.coded_tokens(request, position, common.num_reqs)
+        destination = plan.destinations(members, common.block_table_tensor, self.layout.block_tokens)
+        seq_lens_cpu = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
+        assert seq_lens_cpu is not None
+        return LexicoMetadata(
+            layout=self.layout,
+            num_tokens=common.num_actual_tokens,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            query_start_loc_cpu=common.query_start_loc_cpu,
+            seq_lens_cpu=seq_lens_cpu,
+            block_table=common.block_table_tensor,
+            token_request=_keep(self.token_request, request),
+            token_seq_len=_keep(self.token_seq_len, position + 1),
+            destination=_keep(self.destination, destination),
+        )
+
+
+class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
+    """Builds a step's metadata for the shadow layers of the tail group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.spec = kv_cache_spec
+        buffers = _StepBuffers(vllm_config, device)
+        self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
+        self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
+        self.raw_start = buffers.new(buffers.max_requests, torch.int32)
+        self.source = buffers.new(buffers.max_coded, torch.int32)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LexicoTailMetadata:
+        """Derive where this step reads full-precision tokens."""
+        common, tail_tokens = common_attn_metadata, self.spec.block_size
+        request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
+        members = plan.coded_tokens(request, position, common.num_reqs)
+        source = plan.sources(members, common.query_start_loc, common.block_table_tensor, tail_tokens)
+        raw_start = plan.raw_starts(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            window_tokens=self.spec.window_tokens,
+            tail_tokens=tail_tokens,
+            sink_end=self.sink_tokens,
+        )
+        return LexicoTailMetadata(
+            slot_mapping=common.slot_mapping,
+            block_table=common.block_table_tensor,
+            source=_keep(self.source, source),
+            sink_end=self.sink_end[: common.num_reqs],
+            raw_start=_keep(self.raw_start, raw_start),
+        )
+
+
+class LexicoTailBackend(AttentionBackend):
+    """The backend of shadow layers; it only names their builder."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return f"{NAME}_TAIL"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        from vllm_lexico.impl import LexicoImpl
+
+        return LexicoImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LexicoTailMetadataBuilder]:
+        return LexicoTailMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return LexicoBackend.supported_kv_cache_layouts()
+
+
+class LexicoBackend(AttentionBackend):
+    """Attention over a sparsely coded KV cache (Lexico, arXiv 2412.08890)."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    setup: ClassVar[LexicoSetup | None] = None  # set in the subclass that a loaded layer gets, see `bound_to`
+
+    @classmethod
+    def bound_to(cls, setup: LexicoSetup) -> type[LexicoBackend]:
+        """This backend for layers of one engine: `customize_spec` is handed a spec and no configuration."""
+        return type(cls.__name__, (cls,), {"setup": setup, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        from vllm_lexico.impl import LexicoImpl
+
+        return LexicoImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LexicoMetadataBuilder]:
+        return LexicoMetadataBuilder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return DEFAULT_BLOCK_TOKENS
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layouts in which a page is one run of bytes; what is inside is ours."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Give a layer's cache spec the bytes of its codes."""
+        if cls.setup is None or spec.state_content_bytes is not None:
+            return spec
+        layout = cls.setup.layout(spec.head_size, spec.num_kv_heads, spec.block_size, spec.dtype)
+        return dataclasses.replace(spec, state_content_bytes=layout.token_bytes)
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Reasons why LEXICO cannot serve a layer, as sentences with remedies."""
+        return refusals.selector_refusals(kwargs) or super().validate_configuration(*args, **kwargs)

@@ -1,0 +1,92 @@
+"""Every workaround for vLLM: why it is there, how it works, and when it can go."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+TESTED_VLLM = ("0.32", "0.33")
+logger = logging.getLogger("vllm.lexico")  # only loggers below "vllm" have a handler
+
+
+def registered_member() -> AttentionBackendEnum:
+    """The registry member LEXICO; registers it first where it is unknown. What pickled configs unpickle to."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_lexico import NAME, register
+
+    register()
+    return AttentionBackendEnum[NAME]
+
+
+def register_backend_name(name: str, path: str) -> None:
+    """Add `name` to vLLM's attention backends so that it survives a spawned process.
+
+    Why: a spawned engine unpickles its config before it loads plugins, and an enum member unpickles by a value that
+    the fresh process does not know. How: our member pickles as a call of `registered_member`, whose import registers
+    it. Can go when vLLM loads general plugins before it unpickles (vllm-project/vllm#41091 added the names).
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if name not in AttentionBackendEnum.__members__:
+        register_backend(name, path)
+    AttentionBackendEnum[name].__reduce_ex__ = lambda _protocol: (registered_member, ())
+
+
+def let_cpu_platform_select(name: str, path: str) -> None:
+    """Let the CPU platform choose our backend; it takes CPU_ATTN whatever the user named.
+
+    How: `CpuPlatform.get_attn_backend_cls` is wrapped and answers for our name only, after the same validation that
+    the CUDA platform does. Can go when the CPU platform honours registered backends.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.interface import DeviceCapability
+
+    original = CpuPlatform.get_attn_backend_cls
+    if getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is None or selected_backend.name != name:
+            return original(selected_backend, attn_selector_config, *args, **kwargs)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=DeviceCapability(0, 0), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"Selected backend {name} is not valid for this configuration. Reason: {reasons}")
+        return path
+
+    get_attn_backend_cls.lexico = True  # type: ignore[attr-defined]
+    CpuPlatform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+
+
+def ensure_builtin_cache_specs() -> None:
+    """Register vLLM's own cache specs before ours.
+
+    Why: its registry fills itself only while empty, so a spec of ours that comes first would leave it without
+    FullAttentionSpec. Can go when `_ensure_registered` no longer looks at whether the table is empty.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+
+
+@functools.cache
+def warn_of_untested_version() -> None:
+    """Log a warning, once a process, where vLLM is a version that this package was not tested with."""
+    import vllm
+
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VLLM:
+        tested = " and ".join(TESTED_VLLM)
+        logger.warning(
+            "LEXICO was tested with vLLM %s; this is %s. If it fails, install a tested one.", tested, vllm.__version__
+        )

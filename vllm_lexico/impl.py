@@ -1,0 +1,249 @@
+"""Attention of one layer: write the step's tokens, then read codes and tail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lexico_kernels as kernels
+import torch
+from lexico_kernels import LayerCache, RequestTables
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_lexico import compat, refusals
+from vllm_lexico.backend import LexicoBackend, LexicoMetadata, LexicoTailBackend, LexicoTailMetadata
+from vllm_lexico.engine import LexicoSetup
+from vllm_lexico.flash import dense_attention, merge
+from vllm_lexico.tail import LexicoTailSpec, tail_spec
+
+# History that a chunk reads is rebuilt this many tokens at a time, which bounds the workspace whatever the context.
+HISTORY_TOKENS = 4096
+PARTS = ("key", "value")
+
+
+class LexicoTail(nn.Module, AttentionLayerBase):
+    """Shadow layer that owns the tail pages of an attention layer; vLLM allocates them as a group of their own."""
+
+    def __init__(self, layer: Any, setup: LexicoSetup) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_size, self.dtype = layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype
+        self.setup = setup
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[LexicoTailBackend]:
+        return LexicoTailBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> LexicoTailSpec:
+        """Raw pages of exactly the bytes of a code page, so that both groups draw from one pool."""
+        block_tokens = vllm_config.cache_config.block_size
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, self.dtype)
+        return tail_spec(self.setup, layout, self.dtype)
+
+
+class LexicoImpl(AttentionImpl[LexicoMetadata]):
+    """Attention over codes and tail for one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refusals.refuse(
+            refusals.layer_refusals(
+                alibi_slopes=alibi_slopes,
+                sliding_window=sliding_window,
+                logits_soft_cap=logits_soft_cap,
+                attn_type=attn_type,
+                kv_sharing_target=kv_sharing_target_layer_name,
+                sinks=sinks,
+            )
+        )
+        compat.warn_of_untested_version()
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.vllm_config = get_current_vllm_config()
+        self.setup = LexicoSetup.of(self.vllm_config)
+        self.tail_name = ""
+        self._cache: LayerCache | None = None
+        self._bound_to: tuple[int, int] = (0, 0)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        self.tail_name = f"{name}.lexico_tail"
+        layer.attn_backend = LexicoBackend.bound_to(self.setup)
+        layers.setdefault(self.tail_name, LexicoTail(layer, self.setup))
+        self._load_codebooks(layer, extract_layer_index(name), act_dtype)
+
+    def _load_codebooks(self, layer: nn.Module, index: int, dtype: torch.dtype) -> None:
+        """Register the layer's codebooks as buffers: sleep mode keeps buffers, and profiling counts them."""
+        dictionary = self.setup.dictionary()
+        device = torch.device(current_platform.device_type)
+        heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
+        for part in PARTS:
+            if dictionary is None:
+                shapes = (1, self.head_size), (16,), (self.num_kv_heads, self.head_size)
+                book = kernels.Codebook(*(torch.zeros(shape, device=device) for shape in shapes))
+            else:
+                sparsity = getattr(self.setup.config.sparsity, part)
+                book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
+            for field in ("atoms", "levels", "mean"):
+                layer.register_buffer(f"lexico_{part}_{field}", getattr(book, field), persistent=False)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LexicoMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step.
+
+        Args:
+            query: [T, Hq, D]; key, value: [T, Hk, D], keys after RoPE.
+            kv_cache: the layer's code pages as vLLM allocated them.
+            attn_metadata: None while vLLM measures memory; then the step's peak is only reserved.
+            output: [T, Hq, D], filled and returned.
+        """
+        if attn_metadata is None:
+            self._reserve(query)
+            return output.fill_(0)
+        step, tail = attn_metadata, self._tail_metadata()
+        cache = self._bind(layer, kv_cache, step)
+        num_tokens = step.num_tokens
+        key, value = key[:num_tokens], value[:num_tokens]
+        kernels.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
+        kernels.omp_encode(
+            key, value, cache, tail.source, step.destination, relative_error=self.setup.config.relative_error
+        )
+        tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
+        if step.num_decode_tokens:
+            rows = slice(0, step.num_decode_tokens)
+            kernels.sparse_decode(
+                query[rows],
+                cache,
+                tables,
+                step.token_request[rows],
+                step.token_seq_len[rows],
+                scale=self.scale,
+                out=output[rows],
+            )
+        if step.num_decode_tokens < num_tokens:
+            rows = slice(step.num_decode_tokens, num_tokens)
+            self._attend_chunks(query[rows], key[rows], value[rows], cache, tables, step, output[rows])
+        return output
+
+    def _attend_chunks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: LayerCache,
+        tables: RequestTables,
+        step: LexicoMetadata,
+        output: Tensor,
+    ) -> None:
+        """Attention of the requests in prefill: raw within the chunk, codes and tail for what came before."""
+        starts = step.query_start_loc_cpu[step.num_decodes :] - step.num_decode_tokens
+        starts = starts[: int(torch.searchsorted(starts, query.shape[0])) + 1]  # without padding requests
+        out, lse = dense_attention(query, key, value, starts, starts, scale=self.scale, causal=True)
+        for i in range(len(starts) - 1):
+            first, end = int(starts[i]), int(starts[i + 1])
+            request = step.num_decodes + i
+            computed = int(step.seq_lens_cpu[request]) - (end - first)
+            if computed > 0:
+                part = out[first:end], lse[first:end]
+                out[first:end] = self._attend_history(query[first:end], part, cache, tables, request, computed)
+        output.copy_(out)
+
+    def _attend_history(
+        self,
+        query: Tensor,
+        chunk: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        tables: RequestTables,
+        request: int,
+        computed: int,
+    ) -> Tensor:
+        """Join a chunk's attention to itself with that to the `computed` tokens before it, rebuilt tile by tile."""
+        out, lse = chunk
+        keys, values = self._workspace(query)
+        for start in range(0, computed, HISTORY_TOKENS):
+            count = min(HISTORY_TOKENS, computed - start)
+            kernels.reconstruct(cache, tables, request, start, start + count, keys[:count], values[:count])
+            ends = [torch.tensor([0, length], dtype=torch.int32) for length in (query.shape[0], count)]
+            tile = dense_attention(query, keys[:count], values[:count], *ends, scale=self.scale, causal=False)
+            out, lse = merge(out, lse, *tile)
+        return out
+
+    def _workspace(self, query: Tensor) -> Tensor:
+        return query.new_empty((2, HISTORY_TOKENS, self.num_kv_heads, self.head_size))
+
+    def _reserve(self, query: Tensor) -> None:
+        """Take and return what a step may need, so that memory profiling sees its peak."""
+        chunk = [torch.empty_like(query) for _ in range(2)]  # its own attention and a tile's
+        merging = [torch.empty_like(query, dtype=torch.float32) for _ in range(3)]
+        history = self._workspace(query)
+        del chunk, merging, history
+        num_decodes = min(query.shape[0], self.vllm_config.scheduler_config.max_num_seqs)
+        query.new_empty(getattr(kernels, "decode_scratch_floats", lambda *_: 0)(num_decodes, self.num_heads, self.head_size), dtype=torch.float32)
+
+    def _tail_metadata(self) -> LexicoTailMetadata:
+        by_layer = get_forward_context().attn_metadata
+        return (by_layer[0] if isinstance(by_layer, list) else by_layer)[self.tail_name]
+
+    def _bind(self, layer: nn.Module, kv_cache: Tensor, step: LexicoMetadata) -> LayerCache:
+        """View the pages that vLLM allocated; they keep their place for the engine's life."""
+        tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
+        pages = (kv_cache.data_ptr(), tail_cache.data_ptr())
+        if self._cache is None or self._bound_to != pages:
+            books = [
+                kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in ("atoms", "levels", "mean")))
+                for part in PARTS
+            ]
+            layout = step.layout
+            self._cache = LayerCache(_code_pages(kv_cache), _tail_pages(tail_cache, layout), *books, layout)
+            self._bound_to = pages
+        return self._cache
+
+
+def _code_pages(kv_cache: Tensor) -> Tensor:
+    """Any block-compact view [pages, ...] of vLLM as bytes [pages, page bytes]."""
+    num_pages, page_elements = kv_cache.shape[0], kv_cache[0].numel()
+    return kv_cache.as_strided((num_pages, page_elements), (kv_cache.stride(0), 1)).view(torch.uint8)
+
+
+def _tail_pages(kv_cache: Tensor, layout: Any) -> Tensor:
+    """The same pages as raw tokens [pages, Hk, R, 2, D]."""
+    heads, tokens, head_dim = layout.num_kv_heads, layout.tail_tokens, layout.head_dim
+    strides = (kv_cache.stride(0), tokens * 2 * head_dim, 2 * head_dim, head_dim, 1)
+    return kv_cache.as_strided((kv_cache.shape[0], heads, tokens, 2, head_dim), strides)
+
+
+def _heads_of_rank(total_kv_heads: int, local_kv_heads: int) -> slice:
+    """The KV heads of this tensor-parallel rank; ranks beyond the heads hold copies."""
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    first = rank * local_kv_heads if total_kv_heads >= size else rank * total_kv_heads // size
+    return slice(first, first + local_kv_heads)
