@@ -59,7 +59,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eos_token_id": 2,
         "head_dim": 64,
         "hidden_act": "silu",
-        "hidden_size": 256,
+        "hidden_size": 384,
         "intermediate_size": 512,
         "max_position_embeddings": 4096,
         "num_attention_heads": 6,  # three query heads a KV head: a group that is no power of two

@@ -10,7 +10,9 @@ BLOCK, TAIL = 128, 16
 
 def a_step(computed, query_lens, num_padding_tokens=0, num_padding_requests=0):
     """Tables of a step: request b has computed[b] tokens and adds query_lens[b]."""
-    seq_lens = torch.tensor([c + q for c, q in zip(computed, query_lens)] + [0] * num_padding_requests, dtype=torch.int32)
+    seq_lens = torch.tensor(
+        [c + q for c, q in zip(computed, query_lens, strict=True)] + [0] * num_padding_requests, dtype=torch.int32
+    )
     starts = [0]
     for query_len in [*query_lens, *[0] * num_padding_requests]:
         starts.append(starts[-1] + query_len)
@@ -41,22 +43,22 @@ def test_coded_tokens_are_those_of_the_groups_that_complete(computed, query_lens
     assert len(source) == len(destination) == plan.max_coded_tokens(num_tokens, len(seq_lens))
 
     expected = {}
-    for b, (old, new) in enumerate(zip(computed, query_lens)):
+    for b, (old, new) in enumerate(zip(computed, query_lens, strict=True)):
         for end in range(old + 1, old + new + 1):
             if end % plan.GROUP_TOKENS == 0:
                 for p in range(end - plan.GROUP_TOKENS, end):
                     place = int(table[b, p // BLOCK]) * BLOCK + p % BLOCK
                     slot = int(tail_table[b, p // TAIL]) * TAIL + p % TAIL
                     expected[place] = int(starts[b]) + p - old if p >= old else -1 - slot
-    assert {place: s for place, s in zip(destination, source) if place >= 0} == expected
+    assert {place: s for place, s in zip(destination, source, strict=True) if place >= 0} == expected
 
 
 @pytest.mark.parametrize("computed, query_lens", STEPS)
 def test_tokens_are_located(computed, query_lens):
     starts, seq_lens, *_, num_tokens = a_step(computed, query_lens, 4, 1)
     request, position = plan.locate_tokens(starts, seq_lens, num_tokens)
-    told = [(b, old + i) for b, (old, new) in enumerate(zip(computed, query_lens)) for i in range(new)]
-    assert list(zip(request.tolist(), position.tolist()))[: len(told)] == told
+    told = [(b, old + i) for b, (old, new) in enumerate(zip(computed, query_lens, strict=True)) for i in range(new)]
+    assert list(zip(request.tolist(), position.tolist(), strict=True))[: len(told)] == told
     assert position.tolist()[len(told) :] == [-1] * 4
 
 

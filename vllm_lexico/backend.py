@@ -210,7 +210,9 @@ class LexicoBackend(AttentionBackend):
     @classmethod
     def bound_to(cls, setup: LexicoSetup) -> type[LexicoBackend]:
         """This backend for layers of one engine: `customize_spec` is handed a spec and no configuration."""
-        return type(cls.__name__, (cls,), {"setup": setup, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+        return type(
+            cls.__name__, (cls,), {"setup": setup, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        )
 
     @staticmethod
     def get_name() -> str:

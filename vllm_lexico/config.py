@@ -23,12 +23,12 @@ class Sparsity:
         """Read a number or `{"key": number, "value": number}`."""
         parts = given if isinstance(given, Mapping) else {"key": given, "value": given}
         allowed = f'a whole number from 1 to {MAX_SPARSITY}, or {{"key": number, "value": number}}'
-        numbers = [parts.get(part) for part in ("key", "value")]
-        if set(parts) != {"key", "value"} or not all(_is_int(n) and 1 <= n <= MAX_SPARSITY for n in numbers):
+        numbers = [value for value in parts.values() if _is_int(value) and 1 <= value <= MAX_SPARSITY]
+        if set(parts) != {"key", "value"} or len(numbers) < 2:
             raise ValueError(
                 _refusal("sparsity", given, allowed, "15 keeps 12.5 % of bf16 at head size 128, 7 keeps 6.25 %")
             )
-        return Sparsity(*numbers)
+        return Sparsity(parts["key"], parts["value"])
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class LexicoConfig:
         """
         given = additional_config.get("lexico", {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(given, Mapping):
-            raise ValueError(_refusal("lexico", given, "an object of settings", """e.g. '{"lexico": {"sparsity": 7}}'"""))
+            raise ValueError(
+                _refusal("lexico", given, "an object of settings", """e.g. '{"lexico": {"sparsity": 7}}'""")
+            )
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:

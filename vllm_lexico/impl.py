@@ -208,7 +208,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         history = self._workspace(query)
         del chunk, merging, history
         num_decodes = min(query.shape[0], self.vllm_config.scheduler_config.max_num_seqs)
-        query.new_empty(getattr(kernels, "decode_scratch_floats", lambda *_: 0)(num_decodes, self.num_heads, self.head_size), dtype=torch.float32)
+        query.new_empty(
+            getattr(kernels, "decode_scratch_floats", lambda *_: 0)(num_decodes, self.num_heads, self.head_size),
+            dtype=torch.float32,
+        )
 
     def _tail_metadata(self) -> LexicoTailMetadata:
         by_layer = get_forward_context().attn_metadata
@@ -219,14 +222,20 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
         pages = (kv_cache.data_ptr(), tail_cache.data_ptr())
         if self._cache is None or self._bound_to != pages:
-            books = [
-                kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in ("atoms", "levels", "mean")))
-                for part in PARTS
-            ]
             layout = step.layout
-            self._cache = LayerCache(_code_pages(kv_cache), _tail_pages(tail_cache, layout), *books, layout)
+            self._cache = LayerCache(
+                _code_pages(kv_cache),
+                _tail_pages(tail_cache, layout),
+                _book(layer, "key"),
+                _book(layer, "value"),
+                layout,
+            )
             self._bound_to = pages
         return self._cache
+
+
+def _book(layer: nn.Module, part: str) -> kernels.Codebook:
+    return kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in ("atoms", "levels", "mean")))
 
 
 def _code_pages(kv_cache: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ def layer_refusals(
     if attn_type != "decoder":
         reasons.append(_encoder())
     if kv_sharing_target is not None:
-        reasons.append(f"layers that share the cache of another ({kv_sharing_target}) are not supported; {OTHER_BACKEND}")
+        reasons.append(
+            f"layers that share the cache of another ({kv_sharing_target}) are not supported; {OTHER_BACKEND}"
+        )
     if sinks is not None:
         reasons.append(f"learned attention sinks (as in gpt-oss) are not supported; {OTHER_BACKEND}")
     return reasons

@@ -22,7 +22,9 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
         num_tokens: tokens that the cache holds in requests of the longest length, as vLLM counts them.
     """
     sparsity, dictionary = setup.config.sparsity, setup.dictionary()
-    atoms = f"sparsity {sparsity.key}" if sparsity.key == sparsity.value else f"sparsity {sparsity.key}/{sparsity.value}"
+    atoms = (
+        f"sparsity {sparsity.key}" if sparsity.key == sparsity.value else f"sparsity {sparsity.key}/{sparsity.value}"
+    )
     what = f"{layout.codec}, {atoms}" if dictionary else "the exact codec (for tests)"
     source = f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms)" if dictionary else ""
     bytes_a_head = layout.num_kv_heads * num_layers

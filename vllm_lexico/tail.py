@@ -132,9 +132,7 @@ class LexicoTailManager(SlidingWindowManager):
         request_blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(request_blocks)
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the table to `num_tokens`; tokens that are outside the window when the step ends get no page."""
         request_blocks = self.req_to_blocks[request_id]
         pages = range(len(request_blocks), cdiv(num_tokens, self.block_size))
@@ -174,7 +172,7 @@ class LexicoTailManager(SlidingWindowManager):
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
-        kv_cache_spec: LexicoTailSpec,  # type: ignore[override]
+        kv_cache_spec: LexicoTailSpec,
         drop_eagle_block: bool,
         alignment_tokens: int,
         **kwargs: Any,

@@ -37,7 +37,21 @@ def _attend(q, k, v, valid, offset, state, factor):
 
 
 @triton.jit
-def _attend_raw(q, state, first, end, tail_ptr, page_stride, table_ptr, head, factor, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
+def _attend_raw(
+    q,
+    state,
+    first,
+    end,
+    tail_ptr,
+    page_stride,
+    table_ptr,
+    head,
+    factor,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Fold the raw tokens at positions [first, end) into the state."""
     for at in range(first, end, TILE):
         positions = at + tl.arange(0, TILE)
@@ -134,8 +148,12 @@ def _decode_part(
         value_mean = tl.load(value_mean_ptr + head * D + dims, mask=dims < D, other=0.0)
         acc += total[:, None] * value_mean[None, :]
     state = (top, total, acc)
-    state = _attend_raw(q, state, first, tl.minimum(end, sink_end), tail_ptr, tail_page_stride, tails, head, factor, R, D, D_PAD, TILE)
-    state = _attend_raw(q, state, tl.maximum(first, raw_start), end, tail_ptr, tail_page_stride, tails, head, factor, R, D, D_PAD, TILE)
+    state = _attend_raw(
+        q, state, first, tl.minimum(end, sink_end), tail_ptr, tail_page_stride, tails, head, factor, R, D, D_PAD, TILE
+    )
+    state = _attend_raw(
+        q, state, tl.maximum(first, raw_start), end, tail_ptr, tail_page_stride, tails, head, factor, R, D, D_PAD, TILE
+    )
     top, total, acc = state
     tl.store(part_out_ptr + out_row[:, None] * D + dims[None, :], acc / total[:, None], mask=mask)
     tl.store(part_lse_ptr + out_row, top + tl.log2(total), mask=group < G)
@@ -165,7 +183,9 @@ def _merge(
     mask = used[:, None] & (dims < D)[None, :]
     values = tl.load(part_out_ptr + (row * SPLITS + parts)[:, None] * D + dims[None, :], mask=mask, other=0.0)
     out = tl.sum(values * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+    tl.store(
+        out_ptr + token * out_stride_t + head * out_stride_h + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D
+    )
     tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))
 
 

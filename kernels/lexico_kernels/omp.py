@@ -20,7 +20,20 @@ MIN_FRESH_ENERGY = tl.constexpr(reference.MIN_FRESH**2)
 
 
 @triton.jit
-def _load_vectors(tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def _load_vectors(
+    tokens_ptr,
+    stride_t,
+    stride_h,
+    tail_ptr,
+    tail_page_stride,
+    source,
+    head,
+    coded,
+    PART,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """[TILE, D_PAD]: rows of this batch where source >= 0, else tail slots -1 - source; 0 where not coded."""
     dims = tl.arange(0, D_PAD)
     row, slot = source.to(tl.int64), (-1 - source).to(tl.int64)
@@ -91,7 +104,17 @@ def _gram(atom, chosen, count, atoms_ptr, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _pursue(x, atoms_ptr, sparsity, min_energy, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr, CHUNK: tl.constexpr):
+def _pursue(
+    x,
+    atoms_ptr,
+    sparsity,
+    min_energy,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    S_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """OMP of unit vectors x [TILE, D_PAD]: atoms int32 [TILE, S_PAD], 0 where none, and coefficients float32.
 
     basis[m, i, :] holds basis vector i of vector m as a combination of its chosen atoms, so that the coefficients after a pass
@@ -140,7 +163,9 @@ def _nearest_levels(ratio, levels_ptr):
 
 
 @triton.jit
-def _write_records(head_start, slot, coded, chosen, coefficients, levels_ptr, ADDRESS: tl.constexpr, CODEC: tl.constexpr):
+def _write_records(
+    head_start, slot, coded, chosen, coefficients, levels_ptr, ADDRESS: tl.constexpr, CODEC: tl.constexpr
+):
     """Quantise and store the records of a tile; see `reference.encode_vectors`."""
     columns = tl.arange(0, chosen.shape[1])
     scale = tl.max(tl.abs(coefficients), 1).to(tl.bfloat16)
@@ -197,7 +222,9 @@ def _encode_part(
 ):
     """Code the K (PART 0) or V (1) vectors of one tile."""
     dims = tl.arange(0, D_PAD)
-    raw = _load_vectors(tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R, D, D_PAD)
+    raw = _load_vectors(
+        tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R, D, D_PAD
+    )
     mask = (dims < D)[None, :] & coded[:, None]
     x = raw.to(tl.float32) - tl.load(mean_ptr + head[:, None] * D + dims[None, :], mask=mask, other=0.0)
     x, norm = _unit(x)
@@ -293,8 +320,12 @@ def _write_exact(
     vector = tl.program_id(0) * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, D_PAD)
     source, destination, head, coded = _entries(vector, M, HK, source_ptr, destination_ptr, P)
-    key = _load_vectors(key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride, source, head, coded, 0, R, D, D_PAD)
-    value = _load_vectors(value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride, source, head, coded, 1, R, D, D_PAD)
+    key = _load_vectors(
+        key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride, source, head, coded, 0, R, D, D_PAD
+    )
+    value = _load_vectors(
+        value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride, source, head, coded, 1, R, D, D_PAD
+    )
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
     mask = coded[:, None] & (dims < D)[None, :]
     element: tl.constexpr = tl.pointer_type(tail_ptr.dtype.element_ty)

@@ -7,11 +7,12 @@ start of one head in the code page of each token of a tile, `slots` the tokens' 
 import triton
 import triton.language as tl
 
-from lexico_kernels import layout, reference
+from lexico_kernels import launch, layout, reference
 
 LEVEL_BITS = tl.constexpr(layout.LEVEL_BITS)
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
 FP8_PEAK = tl.constexpr(reference.FP8_PEAK)
+UNROLL = tl.constexpr(launch.GATHER_UNROLL)
 
 
 @triton.jit
@@ -22,7 +23,18 @@ def page_start(pages_ptr, page_stride, table_ptr, ordinal, valid):
 
 
 @triton.jit
-def load_raw(tail_ptr, page_stride, table_ptr, positions, valid, head, PART, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def load_raw(
+    tail_ptr,
+    page_stride,
+    table_ptr,
+    positions,
+    valid,
+    head,
+    PART,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """Raw K (PART 0) or V (1) of a tile of positions: [TILE, D_PAD], 0 where not valid."""
     dims = tl.arange(0, D_PAD)
     pages = page_start(tail_ptr, page_stride, table_ptr, positions // R, valid)
@@ -58,7 +70,19 @@ def float_to_fp8(x):
 
 
 @triton.jit
-def decode_tile(heads, slots, valid, atoms_ptr, levels_ptr, ADDRESS: tl.constexpr, CODEC: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def decode_tile(
+    heads,
+    slots,
+    valid,
+    atoms_ptr,
+    levels_ptr,
+    ADDRESS: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """float32 [TILE, D_PAD]: the vectors of a tile of records without their head's mean; 0 where not valid.
 
     DTYPE is that of "exact" vectors.
@@ -75,7 +99,7 @@ def decode_tile(heads, slots, valid, atoms_ptr, levels_ptr, ADDRESS: tl.constexp
         entry_ptr = index_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
         vectors = tl.zeros([heads.shape[0], D_PAD], tl.float32)
         SPARSITY: tl.constexpr = ADDRESS[0]
-        for s in tl.static_range(SPARSITY):
+        for s in tl.range(SPARSITY, loop_unroll_factor=UNROLL):
             entry = tl.load(entry_ptr + s, mask=valid, other=0).to(tl.int32)
             if CODEC == "packed16":
                 index = entry >> LEVEL_BITS

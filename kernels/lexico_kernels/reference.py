@@ -173,7 +173,7 @@ def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, part: str,
     """Inverse of `encode_heads`: records uint8 [M, Hk, part_bytes] -> float32 [M, Hk, D]. dtype: of exact vectors."""
     M, Hk, _ = records.shape
     if layout.codec == "exact":
-        return records.contiguous().view(dtype).float()
+        return _as(records, dtype).float()
     vectors = decode_vectors(records.flatten(0, 1), book, layout.sparsity(part), layout.codec)
     return vectors.view(M, Hk, layout.head_dim) + book.mean
 
@@ -199,16 +199,21 @@ def encode_vectors(
 
 def decode_vectors(records: Tensor, book: Codebook, sparsity: int, codec: str = "packed16") -> Tensor:
     """Records uint8 [M, bytes of a vector] -> centred vectors float32 [M, D]."""
-    scale = records[:, :2].contiguous().view(torch.bfloat16).float()
-    codes = records[:, 2 : 2 + 2 * sparsity].contiguous().view(torch.int16).long()
+    scale = _as(records[:, :2], torch.bfloat16).float()
+    codes = _as(records[:, 2 : 2 + 2 * sparsity], torch.int16).long()
     if codec == "paper":
         indices = codes
-        coefficients = records[:, 2 + 2 * sparsity :].contiguous().view(torch.float8_e4m3fn).float()
+        coefficients = _as(records[:, 2 + 2 * sparsity :], torch.float8_e4m3fn).float()
     else:
         codes = codes & 0xFFFF
         indices, coefficients = codes >> LEVEL_BITS, book.levels[codes & ((1 << LEVEL_BITS) - 1)]
     indices = indices.clamp(0, book.atoms.shape[0] - 1)  # whatever the bytes are, stay within the dictionary
     return embedding_bag(indices, book.atoms.float(), per_sample_weights=coefficients * scale, mode="sum")
+
+
+def _as(records: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers. A clone, since `contiguous` leaves the odd strides of a single row, which `view` refuses."""
+    return records.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _scale(coefficients: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class LearnSettings:
     atom_bits: int = 4
     sparsity: int = 10
     epochs: int = 20
-    batch: int = 8192
-    learning_rate: float = 2e-3
+    batch: int = 4096
+    learning_rate: float = 1e-2
 
     def steps_per_epoch(self, vectors: int) -> int:
         return max(1, vectors // self.batch)

@@ -160,7 +160,7 @@ def _learn_layers(
     """Learn the layers a few at a time and put each into the folder of finished ones."""
     learn, tokens = settings.learn, store.shape[2] - held_out
     vectors = tokens * store.shape[3]
-    at_once = 2 if device.startswith("cuda") else 1  # layers, K and V each: enough rows a kernel to keep a GPU busy
+    at_once = 4 if device.startswith("cuda") else 1  # layers, K and V each: enough rows a kernel to keep a GPU busy
     started = time.monotonic()
     steps_a_layer = learn.epochs * learn.steps_per_epoch(vectors)
     products = 2 * min(learn.batch, vectors) * (learn.sparsity + 1)  # passes and the gradient, for K and V, a step

@@ -1,0 +1,194 @@
+"""For tests and benchmarks: the one tolerance table, and random caches whose every unwritten byte is poison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lexico_kernels.cache import Codebook, LayerCache, RequestTables
+from lexico_kernels.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
+from lexico_kernels.reference import field_views
+
+# (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute terms.
+# Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding of the result.
+TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
+    ("attention", torch.float32): (1e-4, 1e-5),
+    ("attention", torch.float16): (1e-2, 1e-3),
+    ("attention", torch.bfloat16): (6e-2, 6e-3),
+    ("lse", torch.float32): (1e-4, 2e-5),
+    ("lse", torch.float16): (4e-3, 1e-3),
+    ("lse", torch.bfloat16): (3e-2, 8e-3),
+    ("dense", torch.float32): (2e-5, 2e-6),
+    ("dense", torch.float16): (5e-3, 5e-4),
+    ("dense", torch.bfloat16): (4e-2, 4e-3),
+}
+# Residual energy of all vectors by the OMP kernel over the twin's, quantisation included. The kernel chooses atoms in the
+# dictionary's precision, so near ties fall either way and no vector's code need be the same.
+OMP_ENERGY_RATIO = 1.01
+OMP_ENERGY_RATIO_MEAN = 1.002
+
+
+def assert_close(actual: Tensor, expected: Tensor, kind: str, dtype: torch.dtype) -> None:
+    """Check a result against its twin by the tolerance table; NaN or infinity fails unless both agree on -inf.
+
+    Args:
+        actual, expected: any one shape.
+        kind: "attention", "lse" or "dense".
+        dtype: of the inputs.
+    """
+    actual, expected = actual.double(), expected.double()
+    empty = expected == -torch.inf
+    assert torch.equal(actual == -torch.inf, empty), f"{kind}: -inf in other places"
+    error = (actual - expected)[~empty]
+    if not error.numel():
+        return
+    assert error.isfinite().all(), f"{kind}: {int((~error.isfinite()).sum())} values are not finite"
+    unit = 1.0 if kind == "lse" else max(float(expected[~empty].square().mean().sqrt()), 1e-6)
+    worst, rms = float(error.abs().max()) / unit, float(error.square().mean().sqrt()) / unit
+    allowed = TOLERANCES[kind, dtype]
+    assert worst <= allowed[0] and rms <= allowed[1], (
+        f"{kind} {dtype}: max {worst:.2e}, rms {rms:.2e}; allowed {allowed}"
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's cache with B requests of random content in it.
+
+    Attributes:
+        cache: pages and codebooks; whatever no request reads is poison (0xFF codes, NaN tail).
+        tables: where the requests live.
+        lengths: tokens of each request.
+    """
+
+    cache: LayerCache
+    tables: RequestTables
+    lengths: list[int]
+
+
+def random_codebook(
+    atoms: int, layout: CodeLayout, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Codebook:
+    """Random unit atoms (row 0 is the null atom), uneven levels, and means larger than what is coded."""
+    rows = normalize(torch.randn(atoms, layout.head_dim, generator=generator), dim=1)
+    rows[0] = 0
+    levels = torch.linspace(-1, 1, NUM_LEVELS) + 0.02 * torch.rand(NUM_LEVELS, generator=generator)
+    mean = 2 * torch.randn(layout.num_kv_heads, layout.head_dim, generator=generator)
+    return Codebook(rows.to(device, dtype), levels.to(device), mean.to(device))
+
+
+def poisoned_cache(
+    layout: CodeLayout, num_pages: int, *, atoms: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> LayerCache:
+    """A cache whose codes are 0xFF and whose tail is NaN, with gaps between pages.
+
+    Args:
+        layout: of the pages.
+        num_pages: of each kind, page 0 included.
+        atoms: N of both dictionaries.
+        dtype: of the tail and the atoms.
+        device: of all tensors.
+        seed: of the codebooks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.device(device)
+    tail_shape = (num_pages, layout.num_kv_heads, layout.tail_tokens, 2, layout.head_dim)
+    page_elements = layout.tail_page_bytes // layout.element_bytes
+    tail = torch.full((num_pages, page_elements + 64), torch.nan, dtype=dtype, device=place)
+    books = [random_codebook(atoms, layout, generator, place, dtype) for _ in PARTS]
+    return LayerCache(
+        torch.full((num_pages, layout.page_bytes + 128), 0xFF, dtype=torch.uint8, device=place),
+        tail[:, :page_elements].view(tail_shape),
+        *books,
+        layout,
+    )
+
+
+def random_records(
+    count: int, layout: CodeLayout, part: str, atoms: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Valid records of random vectors: uint8 [count, Hk, part_bytes]."""
+    shape, S = (count, layout.num_kv_heads), layout.sparsity(part)
+    if layout.codec == "exact":
+        return torch.randn(*shape, layout.head_dim, generator=generator).to(dtype).view(torch.uint8)
+    scale = (0.5 + torch.rand(*shape, 1, generator=generator)).bfloat16()
+    index = torch.randint(0, atoms, (*shape, S), generator=generator)
+    if layout.codec == "paper":
+        small = torch.randn(*shape, S, generator=generator).to(torch.float8_e4m3fn)
+        fields = [scale, index.to(torch.int16), small]
+    else:
+        entries = index << LEVEL_BITS | torch.randint(0, NUM_LEVELS, index.shape, generator=generator)
+        fields = [scale, torch.where(entries < 1 << 15, entries, entries - (1 << 16)).to(torch.int16)]
+    return torch.cat([field.view(torch.uint8) for field in fields], -1)
+
+
+def random_problem(
+    layout: CodeLayout,
+    lengths: Sequence[int],
+    *,
+    atoms: int = 256,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    sink_pages: int = 1,
+    raw_tokens: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Requests of the given lengths with random content.
+
+    Codes exist exactly for the positions that are read as codes, raw tokens exactly for the raw ranges. Table entries that
+    must not be read point to page 0, which is poison.
+
+    Args:
+        layout: of the pages.
+        lengths: tokens of each request.
+        atoms: N of both dictionaries.
+        dtype: of the model.
+        device: of all tensors.
+        sink_pages: tail pages of raw tokens at the start of each request.
+        raw_tokens: at least this many tokens at the end are raw; all from the middle on if None.
+        seed: of the content.
+    """
+    P, R, B = layout.block_tokens, layout.tail_tokens, len(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(max(lengths), 1)
+    blocks, tails = -(-longest // P), -(-longest // R)
+    cache = poisoned_cache(layout, 1 + B * max(blocks, tails), atoms=atoms, dtype=dtype, device=device, seed=seed)
+    pages = (1 + torch.randperm(cache.code_pages.shape[0] - 1, generator=generator)).int()
+    table, tail_table = pages[: B * blocks].view(B, blocks).clone(), pages[: B * tails].view(B, tails).clone()
+    sink_end, raw_start = torch.zeros(B, dtype=torch.int32), torch.zeros(B, dtype=torch.int32)
+    for request, length in enumerate(lengths):
+        raw = length // 2 if raw_tokens is None else raw_tokens
+        sink_end[request] = min(sink_pages * R, -(-length // R) * R)
+        raw_start[request] = max(int(sink_end[request]), max(length - raw, 0) // R * R)
+        positions = torch.arange(length)
+        coded = (positions >= sink_end[request]) & (positions < raw_start[request])
+        _fill_codes(cache, table[request], positions[coded], atoms, dtype, generator)
+        _fill_tail(cache, tail_table[request], positions[~coded], dtype, generator)
+        used = torch.zeros(tails, dtype=torch.bool)
+        used[positions[~coded] // R] = True
+        tail_table[request][~used] = 0
+    tables = RequestTables(*(tensor.to(device) for tensor in (table, tail_table, sink_end, raw_start)))
+    return Problem(cache, tables, list(lengths))
+
+
+def _fill_codes(
+    cache: LayerCache, table: Tensor, positions: Tensor, atoms: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    layout, P, device = cache.layout, cache.layout.block_tokens, cache.code_pages.device
+    pages, slots = table[positions // P].long().to(device), (positions % P).to(device)
+    for part in PARTS:
+        records = random_records(len(positions), layout, part, atoms, dtype, generator).to(device)
+        at = 0
+        for field, view in field_views(cache.code_pages, layout, part):
+            view[pages, :, slots] = records[..., at : at + field.width_bytes]
+            at += field.width_bytes
+
+
+def _fill_tail(
+    cache: LayerCache, table: Tensor, positions: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    layout, R, device = cache.layout, cache.layout.tail_tokens, cache.code_pages.device
+    tokens = torch.randn(len(positions), layout.num_kv_heads, 2, layout.head_dim, generator=generator)
+    cache.tail_pages[table[positions // R].long().to(device), :, (positions % R).to(device)] = tokens.to(device, dtype)

@@ -1,0 +1,67 @@
+"""`vllm serve` with LEXICO: spawned processes know the name, and answers come over HTTP."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytest.importorskip("vllm")
+START_SECONDS = 240
+
+
+def ask(port, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    """Port and log file of a running API server, whose engine and worker are spawned processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    # The entry point behind `vllm serve`; the `vllm` command of the CPU wheel asks for the wrong distribution's version.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2", "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--attention-backend", "LEXICO"]
+    command += ["--additional-config", '{"lexico": {"sparsity": {"key": 15, "value": 11}}}']
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                ask(port, "/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(1)
+        yield port, log
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_chat_is_answered(server):
+    port, _ = server
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 24}
+    answer = json.loads(ask(port, "/v1/chat/completions", body))
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_the_start_line_says_what_the_cache_costs(server):
+    _, log = server
+    (line,) = [line for line in log.read_text().splitlines() if "LEXICO: " in line]
+    # 30 layers, 3 heads: 16 + 12 entries and scales of 2 bytes, against 2 x 64 numbers of 2 bytes
+    for words in ("packed16", "sparsity 15/11", "SmolLM2-135M-Instruct", "5,040 bytes a token", "23,040", "tokens fit"):
+        assert words in line

@@ -1,0 +1,46 @@
+"""Without a GPU the kernels run in Triton's interpreter; with one the same tests run them compiled.
+
+Triton reads the switch when a function is decorated, so it is on only while Triton and the kernels are imported here, before
+any test module: neither tests elsewhere nor the processes they start see it. Should something have imported Triton
+earlier in this process (`pytest tests` with a plugin that does), run this folder on its own: `pytest tests/kernels`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    if "triton" in sys.modules:
+        raise RuntimeError(
+            "Triton was imported before its interpreter could be switched on: run `pytest tests/kernels`"
+        )
+    previous = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import lexico_kernels.decode
+        import lexico_kernels.history
+        import lexico_kernels.omp
+        import lexico_kernels.tail
+        import triton.experimental.gluon  # noqa: F401  the interpreter's first launch would import it, and look again
+    finally:
+        if previous is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = previous
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the kernels run."""
+    return DEVICE
+
+
+@pytest.fixture
+def on_device() -> Callable[..., list[torch.Tensor]]:
+    """Moves tensors to the device."""
+    return lambda *tensors: [tensor.to(DEVICE) for tensor in tensors]

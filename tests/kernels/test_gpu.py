@@ -1,0 +1,206 @@
+"""Compiled kernels at serving shapes, on a CUDA device: `pytest -m gpu tests/kernels/test_gpu.py`."""
+
+import lexico_kernels as ops
+import pytest
+import torch
+from lexico_kernels import CodeLayout, reference
+from lexico_kernels.testing import OMP_ENERGY_RATIO_MEAN, assert_close, poisoned_cache, random_problem
+
+pytestmark = pytest.mark.gpu
+
+D, N, HK, HQ, P = 128, 4096, 8, 32, 128
+SCALE = D**-0.5
+DTYPES = [torch.bfloat16, torch.float16]
+CODES = [("packed16", 15), ("packed16", 7), ("packed16", 31), ("paper", 15), ("exact", 15)]
+
+
+def layout(codec="packed16", S=15, dtype=torch.bfloat16, Hk=HK, head_dim=D):
+    return CodeLayout(head_dim, Hk, S, S, codec=codec, element_bytes=dtype.itemsize)
+
+
+def cuda(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype, device="cuda")
+
+
+def vectors_like_the_dictionary(count, cache, seed=0):
+    """K and V that are sums of atoms of falling size and noise around their head's mean, as real ones are."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    out = []
+    for book in (cache.key, cache.value):
+        shape = (count, cache.layout.num_kv_heads, 24)
+        index = torch.randint(1, book.atoms.shape[0], shape, generator=generator, device="cuda")
+        weight = torch.randn(shape, generator=generator, device="cuda") * 0.85 ** torch.arange(24, device="cuda")
+        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[index].float()) + book.mean
+        x += 0.02 * torch.randn(x.shape, generator=generator, device="cuda")
+        out.append(x.to(cache.tail_pages.dtype))
+    return out
+
+
+def energies(cache, destination, key, value):
+    """Residual energy of K and V records, over all vectors."""
+    it, out = cache.layout, []
+    for part, vectors in (("key", key), ("value", value)):
+        views = reference.field_views(cache.code_pages, it, part)
+        records = torch.cat([view[destination // P, :, destination % P] for _, view in views], -1)
+        back = reference.decode_heads(records, cache.codebook(part), it, part, cache.tail_pages.dtype)
+        out.append(float((back - vectors.float()).double().square().sum()))
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 3, 63, P, 5 * P + 1])
+@pytest.mark.parametrize(("codec", "S"), CODES)
+def test_omp_encode(codec, S, count):
+    it = layout(codec, S)
+    caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    key, value = vectors_like_the_dictionary(count, caches[0])
+    source = torch.arange(count, device="cuda", dtype=torch.int32)
+    destination = torch.arange(count, device="cuda") + P
+    reference.omp_encode(key, value, caches[0], source, destination)
+    ops.omp_encode(key, value, caches[1], source, destination)
+    want, got = (energies(cache, destination, key, value) for cache in caches)
+    for mine, twins in zip(got, want, strict=True):
+        # One token has eight vectors, where near ties that fall the other way do not average out.
+        assert mine <= twins * (OMP_ENERGY_RATIO_MEAN if count >= P else 1.05), (got, want)
+    beyond = torch.arange(P + count, 8 * P, device="cuda")
+    for _, view in reference.field_views(caches[1].code_pages, it, "key"):
+        assert (view[beyond // P, :, beyond % P] == 0xFF).all()
+
+
+@pytest.mark.parametrize(("head_dim", "atoms", "dtype"), [(64, 1024, torch.float16), (128, 4096, torch.float32)])
+def test_omp_encode_shapes(head_dim, atoms, dtype):
+    it = layout("packed16", 15, dtype, Hk=2, head_dim=head_dim)
+    caches = [poisoned_cache(it, 4, atoms=atoms, dtype=dtype, device="cuda") for _ in range(2)]
+    key, value = vectors_like_the_dictionary(200, caches[0])
+    source, destination = torch.arange(200, device="cuda", dtype=torch.int32), torch.arange(200, device="cuda") + P
+    reference.omp_encode(key, value, caches[0], source, destination)
+    ops.omp_encode(key, value, caches[1], source, destination)
+    want, got = (energies(cache, destination, key, value) for cache in caches)
+    assert all(mine <= 1.005 * twins for mine, twins in zip(got, want, strict=True)), (got, want)
+
+
+def test_omp_encode_from_the_tail_is_the_same_code():
+    it = layout()
+    caches = [poisoned_cache(it, 12, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    key, value = vectors_like_the_dictionary(P, caches[0])
+    slots = torch.arange(P, device="cuda") + it.tail_tokens
+    destination = torch.arange(P, device="cuda") + 9 * P
+    ops.write_tail(key, value, caches[1], slots)
+    ops.omp_encode(key, value, caches[0], torch.arange(P, device="cuda", dtype=torch.int32), destination)
+    ops.omp_encode(key[:0], value[:0], caches[1], (-1 - slots).int(), destination)
+    assert torch.equal(caches[0].code_pages[9], caches[1].code_pages[9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("codec", "S"), CODES)
+def test_sparse_decode(codec, S, dtype):
+    lengths = [1, P - 1, P, P + 1, 1000, 4097, 8192]
+    problem = random_problem(
+        layout(codec, S, dtype), lengths, atoms=N, dtype=dtype, device="cuda", raw_tokens=200 if S == 15 else None
+    )
+    query = torch.randn(len(lengths), HQ, D, device="cuda", dtype=dtype)
+    args = (query, problem.cache, problem.tables, cuda(range(len(lengths))), cuda(lengths))
+    want, want_lse = reference.sparse_decode(*args, scale=SCALE)
+    out, lse = ops.sparse_decode(*args, scale=SCALE, out=torch.full_like(query, torch.nan))
+    assert_close(out, want, "attention", dtype)
+    assert_close(lse, want_lse, "lse", dtype)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_sparse_decode_groups_and_padding(group):
+    problem = random_problem(layout(Hk=2), [300, 777], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=150)
+    query = torch.randn(5, 2 * group, D, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda([1, 1, 0, 0, 0]), cuda([776, 777, 300, 0, 0]))
+    want, want_lse = reference.sparse_decode(*args, scale=SCALE)
+    out, lse = ops.sparse_decode(*args, scale=SCALE)
+    assert_close(out, want, "attention", torch.bfloat16)
+    assert_close(lse, want_lse, "lse", torch.bfloat16)
+
+
+def test_sparse_decode_is_batch_invariant():
+    lengths = [8192, 100, 3000, 8000]
+    problem = random_problem(layout(), lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=256)
+    query = torch.randn(4, HQ, D, device="cuda", dtype=torch.bfloat16)
+    request, seq_len = cuda(range(4)), cuda(lengths)
+    together = ops.sparse_decode(query, problem.cache, problem.tables, request, seq_len, scale=SCALE)
+    for t in range(4):
+        rows = slice(t, t + 1)
+        alone = ops.sparse_decode(query[rows], problem.cache, problem.tables, request[rows], seq_len[rows], scale=SCALE)
+        assert all(torch.equal(one, many[rows]) for one, many in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(("codec", "S"), CODES)
+def test_reconstruct(codec, S):
+    problem = random_problem(layout(codec, S), [5000], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=500)
+    dense = [torch.full((2, 4900, HK, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    args = (problem.cache, problem.tables, 0, 7, 4907)
+    reference.reconstruct(*args, *dense[0])
+    ops.reconstruct(*args, *dense[1])
+    assert_close(dense[1], dense[0], "dense", torch.bfloat16)
+
+
+def test_pages_beyond_two_gigabytes():
+    """Pages of both kinds share storage and lie 2^25 bytes apart, so that the last starts far beyond 2^31."""
+    it, pages = layout("packed16", 15), 80
+    pool = torch.zeros(pages, 1 << 25, dtype=torch.uint8, device="cuda")
+    small = poisoned_cache(it, 2, atoms=N, dtype=torch.bfloat16, device="cuda")
+    tail = pool.view(torch.bfloat16)[:, : it.tail_page_bytes // 2]
+    tail = tail.view(pages, HK, it.tail_tokens, 2, D)
+    cache = ops.LayerCache(pool, tail, small.key, small.value, it)
+    key, value = vectors_like_the_dictionary(P, cache)
+    slots = torch.arange(P, device="cuda") + 65 * it.tail_tokens
+    ops.write_tail(key, value, cache, slots)
+    ops.omp_encode(key[:0], value[:0], cache, (-1 - slots).int(), torch.arange(P, device="cuda") + 79 * P)
+    tables = ops.RequestTables(
+        cuda([[79]]), cuda([list(range(65, 65 + P // it.tail_tokens))]), cuda([it.tail_tokens]), cuda([96])
+    )
+    dense = [torch.full((2, P, HK, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    reference.reconstruct(cache, tables, 0, 0, P, *dense[0])
+    ops.reconstruct(cache, tables, 0, 0, P, *dense[1])
+    assert_close(dense[1], dense[0], "dense", torch.bfloat16)
+    query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)
+    args = (query, cache, tables, cuda([0]), cuda([P]))
+    want, _ = reference.sparse_decode(*args, scale=SCALE)
+    assert_close(ops.sparse_decode(*args, scale=SCALE)[0], want, "attention", torch.bfloat16)
+
+
+def test_cuda_graph_of_a_decode_step():
+    """write_tail, omp_encode and sparse_decode captured once, replayed with other data in the same buffers."""
+    it, B = layout(), 4
+    problem = random_problem(it, [1024] * B, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=512)
+    cache, tables = problem.cache, problem.tables
+    query = torch.randn(B, HQ, D, device="cuda", dtype=torch.bfloat16)
+    key, value = vectors_like_the_dictionary(B, cache)
+    slots, source = torch.full((B,), -1, device="cuda"), torch.zeros(B * P, dtype=torch.int32, device="cuda")
+    destination = torch.zeros(B * P, dtype=torch.int64, device="cuda")
+    request, seq_len, out = cuda(range(B)), cuda([1024] * B), torch.zeros_like(query)
+
+    def step():
+        ops.write_tail(key, value, cache, slots)
+        ops.omp_encode(key, value, cache, source, destination)
+        return ops.sparse_decode(query, cache, tables, request, seq_len, scale=SCALE, out=out)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = step()
+
+    # Now the step writes the last position of each request, and codes request 0's sixth block from its raw tokens.
+    R, block = it.tail_tokens, 5
+    slots.copy_(tables.tail_block_table[:, 1023 // R].long() * R + 1023 % R)
+    positions = torch.arange(block * P, (block + 1) * P, device="cuda")
+    raw_slots = tables.tail_block_table[0, positions // R].long() * R + positions % R
+    source[:P] = (-1 - raw_slots).int()
+    destination[:P] = tables.block_table[0, block].long() * P + positions % P
+    tables.raw_start[0] = (block + 1) * P
+    query.normal_()
+    graph.replay()
+    want, want_lse = reference.sparse_decode(query, cache, tables, request, seq_len, scale=SCALE)
+    assert_close(out, want, "attention", torch.bfloat16)
+    assert_close(lse, want_lse, "lse", torch.bfloat16)
+    last = cache.tail_pages[tables.tail_block_table[:, 1023 // R].long(), :, 1023 % R]
+    assert torch.equal(last[:, :, 0], key)
+    assert torch.equal(last[:, :, 1], value)

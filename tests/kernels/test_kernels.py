@@ -1,0 +1,277 @@
+"""Each Triton kernel against its twin at small, awkward sizes, in poisoned memory."""
+
+import pytest
+import torch
+from lexico_kernels import CodeLayout, RequestTables, decode, history, omp, reference, tail
+from lexico_kernels.launch import DECODE_SPLITS
+from lexico_kernels.testing import (
+    OMP_ENERGY_RATIO,
+    OMP_ENERGY_RATIO_MEAN,
+    assert_close,
+    poisoned_cache,
+    random_problem,
+)
+
+P = 32
+SIZES = [1, 63, P - 1, P, P + 1]
+CODECS = ["packed16", "paper", "exact"]
+# The interpreter has no bfloat16 products; the tests marked gpu use bfloat16.
+DTYPE = torch.float16
+POISON = float("nan")
+
+
+def layout(D=64, Hk=2, S=(5, 4), **kwargs):
+    return CodeLayout(D, Hk, *S, block_tokens=P, **kwargs)
+
+
+def tokens(count, it, dtype=DTYPE, device="cpu", seed=0):
+    """K and V as rows of a wider buffer, as a fused QKV projection leaves them."""
+    wide = torch.randn(count, 3 * it.num_kv_heads, it.head_dim, generator=torch.Generator().manual_seed(seed))
+    wide = wide.to(device, dtype)
+    return wide[:, : it.num_kv_heads], wide[:, it.num_kv_heads : 2 * it.num_kv_heads]
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def queries(count, heads, it, dtype=DTYPE, device="cpu"):
+    return torch.randn(count, heads, it.head_dim, generator=torch.Generator().manual_seed(9)).to(device, dtype)
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_write_tail(count, D, device):
+    it = layout(D)
+    caches = [poisoned_cache(it, 70, atoms=16, dtype=DTYPE, device=device) for _ in range(2)]
+    key, value = tokens(count, it, device=device)
+    slots = torch.randperm(69 * it.tail_tokens, generator=torch.Generator().manual_seed(1))[:count] + it.tail_tokens
+    slots[::5] = torch.tensor([-1, 0, it.tail_tokens - 1]).repeat(count)[: len(slots[::5])]  # to be skipped
+    reference.write_tail(key, value, caches[0], slots.to(device))
+    tail.write_tail(key, value, caches[1], slots.to(device))
+    assert same_bits(caches[0].tail_pages, caches[1].tail_pages)
+
+
+def residual_energy(cache, slots, vectors, part):
+    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D]."""
+    it = cache.layout
+    fields = [view[slots // P, :, slots % P] for _, view in reference.field_views(cache.code_pages, it, part)]
+    back = reference.decode_heads(torch.cat(fields, -1), cache.codebook(part), it, part, cache.tail_pages.dtype)
+    return (back - vectors.float()).square().sum(-1)
+
+
+def check_encode(it, count, device, dtype=DTYPE, atoms=200, relative_error=0.0):
+    """Some entries come from the tail, some are skipped; all other bytes must stay poison."""
+    caches = [poisoned_cache(it, 8, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
+    key, value = tokens(count, it, dtype, device)
+    source = torch.arange(count, dtype=torch.int32)
+    from_tail = source[::3][: 6 * it.tail_tokens]
+    slots = torch.arange(len(from_tail)) + it.tail_tokens
+    destination = torch.arange(count) + 2 * P + 3
+    destination[1::7] = torch.tensor([-1, 0, P - 1]).repeat(count)[: len(destination[1::7])]
+    for cache in caches:
+        reference.write_tail(key[from_tail.long()], value[from_tail.long()], cache, slots.to(device))
+    source[from_tail.long()] = (-1 - slots).int()
+    entries = source.to(device), destination.to(device)
+    reference.omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
+    omp.omp_encode(key, value, caches[1], *entries, relative_error=relative_error)
+    kept = (destination >= P).to(device)
+    for part, vectors in (("key", key), ("value", value)):
+        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
+        assert got.isfinite().all()
+        if it.codec == "exact":
+            assert float(got.sum()) == float(want.sum()) == 0
+        elif count > 1:
+            assert float(got.sum()) <= OMP_ENERGY_RATIO * float(want.sum())
+            assert float(want.sum()) <= OMP_ENERGY_RATIO * float(got.sum())
+    # What the twin left alone, the kernel left alone.
+    assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
+    skipped = torch.arange(2 * P, 8 * P)
+    skipped = skipped[~torch.isin(skipped, destination)].to(device)
+    for cache in caches:
+        for part in ("key", "value"):
+            for _, view in reference.field_views(cache.code_pages, it, part):
+                assert (view[skipped // P, :, skipped % P] == 0xFF).all()
+        assert (cache.code_pages[:, it.page_bytes :] == 0xFF).all()
+    return caches
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_omp_encode(codec, count, device):
+    check_encode(layout(codec=codec), count, device)
+
+
+@pytest.mark.parametrize(
+    ("D", "S", "dtype", "atoms"),
+    [
+        (128, (7, 3), torch.float16, 256),
+        (64, (1, 1), torch.float16, 64),
+        (64, (9, 17), torch.float32, 130),
+        (96, (4, 5), torch.float16, 100),
+        (64, (3, 3), torch.float16, 1),
+    ],
+)
+def test_omp_encode_shapes(D, S, dtype, atoms, device):
+    check_encode(layout(D, 3, S, element_bytes=dtype.itemsize), 21, device, dtype, atoms)
+
+
+def test_omp_encode_mean_energy(device):
+    it = layout(64, 4, (6, 6))
+    ratios = []
+    caches = check_encode(it, 63, device, atoms=256)
+    slots = torch.arange(2 * P + 5, 2 * P + 8).to(device)
+    key, _ = tokens(63, it, device=device)
+    for cache in caches:
+        ratios.append(float(residual_energy(cache, slots, key[2:5], "key").sum()))
+    assert ratios[1] <= OMP_ENERGY_RATIO_MEAN * ratios[0] or ratios[1] <= OMP_ENERGY_RATIO * ratios[0]
+
+
+def test_omp_encode_stops_early(device):
+    it = layout(64, 2, (12, 12))
+    caches = check_encode(it, 20, device, relative_error=0.6)
+    used = []
+    for cache in caches:
+        (_, scale), (_, entries) = reference.field_views(cache.code_pages, it, "key")
+        records = entries[2, :, 5:9].contiguous().view(torch.int16)
+        used.append(int((records != 0).sum()))
+    assert 0 < used[1] < 8 * 12
+    assert abs(used[0] - used[1]) <= 2
+
+
+@pytest.mark.parametrize("codec", ["packed16", "paper"])
+def test_omp_encode_odd_vectors(codec, device):
+    """Zero, NaN, infinite, huge and tiny vectors, and some that a single atom describes."""
+    it = layout(64, 2, (6, 6), codec=codec, element_bytes=4)
+    cache = poisoned_cache(it, 4, atoms=64, dtype=torch.float32, device=device)
+    key = torch.zeros(10, 2, 64, device=device)
+    key[0, 0, 3], key[1, 0, 3], key[2, 0, 3] = float("nan"), float("inf"), float("-inf")
+    key[3], key[4] = 3e38, 1e30
+    key[5] = 2 * cache.key.atoms[7] + cache.key.mean
+    key[6] = cache.key.mean
+    key[7] = cache.key.mean + 1e-30
+    destination = torch.arange(10, device=device) + P
+    omp.omp_encode(key, key, cache, torch.arange(10, device=device, dtype=torch.int32), destination)
+    tables = RequestTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in ([[1]], [[0] * P], [0], [P])))
+    out_key, out_value = torch.full((2, 10, 2, 64), POISON, device=device)
+    reference.reconstruct(cache, tables, 0, 0, 10, out_key, out_value)
+    for token, head in ((0, 0), (1, 0), (2, 0), (6, 0), (6, 1)):
+        torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
+    assert out_key.isfinite().all()
+    torch.testing.assert_close(out_key[5], key[5], rtol=1e-2, atol=1e-2)
+    first = reference.field_views(cache.code_pages, it, "key")[1][1][1, :, 5].contiguous().view(torch.int16)
+    assert ((first != 0).sum(1) == 1).all()  # one atom, then nothing is left to code
+
+
+def test_omp_encode_duplicate_atoms(device):
+    it = layout(64, 1, (16, 16), element_bytes=4)
+    cache = poisoned_cache(it, 4, atoms=65, dtype=torch.float32, device=device)
+    for book in (cache.key, cache.value):
+        book.atoms[33:65] = book.atoms[1:33]
+    key, value = tokens(20, it, torch.float32, device)
+    destination = torch.arange(20, device=device) + P
+    omp.omp_encode(key, value, cache, torch.arange(20, device=device, dtype=torch.int32), destination)
+    centred = key.float() - cache.key.mean
+    energy = residual_energy(cache, destination, key, "key")
+    assert (energy <= centred.square().sum(-1) * 1.001).all()
+
+
+def test_omp_encode_skips_everything(device):
+    it = layout()
+    cache = poisoned_cache(it, 3, atoms=64, dtype=DTYPE, device=device)
+    key, value = tokens(5, it, device=device)
+    nowhere = torch.tensor([-1, 0, P - 1, -5, 3], device=device)
+    omp.omp_encode(key, value, cache, torch.full((5,), -9999, dtype=torch.int32, device=device), nowhere)
+    omp.omp_encode(key[:0], value[:0], cache, torch.zeros(0, dtype=torch.int32, device=device), nowhere[:0])
+    assert (cache.code_pages == 0xFF).all()
+
+
+def check_decode(problem, request, lengths, heads, device, dtype=DTYPE):
+    request = torch.tensor(request, dtype=torch.int32, device=device)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    query = queries(len(lengths), heads, problem.cache.layout, dtype, device)
+    args = (query, problem.cache, problem.tables, request, lengths)
+    scale = problem.cache.layout.head_dim**-0.5
+    want, want_lse = reference.sparse_decode(*args, scale=scale)
+    out = torch.full((*query.shape[:2], 2 * query.shape[2]), POISON, dtype=dtype, device=device)[..., : query.shape[2]]
+    given, lse = decode.sparse_decode(*args, scale=scale, out=out)
+    assert given is out
+    assert_close(out, want, "attention", dtype)
+    assert_close(lse, want_lse, "lse", dtype)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_sparse_decode(codec, group, device):
+    it = layout(codec=codec)
+    problem = random_problem(it, SIZES, dtype=DTYPE, device=device)
+    check_decode(problem, range(5), SIZES, 2 * group, device)
+
+
+@pytest.mark.parametrize(
+    ("D", "S", "dtype"), [(128, (7, 3), torch.float16), (96, (4, 5), torch.float16), (64, (9, 17), torch.float32)]
+)
+def test_sparse_decode_shapes(D, S, dtype, device):
+    it = layout(D, 1, S, element_bytes=dtype.itemsize)
+    problem = random_problem(it, [70], dtype=dtype, device=device)
+    check_decode(problem, [0], [70], 2, device, dtype)
+
+
+def test_sparse_decode_several_tokens_of_a_request_and_padding(device):
+    problem = random_problem(layout(), [40, 63], device=device, raw_tokens=20)
+    check_decode(problem, [1, 1, 1, 0, 0], [61, 62, 63, 40, 0], 6, device)
+
+
+@pytest.mark.parametrize(("sink_pages", "raw_tokens"), [(0, 0), (0, 500), (3, 0), (1, 1), (50, 0)])
+def test_sparse_decode_ranges(sink_pages, raw_tokens, device):
+    """No sinks, no tail (its pages are gone after a prefix hit), nothing coded, everything a sink."""
+    problem = random_problem(layout(), [63, 33], device=device, sink_pages=sink_pages, raw_tokens=raw_tokens)
+    check_decode(problem, [0, 1], [63, 33], 4, device)
+
+
+def test_sparse_decode_long_context_uses_all_parts(device):
+    length = DECODE_SPLITS * 128 + 77
+    problem = random_problem(layout(64, 1, (2, 2)), [length], device=device, raw_tokens=40)
+    check_decode(problem, [0], [length], 2, device)
+
+
+def test_sparse_decode_without_tokens(device):
+    problem = random_problem(layout(), [5], device=device)
+    empty = torch.zeros(0, dtype=torch.int32, device=device)
+    out, lse = decode.sparse_decode(
+        queries(0, 4, problem.cache.layout, device=device), problem.cache, problem.tables, empty, empty, scale=1.0
+    )
+    assert out.shape == (0, 4, 64)
+    assert lse.shape == (0, 4)
+
+
+def test_sparse_decode_is_batch_invariant(device):
+    problem = random_problem(layout(), [63, 200, 33], device=device, raw_tokens=40)
+    query = queries(3, 4, problem.cache.layout, device=device)
+    request, lengths = torch.tensor([[0, 1, 2], [63, 200, 33]], dtype=torch.int32, device=device)
+    inputs = (problem.cache, problem.tables)
+    together = decode.sparse_decode(query, *inputs, request, lengths, scale=0.2)
+    alone = decode.sparse_decode(query[1:2], *inputs, request[1:2], lengths[1:2], scale=0.2)
+    for one, many in zip(alone, together, strict=True):
+        assert same_bits(one, many[1:2])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 63), (5, 5 + P - 1), (P, 2 * P), (30, 31 + P)])
+def test_reconstruct(codec, start, stop, device):
+    problem = random_problem(layout(codec=codec), [20, 80], device=device, raw_tokens=20)
+    dense = [torch.full((2, stop - start, 4, 64), POISON, dtype=DTYPE, device=device)[:, :, ::2] for _ in range(2)]
+    args = (problem.cache, problem.tables, 1, start, stop)
+    reference.reconstruct(*args, *dense[0])
+    history.reconstruct(*args, *dense[1])
+    assert_close(dense[1], dense[0], "dense", DTYPE)
+
+
+@pytest.mark.parametrize("D", [96, 128])
+def test_reconstruct_shapes(D, device):
+    problem = random_problem(layout(D, 3, (7, 9), element_bytes=4), [50], device=device, dtype=torch.float32)
+    dense = [torch.full((2, 50, 3, D), POISON, device=device) for _ in range(2)]
+    args = (problem.cache, problem.tables, 0, 0, 50)
+    reference.reconstruct(*args, *dense[0])
+    history.reconstruct(*args, *dense[1])
+    assert_close(dense[1], dense[0], "dense", torch.float32)
