@@ -208,10 +208,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         history = self._workspace(query)
         del chunk, merging, history
         num_decodes = min(query.shape[0], self.vllm_config.scheduler_config.max_num_seqs)
-        query.new_empty(
-            getattr(kernels, "decode_scratch_floats", lambda *_: 0)(num_decodes, self.num_heads, self.head_size),
-            dtype=torch.float32,
-        )
+        floats = kernels.decode_scratch_floats(num_decodes, self.num_heads, self.head_size)
+        query.new_empty(floats, dtype=torch.float32)
 
     def _tail_metadata(self) -> LexicoTailMetadata:
         by_layer = get_forward_context().attn_metadata

@@ -48,8 +48,8 @@ RECONSTRUCT = Launch(tile=32, num_warps=4)
 DECODE = Launch(tile=32, num_warps=4, num_stages=1)  # stages would each hold every gathered atom in shared memory
 # Entries of a record whose atoms are fetched together: all of them at once spill registers.
 GATHER_UNROLL = 1
-# Programs that share one token's context. A context is cut into equal parts of at least MIN_SPLIT_TOKENS, which depends on
-# its own length alone: so a token's result is the same in every batch.
+# Programs that share one token's context. A context is cut into equal parts of at least MIN_SPLIT_TOKENS, which
+# depends on its own length alone: so a token's result is the same in every batch.
 DECODE_SPLITS = 16
 MIN_SPLIT_TOKENS = 128
 MERGE = Launch(tile=1, num_warps=4)

@@ -1,11 +1,12 @@
 """CodeLayout: the only home of the sizes and offsets of coded and raw tokens in memory.
 
-A code page holds P = `block_tokens` tokens of one layer. KV head h starts at byte h * head_bytes: first the K records of
-all P tokens, then the V records. A record is made of fields, each an array over the tokens of the page with its own stride:
+A code page holds P = `block_tokens` tokens of one layer. KV head h starts at byte h * head_bytes: first the K records
+of all P tokens, then the V records. A record is made of fields, each an array over the tokens of the page with its
+own stride:
 
 - "packed16": bf16 scale, then S uint16 entries = atom << 4 | level. A token's record is contiguous, 2(S + 1) bytes.
-- "paper" (Lexico, section 3.3): int16 atoms and fp8 e4m3 coefficients, plus a bf16 scale: 3S + 2 bytes. Each field is an
-  array of its own over the page, which keeps 2-byte loads aligned when S is odd.
+- "paper" (Lexico, section 3.3): int16 atoms and fp8 e4m3 coefficients, plus a bf16 scale: 3S + 2 bytes. Each field is
+  an array of its own over the page, which keeps 2-byte loads aligned when S is odd.
 - "exact": the vector itself, for tests.
 
 A tail page holds R = `tail_tokens` raw tokens as [Hk, R, 2, D]. R is the largest power of two that fits the bytes of a

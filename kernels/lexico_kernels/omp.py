@@ -1,9 +1,9 @@
 """omp_encode on CUDA: orthogonal matching pursuit of tiles of vectors, straight into the code pages.
 
-One program codes a tile of vectors of one part. A pass streams the dictionary from L2 through tensor cores and keeps only the
-best atom of each vector. The least-squares solve stays on chip: beside the residual, a vector keeps the S x S matrix that
-writes its orthonormal basis in terms of its chosen atoms. Products with chosen atoms gather the atoms again (cached) instead
-of keeping the basis itself, which would not fit.
+One program codes a tile of vectors of one part. A pass streams the dictionary from L2 through tensor cores and keeps
+only the best atom of each vector. The least-squares solve stays on chip: beside the residual, a vector keeps the S x
+S matrix that writes its orthonormal basis in terms of its chosen atoms. Products with chosen atoms gather the atoms
+again (cached) instead of keeping the basis itself, which would not fit.
 """
 
 import triton
@@ -117,8 +117,9 @@ def _pursue(
 ):
     """OMP of unit vectors x [TILE, D_PAD]: atoms int32 [TILE, S_PAD], 0 where none, and coefficients float32.
 
-    basis[m, i, :] holds basis vector i of vector m as a combination of its chosen atoms, so that the coefficients after a pass
-    are those before plus the new projection times the new row (Lexico, section 3.2: least squares after every choice).
+    basis[m, i, :] holds basis vector i of vector m as a combination of its chosen atoms, so that the coefficients
+    after a pass are those before plus the new projection times the new row (Lexico, section 3.2: least squares after
+    every choice).
     """
     columns = tl.arange(0, S_PAD)
     chosen = tl.zeros([x.shape[0], S_PAD], tl.int32)
@@ -133,7 +134,8 @@ def _pursue(
         gram = _gram(atom, chosen, step, atoms_ptr, D, D_PAD)
         along = tl.sum(basis * gram[:, None, :], 2)
         fresh = tl.sum(atom * atom, 1) - tl.sum(along * along, 1)
-        # An atom within the span of those chosen, or chosen already, won: the residual is orthogonal to all, up to rounding.
+        # An atom within the span of those chosen, or chosen already, won: the residual is orthogonal to all, up to
+        # rounding.
         active = active & (index > 0) & (fresh > MIN_FRESH_ENERGY)
         inverse = tl.where(active, 1.0 / tl.sqrt(tl.where(active, fresh, 1.0)), 0.0)
         unit_row = tl.where(columns == step, 1.0, 0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lexico_kernels import reference
 from lexico_kernels.cache import LayerCache, RequestTables
+from lexico_kernels.launch import DECODE_SPLITS
 
 
 @once
@@ -54,3 +55,8 @@ def reconstruct(
     """Write positions [start, stop) of a request as dense K and V; see `reference.reconstruct`."""
     module = _triton("history") if cache.code_pages.is_cuda else reference
     module.reconstruct(cache, tables, request, start, stop, out_key, out_value)
+
+
+def decode_scratch_floats(num_tokens: int, num_heads: int, head_dim: int) -> int:
+    """Float32 numbers that `sparse_decode` on CUDA allocates for a batch of `num_tokens` tokens, for reserving
+    memory.""" return num_tokens * num_heads * DECODE_SPLITS * (head_dim + 1)

@@ -1,7 +1,8 @@
 """Device functions that several kernels share: find, load and decode records and raw tokens.
 
-ADDRESS is a `layout.PartAddress` and CODEC a codec's name; both are compile-time constants. `heads` are uint8 pointers to the
-start of one head in the code page of each token of a tile, `slots` the tokens' offsets in their pages.
+ADDRESS is a `layout.PartAddress` and CODEC a codec's name; both are compile-time constants. `heads` are uint8
+pointers to the start of one head in the code page of each token of a tile, `slots` the tokens' offsets in their
+pages.
 """
 
 import triton
@@ -52,10 +53,9 @@ def load_atoms(atoms_ptr, indices, D: tl.constexpr, D_PAD: tl.constexpr):
 
 @triton.jit
 def fp8_to_float(code):
-    """float32 of e4m3 bits (no NaN): e4m3 with its exponent moved is float16, 256 times too small, subnormals included."""
-    half = ((code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
-    magnitude = half.to(tl.float32) * 256.0
-    return tl.where((code & 0x80) != 0, -magnitude, magnitude)
+    """float32 of e4m3 bits (no NaN): e4m3 with its exponent moved is float16, 256 times too small, subnormals
+    included.""" half = ((code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True) magnitude =
+    half.to(tl.float32) * 256.0 return tl.where((code & 0x80) != 0, -magnitude, magnitude)
 
 
 @triton.jit

@@ -242,9 +242,9 @@ def quantize(indices: Tensor, coefficients: Tensor, scale: Tensor, levels: Tenso
 def omp(vectors: Tensor, atoms: Tensor, sparsity: int, relative_error: float = 0.0) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit of every vector (Lexico, section 3.2 and algorithm 1).
 
-    Each pass takes the atom of the largest |correlation| with the residual and solves least squares on all chosen atoms,
-    here by a QR factorisation that grows by a column. A vector stops at the relative error, when only rounding is left, or
-    when no atom outside the span of its chosen ones helps.
+    Each pass takes the atom of the largest |correlation| with the residual and solves least squares on all chosen
+    atoms, here by a QR factorisation that grows by a column. A vector stops at the relative error, when only rounding
+    is left, or when no atom outside the span of its chosen ones helps.
 
     Args:
         vectors: [M, D]; rows with NaN or infinity get no atoms.

@@ -11,8 +11,9 @@ from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
 from lexico_kernels.reference import field_views
 
-# (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute terms.
-# Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding of the result.
+# (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute
+# terms. Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding
+# of the result.
 TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("attention", torch.float32): (1e-4, 1e-5),
     ("attention", torch.float16): (1e-2, 1e-3),
@@ -24,10 +25,10 @@ TOLERANCES: dict[tuple[str, torch.dtype], tuple[float, float]] = {
     ("dense", torch.float16): (5e-3, 5e-4),
     ("dense", torch.bfloat16): (4e-2, 4e-3),
 }
-# Residual energy of all vectors by the OMP kernel over the twin's, quantisation included. The kernel chooses atoms in the
-# dictionary's precision, so near ties fall either way and no vector's code need be the same.
-OMP_ENERGY_RATIO = 1.01
-OMP_ENERGY_RATIO_MEAN = 1.002
+# Residual energy by the OMP kernel over the twin's, quantisation included, over fewer or more than about 1000
+# vectors. The kernel chooses atoms in the dictionary's precision, so near ties fall either way and no vector's code
+# need be the same.
+OMP_ENERGY_RATIO = {"few": 1.04, "many": 1.005}
 
 
 def assert_close(actual: Tensor, expected: Tensor, kind: str, dtype: torch.dtype) -> None:
@@ -137,8 +138,8 @@ def random_problem(
 ) -> Problem:
     """Requests of the given lengths with random content.
 
-    Codes exist exactly for the positions that are read as codes, raw tokens exactly for the raw ranges. Table entries that
-    must not be read point to page 0, which is poison.
+    Codes exist exactly for the positions that are read as codes, raw tokens exactly for the raw ranges. Table entries
+    that must not be read point to page 0, which is poison.
 
     Args:
         layout: of the pages.

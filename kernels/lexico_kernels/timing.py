@@ -1,4 +1,5 @@
-"""Times of the operations at serving shapes: `python -m lexico_kernels.timing` on a CUDA device. Checks results first."""
+"""Times of the operations at serving shapes: `python -m lexico_kernels.timing` on a CUDA device. Checks results
+first."""
 
 import torch
 

@@ -1,8 +1,9 @@
 """Without a GPU the kernels run in Triton's interpreter; with one the same tests run them compiled.
 
-Triton reads the switch when a function is decorated, so it is on only while Triton and the kernels are imported here, before
-any test module: neither tests elsewhere nor the processes they start see it. Should something have imported Triton
-earlier in this process (`pytest tests` with a plugin that does), run this folder on its own: `pytest tests/kernels`.
+Triton reads the switch when a function is decorated, so it is on only while Triton and the kernels are imported here,
+before any test module: neither tests elsewhere nor the processes they start see it. Should something have imported
+Triton earlier in this process (`pytest tests` with a plugin that does), run this folder on its own: `pytest
+tests/kernels`.
 """
 
 import os
@@ -26,7 +27,9 @@ if DEVICE == "cpu":
         import lexico_kernels.history
         import lexico_kernels.omp
         import lexico_kernels.tail
-        import triton.experimental.gluon  # noqa: F401  the interpreter's first launch would import it, and look again
+
+        # The interpreter's first launch would import this, which looks at the switch again.
+        import triton.experimental.gluon  # noqa: F401
     finally:
         if previous is None:
             del os.environ["TRITON_INTERPRET"]

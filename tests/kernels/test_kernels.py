@@ -6,7 +6,6 @@ from lexico_kernels import CodeLayout, RequestTables, decode, history, omp, refe
 from lexico_kernels.launch import DECODE_SPLITS
 from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
-    OMP_ENERGY_RATIO_MEAN,
     assert_close,
     poisoned_cache,
     random_problem,
@@ -18,6 +17,8 @@ CODECS = ["packed16", "paper", "exact"]
 # The interpreter has no bfloat16 products; the tests marked gpu use bfloat16.
 DTYPE = torch.float16
 POISON = float("nan")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
 
 
 def layout(D=64, Hk=2, S=(5, 4), **kwargs):
@@ -82,8 +83,8 @@ def check_encode(it, count, device, dtype=DTYPE, atoms=200, relative_error=0.0):
         if it.codec == "exact":
             assert float(got.sum()) == float(want.sum()) == 0
         elif count > 1:
-            assert float(got.sum()) <= OMP_ENERGY_RATIO * float(want.sum())
-            assert float(want.sum()) <= OMP_ENERGY_RATIO * float(got.sum())
+            assert float(got.sum()) <= OMP_ENERGY_RATIO["few"] * float(want.sum())
+            assert float(want.sum()) <= OMP_ENERGY_RATIO["few"] * float(got.sum())
     # What the twin left alone, the kernel left alone.
     assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
     skipped = torch.arange(2 * P, 8 * P)
@@ -116,23 +117,12 @@ def test_omp_encode_shapes(D, S, dtype, atoms, device):
     check_encode(layout(D, 3, S, element_bytes=dtype.itemsize), 21, device, dtype, atoms)
 
 
-def test_omp_encode_mean_energy(device):
-    it = layout(64, 4, (6, 6))
-    ratios = []
-    caches = check_encode(it, 63, device, atoms=256)
-    slots = torch.arange(2 * P + 5, 2 * P + 8).to(device)
-    key, _ = tokens(63, it, device=device)
-    for cache in caches:
-        ratios.append(float(residual_energy(cache, slots, key[2:5], "key").sum()))
-    assert ratios[1] <= OMP_ENERGY_RATIO_MEAN * ratios[0] or ratios[1] <= OMP_ENERGY_RATIO * ratios[0]
-
-
 def test_omp_encode_stops_early(device):
     it = layout(64, 2, (12, 12))
     caches = check_encode(it, 20, device, relative_error=0.6)
     used = []
     for cache in caches:
-        (_, scale), (_, entries) = reference.field_views(cache.code_pages, it, "key")
+        _, (_, entries) = reference.field_views(cache.code_pages, it, "key")
         records = entries[2, :, 5:9].contiguous().view(torch.int16)
         used.append(int((records != 0).sum()))
     assert 0 < used[1] < 8 * 12
