@@ -105,11 +105,16 @@ def _decode_part(
     MIN_SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One part of one token's context for one KV head: normalised output and base-2 log-sum-exp of its G query
-    heads.""" token = tl.program_id(0).to(tl.int64) head, part = tl.program_id(1), tl.program_id(2) group, dims =
-    tl.arange(0, G_PAD), tl.arange(0, D_PAD) seq_len = tl.load(seq_len_ptr + token) span =
-    tl.maximum(tl.cdiv(tl.cdiv(seq_len, SPLITS), TILE) * TILE, MIN_SPLIT) first = part * span end = tl.minimum(first +
-    span, seq_len) out_row = (token * tl.num_programs(1) * G + head * G + group) * SPLITS + part if first >= end:
+    """One part of one token's context for a KV head: normalised output and base-2 log-sum-exp of its G query heads."""
+    token = tl.program_id(0).to(tl.int64)
+    head, part = tl.program_id(1), tl.program_id(2)
+    group, dims = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
+    seq_len = tl.load(seq_len_ptr + token)
+    span = tl.maximum(tl.cdiv(tl.cdiv(seq_len, SPLITS), TILE) * TILE, MIN_SPLIT)
+    first = part * span
+    end = tl.minimum(first + span, seq_len)
+    out_row = (token * tl.num_programs(1) * G + head * G + group) * SPLITS + part
+    if first >= end:
         tl.store(part_lse_ptr + out_row, tl.full([G_PAD], -float("inf"), tl.float32), mask=group < G)
         return
 

@@ -75,14 +75,15 @@ def _best_atoms(residual, atoms_ptr, N: tl.constexpr, D: tl.constexpr, D_PAD: tl
     """
     dims = tl.arange(0, D_PAD)
     operand = residual.to(atoms_ptr.dtype.element_ty)
-    best = tl.zeros([residual.shape[0]], tl.int32)
+    best = tl.zeros([residual.shape[0], CHUNK], tl.int32)  # by column, so that lanes and warps meet once a pass
     for start in tl.range(0, N, CHUNK):
         atoms = start + tl.arange(0, CHUNK)
         mask = (dims < D)[:, None] & (atoms < N)[None, :]
         block = tl.load(atoms_ptr + atoms[None, :] * D + dims[:, None], mask=mask, other=0.0)
         correlation = tl.abs(tl.dot(operand, block, input_precision="tf32"))
         packed = (correlation.to(tl.int32, bitcast=True) & ~INDEX_MASK) | atoms[None, :]
-        best = tl.maximum(best, tl.max(packed, 1))
+        best = tl.maximum(best, packed)
+    best = tl.max(best, 1)
     return tl.where(best > INDEX_MASK, best & INDEX_MASK, 0)
 
 
@@ -175,8 +176,10 @@ def _write_records(
     usable = (peak > 0) & (peak < float("inf"))
     ratio = coefficients / tl.where(usable, peak, 1.0)[:, None]
     kept = usable[:, None] & (chosen > 0)
-    mask = coded[:, None] & (columns < ADDRESS[0])[None, :]
-    index_ptr = (head_start + ADDRESS[3] + slot * ADDRESS[4]).to(tl.pointer_type(tl.uint16), bitcast=True)
+    mask = coded[:, None] & (columns < ADDRESS.sparsity)[None, :]
+    index_ptr = (head_start + ADDRESS.index_offset + slot * ADDRESS.index_stride).to(
+        tl.pointer_type(tl.uint16), bitcast=True
+    )
     if CODEC == "packed16":
         level, value = _nearest_levels(ratio, levels_ptr)
         kept = kept & (tl.abs(ratio - value) < tl.abs(ratio))
@@ -185,11 +188,13 @@ def _write_records(
         peak = peak / FP8_PEAK
         entry = tl.where(kept, chosen, 0)
         code = float_to_fp8(tl.where(kept, ratio * FP8_PEAK, 0.0))
-        code_ptr = head_start + ADDRESS[5] + slot * ADDRESS[6]
+        code_ptr = head_start + ADDRESS.coefficient_offset + slot * ADDRESS.coefficient_stride
         tl.store(code_ptr[:, None] + columns[None, :], code.to(tl.uint8), mask=mask)
     tl.store(index_ptr[:, None] + columns[None, :], entry.to(tl.uint16), mask=mask)
     any_kept = tl.max(kept.to(tl.int32), 1) > 0
-    scale_ptr = (head_start + ADDRESS[1] + slot * ADDRESS[2]).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    scale_ptr = (head_start + ADDRESS.scale_offset + slot * ADDRESS.scale_stride).to(
+        tl.pointer_type(tl.bfloat16), bitcast=True
+    )
     tl.store(scale_ptr, tl.where(any_kept, peak, 0.0).to(tl.bfloat16), mask=coded)
 
 
@@ -230,7 +235,7 @@ def _encode_part(
     mask = (dims < D)[None, :] & coded[:, None]
     x = raw.to(tl.float32) - tl.load(mean_ptr + head[:, None] * D + dims[None, :], mask=mask, other=0.0)
     x, norm = _unit(x)
-    chosen, coefficients = _pursue(x, atoms_ptr, ADDRESS[0], min_energy, N, D, D_PAD, S_PAD, CHUNK)
+    chosen, coefficients = _pursue(x, atoms_ptr, ADDRESS.sparsity, min_energy, N, D, D_PAD, S_PAD, CHUNK)
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
     _write_records(head_start, destination % P, coded, chosen, coefficients * norm[:, None], levels_ptr, ADDRESS, CODEC)
 
@@ -331,8 +336,8 @@ def _write_exact(
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
     mask = coded[:, None] & (dims < D)[None, :]
     element: tl.constexpr = tl.pointer_type(tail_ptr.dtype.element_ty)
-    key_row = (head_start + KEY[3] + (destination % P) * KEY[4]).to(element, bitcast=True)
-    value_row = (head_start + VALUE[3] + (destination % P) * VALUE[4]).to(element, bitcast=True)
+    key_row = (head_start + KEY.index_offset + (destination % P) * KEY.index_stride).to(element, bitcast=True)
+    value_row = (head_start + VALUE.index_offset + (destination % P) * VALUE.index_stride).to(element, bitcast=True)
     tl.store(key_row[:, None] + dims[None, :], key, mask=mask)
     tl.store(value_row[:, None] + dims[None, :], value, mask=mask)
 

@@ -58,5 +58,5 @@ def reconstruct(
 
 
 def decode_scratch_floats(num_tokens: int, num_heads: int, head_dim: int) -> int:
-    """Float32 numbers that `sparse_decode` on CUDA allocates for a batch of `num_tokens` tokens, for reserving
-    memory.""" return num_tokens * num_heads * DECODE_SPLITS * (head_dim + 1)
+    """Float32 numbers that `sparse_decode` on CUDA allocates for that many tokens, for reserving memory."""
+    return num_tokens * num_heads * DECODE_SPLITS * (head_dim + 1)

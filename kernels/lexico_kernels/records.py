@@ -53,9 +53,10 @@ def load_atoms(atoms_ptr, indices, D: tl.constexpr, D_PAD: tl.constexpr):
 
 @triton.jit
 def fp8_to_float(code):
-    """float32 of e4m3 bits (no NaN): e4m3 with its exponent moved is float16, 256 times too small, subnormals
-    included.""" half = ((code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True) magnitude =
-    half.to(tl.float32) * 256.0 return tl.where((code & 0x80) != 0, -magnitude, magnitude)
+    """float32 of e4m3 bits (no NaN): with its exponent moved it is a float16 256 times too small, subnormals too."""
+    half = ((code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
+    magnitude = half.to(tl.float32) * 256.0
+    return tl.where((code & 0x80) != 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -87,18 +88,20 @@ def decode_tile(
 
     DTYPE is that of "exact" vectors.
     """
-    index_ptr = heads + ADDRESS[3] + slots * ADDRESS[4]
+    index_ptr = heads + ADDRESS.index_offset + slots * ADDRESS.index_stride
     if CODEC == "exact":
         dims = tl.arange(0, D_PAD)
         rows = index_ptr.to(tl.pointer_type(DTYPE), bitcast=True)
         mask = valid[:, None] & (dims < D)[None, :]
-        return tl.load(rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        vectors = tl.load(rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     else:
-        scale_ptr = (heads + ADDRESS[1] + slots * ADDRESS[2]).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        scale_ptr = (heads + ADDRESS.scale_offset + slots * ADDRESS.scale_stride).to(
+            tl.pointer_type(tl.bfloat16), bitcast=True
+        )
         scale = tl.load(scale_ptr, mask=valid, other=0.0).to(tl.float32)
         entry_ptr = index_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
         vectors = tl.zeros([heads.shape[0], D_PAD], tl.float32)
-        SPARSITY: tl.constexpr = ADDRESS[0]
+        SPARSITY: tl.constexpr = ADDRESS.sparsity
         for s in tl.range(SPARSITY, loop_unroll_factor=UNROLL):
             entry = tl.load(entry_ptr + s, mask=valid, other=0).to(tl.int32)
             if CODEC == "packed16":
@@ -106,8 +109,10 @@ def decode_tile(
                 coefficient = tl.load(levels_ptr + (entry & (NUM_LEVELS - 1)))
             else:
                 index = entry
-                code = tl.load(heads + ADDRESS[5] + slots * ADDRESS[6] + s, mask=valid, other=0)
+                code = tl.load(
+                    heads + ADDRESS.coefficient_offset + slots * ADDRESS.coefficient_stride + s, mask=valid, other=0
+                )
                 coefficient = fp8_to_float(code.to(tl.int32))
             index = tl.minimum(index, N - 1)  # whatever the bytes are, stay within the dictionary
             vectors += (coefficient * scale)[:, None] * load_atoms(atoms_ptr, index, D, D_PAD)
-        return vectors
+    return vectors

@@ -53,7 +53,8 @@ def omp_encode(
     raw = source < 0
     slots, R = -1 - source[raw], layout.tail_tokens
     for index, (part, tokens) in enumerate(zip(PARTS, (key, value), strict=True)):
-        vectors = tokens[source.clamp(min=0)].to(cache.tail_pages.dtype)  # a copy: [M, Hk, D]
+        vectors = cache.tail_pages.new_empty(len(source), layout.num_kv_heads, layout.head_dim)
+        vectors[~raw] = tokens[source[~raw]].to(vectors.dtype)
         vectors[raw] = cache.tail_pages[slots // R, :, slots % R, index]
         records = encode_heads(vectors, cache.codebook(part), layout, part, relative_error)
         at = 0

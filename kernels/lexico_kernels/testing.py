@@ -98,11 +98,12 @@ def poisoned_cache(
     tail_shape = (num_pages, layout.num_kv_heads, layout.tail_tokens, 2, layout.head_dim)
     page_elements = layout.tail_page_bytes // layout.element_bytes
     tail = torch.full((num_pages, page_elements + 64), torch.nan, dtype=dtype, device=place)
-    books = [random_codebook(atoms, layout, generator, place, dtype) for _ in PARTS]
+    key, value = (random_codebook(atoms, layout, generator, place, dtype) for _ in PARTS)
     return LayerCache(
         torch.full((num_pages, layout.page_bytes + 128), 0xFF, dtype=torch.uint8, device=place),
         tail[:, :page_elements].view(tail_shape),
-        *books,
+        key,
+        value,
         layout,
     )
 

@@ -8,7 +8,6 @@ tests/kernels`.
 
 import os
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ if DEVICE == "cpu":
         import lexico_kernels.decode
         import lexico_kernels.history
         import lexico_kernels.omp
-        import lexico_kernels.tail
+        import lexico_kernels.tail  # noqa: F401
 
         # The interpreter's first launch would import this, which looks at the switch again.
         import triton.experimental.gluon  # noqa: F401
@@ -41,9 +40,3 @@ if DEVICE == "cpu":
 def device() -> str:
     """Where the kernels run."""
     return DEVICE
-
-
-@pytest.fixture
-def on_device() -> Callable[..., list[torch.Tensor]]:
-    """Moves tensors to the device."""
-    return lambda *tensors: [tensor.to(DEVICE) for tensor in tensors]

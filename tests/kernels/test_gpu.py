@@ -165,7 +165,7 @@ def test_pages_beyond_two_gigabytes():
 
 def test_cuda_graph_of_a_decode_step():
     """write_tail, omp_encode and sparse_decode captured once, replayed with other data in the same buffers."""
-    it, B = layout(), 4
+    it, B, block = layout(), 4, 4
     problem = random_problem(it, [1024] * B, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=512)
     cache, tables = problem.cache, problem.tables
     query = torch.randn(B, HQ, D, device="cuda", dtype=torch.bfloat16)
@@ -188,8 +188,8 @@ def test_cuda_graph_of_a_decode_step():
     with torch.cuda.graph(graph):
         _, lse = step()
 
-    # Now the step writes the last position of each request, and codes request 0's sixth block from its raw tokens.
-    R, block = it.tail_tokens, 5
+    # Now the step writes the last position of each request, and codes the first raw block of request 0.
+    R = it.tail_tokens
     slots.copy_(tables.tail_block_table[:, 1023 // R].long() * R + 1023 % R)
     positions = torch.arange(block * P, (block + 1) * P, device="cuda")
     raw_slots = tables.tail_block_table[0, positions // R].long() * R + positions % R

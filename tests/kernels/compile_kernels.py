@@ -1,0 +1,92 @@
+"""Compile every kernel for an H100 through the public launchers, without a GPU: `python compile_kernels.py`.
+
+The interpreter accepts much that the compiler refuses. Here Triton sees a driver that only names its target, and each
+launch stops after compilation. Prints registers, stack and shared memory of each kernel as ptxas reports them, and
+fails if one needs more shared memory than the device has.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from lexico_kernels import CodeLayout, decode, history, omp, tail
+from lexico_kernels.testing import random_problem
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+SHARED_BYTES = 232448  # of a thread block on sm_90
+CASES = [  # head_dim, sparsity, codec, dtype, atoms, vectors' tokens
+    (128, 15, "packed16", torch.bfloat16, 4096, (1, 512, 4096)),
+    (128, 7, "packed16", torch.float16, 4096, (4096,)),
+    (128, 31, "packed16", torch.bfloat16, 4096, (4096,)),
+    (128, 15, "paper", torch.bfloat16, 4096, (1,)),
+    (64, 15, "packed16", torch.bfloat16, 1024, (1,)),
+    (96, 11, "packed16", torch.bfloat16, 1000, (1,)),
+    (128, 15, "packed16", torch.float32, 4096, (4096,)),
+    (256, 23, "packed16", torch.float32, 4096, (4096,)),
+    (128, 15, "exact", torch.bfloat16, 4096, (1,)),
+]
+
+
+class NamesTheTarget:
+    """The parts of a Triton driver that compilation asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def ptxas_report(cubin: bytes) -> str:
+    """Registers and stack of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return " ".join(re.findall(r"REG:\d+|STACK:\d+", printed))
+
+
+def compile_only(kernel: JITFunction, grid: object):
+    """What stands in for `kernel[grid]`: compiles for the arguments and reports."""
+
+    def launch(*args: object, **kwargs: object) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **kwargs)
+        shared = compiled.metadata.shared
+        tile, warps = kwargs.get("TILE", 1), kwargs["num_warps"]
+        report = ptxas_report(compiled.asm["cubin"])
+        print(f"  {kernel.__name__:13s} tile {tile:3d} warps {warps}: {report} shared {shared}", flush=True)
+        assert shared <= SHARED_BYTES, f"{kernel.__name__} needs {shared} bytes of shared memory"
+
+    return launch
+
+
+def main() -> None:
+    """Compile all kernels for all cases."""
+    triton.runtime.driver.set_active(NamesTheTarget())
+    JITFunction.__getitem__ = compile_only
+    print("triton", triton.__version__)
+    for head_dim, sparsity, codec, dtype, atoms, sizes in CASES:
+        print(f"{codec} D {head_dim} S {sparsity} N {atoms} {dtype}")
+        layout = CodeLayout(head_dim, 8, sparsity, sparsity, codec=codec, element_bytes=dtype.itemsize)
+        problem = random_problem(layout, [40], atoms=atoms, dtype=dtype)
+        cache, tables = problem.cache, problem.tables
+        for tokens in sizes:
+            key = torch.zeros(tokens, 8, head_dim, dtype=dtype)
+            places = torch.zeros(tokens, dtype=torch.int64)
+            omp.omp_encode(key, key, cache, places.int(), places)
+        tail.write_tail(key, key, cache, places)
+        history.reconstruct(cache, tables, 0, 1, 17, key, key)
+        query = torch.zeros(1, 32, head_dim, dtype=dtype)
+        decode.sparse_decode(query, cache, tables, *torch.zeros(2, 1, dtype=torch.int32), scale=0.1)
+
+
+if __name__ == "__main__":
+    main()
