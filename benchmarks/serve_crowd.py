@@ -38,7 +38,7 @@ CHARACTERS_A_TOKEN = 4.0  # of this text, to aim at a length; the server's own c
 
 
 def make_prompts(count: int, shortest: int, longest: int) -> list[str]:
-    """Passages with a question, of lengths from short to long in equal steps, in random order; a few short questions."""
+    """A few short questions and passages with a question, of lengths from short to long, in random order."""
     prompts = list(SHORT)
     for i in range(count - len(SHORT)):
         tokens = shortest + (longest - shortest) * i // max(count - len(SHORT) - 1, 1)

@@ -7,6 +7,7 @@ full precision (`tail.py`). Both groups have a metadata builder here; `impl.py` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -208,6 +210,7 @@ class LexicoBackend(AttentionBackend):
     setup: ClassVar[LexicoSetup | None] = None  # set in the subclass that a loaded layer gets, see `bound_to`
 
     @classmethod
+    @functools.cache
     def bound_to(cls, setup: LexicoSetup) -> type[LexicoBackend]:
         """This backend for layers of one engine: `customize_spec` is handed a spec and no configuration."""
         return type(
@@ -227,6 +230,15 @@ class LexicoBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[LexicoMetadataBuilder]:
         return LexicoMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """What vLLM chooses a default from; once there is a spec, its blocks are never split."""
+        return [MultipleOf(DEFAULT_BLOCK_TOKENS if kv_cache_spec is None else 1)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or block_size in refusals.SUPPORTED_BLOCK_SIZES
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

@@ -48,6 +48,7 @@ class LexicoSetup:
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
+        assert block_tokens in refusals.SUPPORTED_BLOCK_SIZES and block_tokens % GROUP_TOKENS == 0, block_tokens
         return CodeLayout(
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,

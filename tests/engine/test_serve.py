@@ -29,7 +29,7 @@ def server(smollm2, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    # The entry point behind `vllm serve`; the `vllm` command of the CPU wheel asks for the wrong distribution's version.
+    # What `vllm serve` runs; the command itself asks for the version of a distribution that the CPU wheel is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--attention-backend", "LEXICO"]

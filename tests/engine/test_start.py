@@ -28,7 +28,7 @@ def start(model, lexico, **settings):
 
 
 def reason(model, lexico, **settings):
-    with pytest.raises(Exception) as error:  # noqa: PT011, B017 the class depends on where vLLM wraps it
+    with pytest.raises(Exception) as error:
         start(model, lexico, **settings)
     return str(error.value)
 
