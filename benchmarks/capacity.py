@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,18 @@ from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 BYTES_PERCENT = {23: 18.75, 15: 12.5, 11: 9.375, 7: 6.25}  # of bf16, at head size 128
 
+ANSWER = "kv_cache_tokens="
+
 
 def measure(model: Path, settings: dict[str, Any]) -> int:
     """Start an engine in a process of its own and return the tokens that its start-up line names."""
     command = [sys.executable, __file__, "--engine", json.dumps(settings), "--model", str(model)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the count is read in the engine's process
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if result.returncode:
         sys.exit(f"capacity: the engine with {settings} did not start; its messages are above")
-    return int(result.stdout.strip().splitlines()[-1])
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
+    return int(line.removeprefix(ANSWER))
 
 
 def start(model: Path, settings: dict[str, Any]) -> None:
@@ -35,7 +40,7 @@ def start(model: Path, settings: dict[str, Any]) -> None:
     from vllm import LLM
 
     llm = LLM(str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, **settings)
-    print(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens, flush=True)
+    print(f"{ANSWER}{llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens}", flush=True)
 
 
 def main() -> None:
