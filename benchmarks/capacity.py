@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lexico_kernels import CodeLayout
 from record import record
 from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
-BYTES_PERCENT = {23: 18.75, 15: 12.5, 11: 9.375, 7: 6.25}  # of bf16, at head size 128
+HEADS, HEAD_DIM = LLAMA_3_1_8B["num_key_value_heads"], LLAMA_3_1_8B["head_dim"]
 
 ANSWER = "kv_cache_tokens="
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=32768)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--peer", default="FLASH_ATTN", help="attention backend to compare with (default: %(default)s)")
-    parser.add_argument("--sparsities", type=int, nargs="+", default=[15, 7], choices=sorted(BYTES_PERCENT))
+    parser.add_argument("--sparsities", type=int, nargs="+", default=[15, 7])
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try this out")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--engine", type=json.loads, help=argparse.SUPPRESS)
@@ -66,7 +67,8 @@ def main() -> None:
             lexico = {"dictionary": str(dictionary), "sparsity": sparsity}
             settings = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
             tokens = measure(model, common | settings)
-            case = {"model": "Llama-3.1-8B shape", "bytes_percent": BYTES_PERCENT[sparsity], **common}
+            layout = CodeLayout(HEAD_DIM, HEADS, sparsity, sparsity)
+            case = {"model": "Llama-3.1-8B shape", "bytes_percent": 100 * layout.ratio, **common}
             row = record("engine", case, "kv_cache_tokens", tokens, args.peer, peer_tokens)
             print(f"sparsity {sparsity}: {tokens:,} tokens, {row['ratio']:.2f} times", file=sys.stderr)
     return None

@@ -25,9 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from record import record
+
 TEXT = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 ANSWER_TOKENS = 32
 CROWD = 64
+ALTERNATIVES = 8  # best tokens kept a position, to tell a tie from an error where two backends part
+# LEXICO may be this much further from a backend of vLLM than two of those are from each other: what repeated runs of
+# one pair differ by.
+ALLOWED_RATIO = 1.25
 Prompts = list[list[int]]
 Answers = list[dict[str, Any]]
 
@@ -50,10 +56,10 @@ class Engine:
         return self.text_tokens[start : start + length]
 
     def answer(self, prompts: Prompts, max_tokens: int = ANSWER_TOKENS) -> Answers:
-        """Token ids, their log-probabilities, and the two best tokens of every position."""
+        """Token ids, and the best tokens of every position with their log-probabilities."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=ALTERNATIVES)
         outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         return [_answer(output.outputs[0]) for output in outputs]
 
@@ -172,7 +178,7 @@ def compare(one: Answers, other: Answers) -> dict[str, float]:
         for token, other_token, step, other_step in zip(a["tokens"], b["tokens"], a["steps"], b["steps"], strict=True):
             step, other_step = ({int(t): p for t, p in s.items()} for s in (step, other_step))
             if token != other_token:
-                # How much worse each thought the other's choice; a token outside the best three is no tie.
+                # How much worse each thought the other's choice; a token outside the best ones is no tie.
                 partings.append(max(_regret(step, other_token), _regret(other_step, token)))
                 break
             gaps.append(abs(step[token] - other_step[token]))
@@ -218,7 +224,27 @@ def orchestrate(args: argparse.Namespace) -> None:
     for row in table:
         numbers = " ".join(f"{name} {value:.5g}" for name, value in row.items() if isinstance(value, float | int))
         print(f"{row['scenario']:18} {row['pair']:28} {numbers}  {row.get('counts', '')}")
-    sys.exit(bool(failed))
+    too_far = judge(table, args) if len(args.backends) == 3 else []
+    for words in too_far:
+        print(f"too far: {words}", file=sys.stderr)
+    sys.exit(bool(failed or too_far))
+
+
+def judge(table: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """Record LEXICO's distance from the first backend beside the second's; what is too far, in words."""
+    first, second, ours = args.backends
+    rows = {(row["scenario"], row["pair"]): row for row in table}
+    too_far = []
+    for scenario in dict.fromkeys(row["scenario"] for row in table):
+        if (noise := rows.get((scenario, f"{first} {second}"))) is None:
+            noise, row = rows[scenario, f"{first} with itself"], rows[scenario, f"{ours} with itself"]
+        else:
+            row = rows[scenario, f"{first} {ours}"]
+        case = {"model": Path(args.model).name, "scenario": scenario, "backend": ours, "tokens": row["tokens"]}
+        kept = record("exactness", case, "logprob_gap_mean", row["mean"], second, noise["mean"])
+        if kept["ratio"] > ALLOWED_RATIO:
+            too_far.append(f"{scenario}: {row['mean']:.4g} against {noise['mean']:.4g}")
+    return too_far
 
 
 def summarize(folder: Path, backends: list[str]) -> list[dict[str, Any]]:

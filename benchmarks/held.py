@@ -3,7 +3,7 @@
     python benchmarks/held.py --lengths 1024 4096 32768 131072
 
 Runs one request of each length on the shape of Llama-3.1-8B with few layers and dummy weights, reads vLLM's block pool
-while it decodes and writes `held_bytes_ratio` to benchmarks/results/engine.jsonl.
+while it decodes and writes `held_bytes_a_layer` to benchmarks/results/engine.jsonl.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from record import record
 from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 NUM_DECODED = 8
+CACHE_BYTES = 8 << 30
 
 
 def pages_held(llm: Any, length: int) -> int:
-    """Pages in use while a request of `length` prompt tokens decodes, the null block aside."""
+    """Pages in use while a request decodes, a few tokens short of `length`, the null block aside."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     empty = pool.get_num_free_blocks()
-    prompt = {"prompt_token_ids": [1 + i % 1000 for i in range(length - NUM_DECODED)]}
+    prompt = {"prompt_token_ids": [1 + i % 1000 for i in range(length - 2 * NUM_DECODED)]}
     engine.add_request("held", prompt, SamplingParams(max_tokens=2 * NUM_DECODED, ignore_eos=True, temperature=0))
     held = 0
     while engine.has_unfinished_requests():
@@ -58,17 +59,17 @@ def main() -> None:
                 skip_tokenizer_init=True,
                 enforce_eager=True,
                 enable_prefix_caching=False,
-                max_model_len=max(args.lengths) + 2 * NUM_DECODED,
-                gpu_memory_utilization=0.3,
+                max_model_len=max(args.lengths),
+                gpu_memory_utilization=0.2,
+                kv_cache_memory_bytes=CACHE_BYTES,
                 attention_backend="LEXICO",
                 additional_config={"lexico": {"dictionary": str(dictionary), "sparsity": sparsity}},
             )
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-            spec = next(layer for name, layer in context.items() if name.endswith("lexico_tail")).get_kv_cache_spec(
-                llm.llm_engine.vllm_config
-            )
+            cache = next(layer.kv_cache for layer in context.values())
+            page_bytes = cache.stride(0) * cache.element_size()
             for length in args.lengths:
-                held = pages_held(llm, length) * spec.page_size_bytes
+                held = pages_held(llm, length) * page_bytes
                 dense = length * LLAMA_3_1_8B["num_key_value_heads"] * LLAMA_3_1_8B["head_dim"] * 2 * 2
                 case = {"model": "Llama-3.1-8B shape", "sparsity": sparsity, "tokens": length}
                 row = record("engine", case, "held_bytes_a_layer", held, "bf16", dense)

@@ -97,7 +97,8 @@ def print_memory(llm: Any) -> None:
     print(f"\nKV cache of {layers} layers, {kv_heads} KV heads of size {layout.head_dim}, bytes a token")
     print(f"  {str(model.dtype).removeprefix('torch.'):10}{plain:>10,}")
     print(f"  {BACKEND:10}{coded:>10,}   {layout.ratio:.1%}, {plain - coded:,} bytes saved with every token")
-    print(f"  The newest {settings.window} tokens or so and the first {settings.sinks} are also kept uncoded.")
+    sinks = -(-settings.sinks // layout.tail_tokens) * layout.tail_tokens
+    print(f"  The newest {settings.window} tokens or so and the first {sinks} are also kept uncoded.")
     if tokens := config.cache_config.kv_cache_size_tokens:
         print(f"  This engine's cache holds {tokens:,} tokens in requests of {MAX_MODEL_LEN:,}.")
 

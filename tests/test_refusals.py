@@ -58,14 +58,14 @@ LAYERS_BY_SELECTOR = [
     ({"kv_cache_dtype": "turboquant_3bit_nc"}, ["--kv-cache-dtype turboquant_3bit_nc", "auto"]),
     ({"use_mla": True, "head_size": 576}, ["MLA", "another --attention-backend"]),
     ({"head_size": 96}, ["head size 96", "only 64 and 128", "another --attention-backend"]),
-    ({"has_sliding_window": True}, ["sliding-window", "backend_per_kind"]),
+    ({"has_sliding_window": True}, ["sliding-window", "pages have another size", "another --attention-backend"]),
     ({"has_sink": True}, ["learned attention sinks", "gpt-oss"]),
     ({"attn_type": "encoder_only"}, ["encoder", "only decoders"]),
     ({"use_dcp": True}, ["decode context parallelism", "--decode-context-parallel-size"]),
 ]
 LAYERS_BY_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, ["ALiBi", "another --attention-backend"]),
-    ({"sliding_window": 4096}, ["sliding-window", "backend_per_kind"]),
+    ({"sliding_window": 4096}, ["sliding-window", "pages have another size", "another --attention-backend"]),
     ({"logits_soft_cap": 50.0}, ["soft cap", "50.0"]),
     ({"attn_type": "encoder_decoder"}, ["encoder"]),
     ({"kv_sharing_target": "model.layers.3.attn"}, ["share the cache", "model.layers.3.attn"]),

@@ -103,7 +103,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"  atoms      {info.atoms} a layer for keys and as many for values, {info.atom_bits} bits a number")
     print(f"  trained    at {info.sparsity} atoms a vector on {info.vectors_seen} vectors of {info.tokens_seen} tokens")
     print(f"  data       {info.data}")
-    print(f"  made by    {info.version}, seed {info.seed}: {train_command(info.model_name)}")
+    print(f"  made by    {info.version}, seed {info.seed}; make one of your own: {train_command(info.model_name)}")
     columns = [(part, sparsity) for part, of_part in info.errors.items() for sparsity in of_part]
     if not columns:
         return

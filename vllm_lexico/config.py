@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-MAX_SPARSITY = 31
-CODECS = ("packed16", "paper", "exact")
+from lexico_kernels.layout import CODECS, MAX_SPARSITY
+
 PREFIX_HITS = ("codes", "window")
 
 
@@ -37,9 +37,10 @@ class LexicoConfig:
 
     dictionary: a file or a Hugging Face id; None searches for one that was made for the model.
     sparsity: atoms a vector, the dial between memory and quality.
-    window: newest tokens kept in full precision; at least one block is kept whatever it says.
+    window: newest tokens kept in full precision; at least 32 are, the group of tokens that waits to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
-    relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does).
+    relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does);
+        saves time, not memory: a code has the size that its sparsity gives it.
     prefix_hits: "codes" takes every prefix-cache hit and reads a missing window from codes; "window" takes a hit only
         where the full-precision window before it is cached too, which keeps one more block a request in full precision.
     codec: "packed16", "paper" (int16 + fp8) or "exact" (the vectors themselves, for tests).

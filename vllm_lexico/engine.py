@@ -39,7 +39,6 @@ class LexicoSetup:
             ValueError: the engine or the settings are not supported, or no dictionary fits the model.
         """
         config = LexicoConfig.from_additional_config(vllm_config.additional_config)
-        refusals.refuse(refusals.engine_refusals(vllm_config))
         path = None
         if config.codec != "exact":
             fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)

@@ -6,7 +6,7 @@ from typing import Any
 
 import lexico_kernels as kernels
 import torch
-from lexico_kernels import LayerCache, RequestTables
+from lexico_kernels import PARTS, LayerCache, RequestTables
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -24,7 +24,7 @@ from vllm_lexico.tail import LexicoTailSpec, tail_spec
 
 # History that a chunk reads is rebuilt this many tokens at a time, which bounds the workspace whatever the context.
 HISTORY_TOKENS = 4096
-PARTS = ("key", "value")
+BOOK_FIELDS = ("atoms", "levels", "mean")
 
 
 class LexicoTail(nn.Module, AttentionLayerBase):
@@ -78,6 +78,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.vllm_config = get_current_vllm_config()
+        refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
         self._cache: LayerCache | None = None
@@ -93,7 +94,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         self._load_codebooks(layer, extract_layer_index(name), act_dtype)
 
     def _load_codebooks(self, layer: nn.Module, index: int, dtype: torch.dtype) -> None:
-        """Register the layer's codebooks as buffers: sleep mode keeps buffers, and profiling counts them."""
+        """Register the layer's codebooks as buffers: sleep mode keeps buffers, and profiling counts them.
+
+        When weights are loaded again, the buffers stay where they are: captured CUDA graphs know their addresses.
+        """
         dictionary = self.setup.dictionary()
         device = torch.device(current_platform.device_type)
         heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
@@ -104,8 +108,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             else:
                 sparsity = getattr(self.setup.config.sparsity, part)
                 book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
-            for field in ("atoms", "levels", "mean"):
-                layer.register_buffer(f"lexico_{part}_{field}", getattr(book, field), persistent=False)
+            for field in BOOK_FIELDS:
+                _set_buffer(layer, f"lexico_{part}_{field}", getattr(book, field))
 
     def forward(
         self,
@@ -207,7 +211,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         merging = [torch.empty_like(query, dtype=torch.float32) for _ in range(3)]
         history = self._workspace(query)
         del chunk, merging, history
-        num_decodes = min(query.shape[0], self.vllm_config.scheduler_config.max_num_seqs)
+        decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
+        num_decodes = min(query.shape[0], decode_tokens)
         floats = kernels.decode_scratch_floats(num_decodes, self.num_heads, self.head_size)
         query.new_empty(floats, dtype=torch.float32)
 
@@ -233,7 +238,15 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
 
 
 def _book(layer: nn.Module, part: str) -> kernels.Codebook:
-    return kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in ("atoms", "levels", "mean")))
+    return kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS))
+
+
+def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:
+    present = getattr(layer, name, None)
+    if present is not None and (present.shape, present.dtype) == (values.shape, values.dtype):
+        present.copy_(values)
+    else:
+        layer.register_buffer(name, values, persistent=False)
 
 
 def _code_pages(kv_cache: Tensor) -> Tensor:

@@ -126,11 +126,7 @@ def _mla() -> str:
 
 
 def _sliding_window() -> str:
-    return (
-        "sliding-window layers are not supported; give them a backend of their own with "
-        """--attention-config '{"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}' or """
-        "choose another --attention-backend"
-    )
+    return f"sliding-window layers are not supported: their pages have another size; {OTHER_BACKEND}"
 
 
 def _encoder() -> str:

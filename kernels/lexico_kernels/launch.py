@@ -32,8 +32,7 @@ OMP = {
     ),
     16: (
         OmpLaunch(2048, 16, 128, 4, 3),
-        OmpLaunch(8192, 32, 128, 4, 3),
-        OmpLaunch(UNLIMITED, 64, 128, 8, 3),
+        OmpLaunch(UNLIMITED, 32, 128, 4, 3),  # 64 with 8 warps ran at half the speed
     ),
     32: (
         OmpLaunch(2048, 16, 128, 4, 3),
