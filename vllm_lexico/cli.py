@@ -131,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `vllm-lexico inspect FILE | head`
+        sys.stdout = None
+        return 0
     except (ValueError, OSError) as error:  # OSError: what transformers and the hub raise for a model that is not there
         print(f"vllm-lexico: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
