@@ -255,7 +255,7 @@ class LexicoBackend(AttentionBackend):
         if cls.setup is None or spec.state_content_bytes is not None:
             return spec
         layout = cls.setup.layout(spec.head_size, spec.num_kv_heads, spec.block_size, spec.dtype)
-        return dataclasses.replace(spec, state_content_bytes=layout.token_bytes)
+        return dataclasses.replace(spec, state_content_bytes=layout.cell_bytes)
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:

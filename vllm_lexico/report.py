@@ -27,10 +27,10 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
     )
     what = f"{layout.codec}, {atoms}" if dictionary else "the exact codec (for tests)"
     source = f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms)" if dictionary else ""
-    bytes_a_head = layout.num_kv_heads * num_layers
+    num_heads = layout.num_kv_heads * num_layers
     return (
-        f"LEXICO: {what}{source}; {layout.token_bytes * bytes_a_head:,} bytes a token instead of "
-        f"{layout.raw_token_bytes * bytes_a_head:,} ({layout.ratio:.2%}), newest {setup.window_tokens} and first "
+        f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes a token instead of "
+        f"{layout.raw_token_bytes * num_heads:,} ({layout.ratio:.2%}), newest {setup.window_tokens} and first "
         f"{setup.sink_blocks(layout) * layout.tail_tokens} tokens exact; {num_tokens:,} tokens fit"
     )
 

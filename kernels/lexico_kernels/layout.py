@@ -165,9 +165,17 @@ class CodeLayout:
         return self.block_tokens * self.token_bytes
 
     @property
+    def cell_bytes(self) -> int:
+        """What a page has for a token of a head: its codes, rounded up to whole numbers of the model's dtype.
+
+        An engine that views pages in that dtype needs it. What the rounding adds lies at the end of the page.
+        """
+        return -(-self.token_bytes // self.element_bytes) * self.element_bytes
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a code page of one layer."""
-        return self.num_kv_heads * self.head_bytes
+        return self.num_kv_heads * self.block_tokens * self.cell_bytes
 
     @property
     def raw_token_bytes(self) -> int:
@@ -176,13 +184,13 @@ class CodeLayout:
 
     @property
     def ratio(self) -> float:
-        """Coded bytes over raw bytes."""
-        return self.token_bytes / self.raw_token_bytes
+        """Coded bytes over raw bytes, rounding included."""
+        return self.cell_bytes / self.raw_token_bytes
 
     @property
     def tail_tokens(self) -> int:
         """R: raw tokens in a page, the largest power of two that fits; 0 where not even one does."""
-        fitting = self.block_tokens * self.token_bytes // self.raw_token_bytes
+        fitting = self.block_tokens * self.cell_bytes // self.raw_token_bytes
         return 1 << (fitting.bit_length() - 1) if fitting else 0
 
     @property

@@ -35,6 +35,20 @@ def test_page_arithmetic(kwargs, token_bytes, tail_tokens, padding_bytes):
     assert it.page_bytes - it.tail_page_bytes == padding_bytes
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "token_bytes", "cell_bytes"),
+    [
+        ({"codec": "paper", "value_sparsity": 4}, 61, 62),
+        ({"codec": "paper", "S": 7, "value_sparsity": 5, "element_bytes": 4}, 40, 40),
+        ({"codec": "paper", "S": 7, "element_bytes": 4}, 46, 48),
+        ({"S": 15, "value_sparsity": 4, "element_bytes": 4}, 42, 44),
+    ],
+)
+def test_a_page_is_whole_numbers_of_the_model_dtype(kwargs, token_bytes, cell_bytes):
+    it = layout(**kwargs)
+    assert (it.token_bytes, it.cell_bytes, it.page_bytes) == (token_bytes, cell_bytes, 8 * 128 * cell_bytes)
+
+
 def test_packed16_record_is_contiguous():
     it = layout(S=15, value_sparsity=7)
     assert it.fields("key") == {"scale": Field(0, 32, 2), "entries": Field(2, 32, 30)}
