@@ -105,9 +105,8 @@ def multi_turn(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
 
 def crowd(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """Many requests of mixed length in random order (500 at full scale)."""
-    lengths = [
-        random.Random(i).choice([5, 40, 100, 129, 250, 400, 700]) for i in range(125 * scale if scale > 1 else 24)
-    ]
+    count = 125 * scale if scale > 1 else 16
+    lengths = [random.Random(i).choice([5, 40, 100, 129, 250, 400, 700]) for i in range(count)]
     order = list(range(len(lengths)))
     random.Random(0).shuffle(order)
     answers = engine.answer([engine.passage(1000 + i, lengths[i]) for i in order])
@@ -129,13 +128,14 @@ def preempted(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
 def alone_and_in_crowd(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """The same requests alone and among others; compare the first half with the second."""
     prompts = [engine.passage(500 + i, 150 + 100 * i) for i in range(scale)]
-    others = [engine.passage(600 + i, 60 + 9 * i) for i in range(CROWD - 1)]
+    others = [engine.passage(600 + i, 60 + 9 * i) for i in range(CROWD - 1 if scale > 1 else 9)]
     alone, among = [], []
     for i, prompt in enumerate(prompts):
         engine.llm.reset_prefix_cache()
         alone += engine.answer([prompt])
         engine.llm.reset_prefix_cache()
-        among.append(engine.answer([*others[: 20 + i], prompt, *others[20 + i :]])[20 + i])
+        place = len(others) // 3 + i
+        among.append(engine.answer([*others[:place], prompt, *others[place:]])[place])
     return alone + among, {}
 
 
