@@ -68,11 +68,10 @@ class _StepBuffers:
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         scheduler = vllm_config.scheduler_config
-        self.max_requests = scheduler.max_num_seqs
-        # A padded batch may exceed the scheduler's budget by the padding of a CUDA graph.
-        self.max_tokens = max(
-            scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        )
+        # A batch that is padded to the size of a CUDA graph may exceed what the scheduler allows.
+        padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self.max_requests = max(scheduler.max_num_seqs, padded)
+        self.max_tokens = max(scheduler.max_num_batched_tokens, padded)
         self.max_coded = plan.max_coded_tokens(self.max_tokens, self.max_requests)
         self.device = device
 

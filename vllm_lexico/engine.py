@@ -33,10 +33,10 @@ class LexicoSetup:
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
-        """Check everything that can be checked before a weight is loaded.
+        """Read the settings and find the dictionary, which is checked against the model.
 
         Raises:
-            ValueError: the engine or the settings are not supported, or no dictionary fits the model.
+            ValueError: a setting is not allowed, or no dictionary fits the model.
         """
         config = LexicoConfig.from_additional_config(vllm_config.additional_config)
         path = None
