@@ -21,7 +21,6 @@ from record import record
 from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 HEADS, HEAD_DIM = LLAMA_3_1_8B["num_key_value_heads"], LLAMA_3_1_8B["head_dim"]
-
 ANSWER = "kv_cache_tokens="
 
 

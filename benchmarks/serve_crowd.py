@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import pydoc_data.topics
 import random
 import signal
 import subprocess
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from record import record
+from texts import TEXT
 
-TEXT = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 QUESTION = "\n\nSay in two sentences what the text above is about."
 SHORT = [
     "What is the capital of France?",
