@@ -1,9 +1,9 @@
 """A benchmark's result is written with everything that is known about it, and with nothing that is not."""
 
-import importlib.util
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,12 +11,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def recorder(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_record", root / "benchmarks" / "record.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def recorder(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("record")
 
 
 def git(folder: Path, *arguments: str) -> str:

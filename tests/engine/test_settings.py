@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
@@ -39,24 +38,9 @@ CODED = {
 
 
 @pytest.fixture(scope="module")
-def dictionary(tiny_llama, tmp_path_factory):
+def dictionary(tiny_llama, load_benchmark):
     """A dictionary of random atoms for the tiny model."""
-    from transformers import AutoConfig
-
-    from vllm_lexico.dictionary import Dictionary, DictionaryInfo, ModelFingerprint
-
-    fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(tiny_llama))
-    layers, heads, dim = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim
-    tensors = {}
-    for part in ("key", "value"):
-        tensors[f"{part}_atoms"] = torch.randint(-127, 128, (layers, 128, dim), dtype=torch.int8)
-        tensors[f"{part}_atoms"][:, 0] = 0
-        tensors[f"{part}_mean"] = torch.zeros(layers, heads, dim)
-        tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).expand(layers, 32, 16).contiguous()
-    info = DictionaryInfo(str(tiny_llama), fingerprint, 128, 8, 15, "random atoms", 0, 0)
-    path = tmp_path_factory.mktemp("dictionary") / "random.safetensors"
-    Dictionary(info, tensors).save(path)
-    return path
+    return load_benchmark("shapes").write_random_dictionary(tiny_llama, atoms=128)
 
 
 @pytest.fixture(scope="module")
