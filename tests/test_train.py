@@ -228,7 +228,10 @@ def test_command_line(tiny_model, tmp_path, capsys):
     [
         (["train", "x", "--atoms", "5000"], "--atoms is 5000; allowed: 2 to 4096"),
         (["train", "x", "--sparsity", "32"], "--sparsity is 32; allowed: 1 to 31"),
-        (["train", "x", "--data", "absent.txt"], "--data is absent.txt; allowed: files and folders that exist"),
+        (
+            ["train", "x", "--data", "absent.txt"],
+            "--data is absent.txt; allowed: files and folders that exist, or a Hugging",
+        ),
         (["train", "x", "--device", "abacus"], "--device is abacus; allowed: cpu, cuda"),
         (["inspect", "absent.safetensors"], "there is no dictionary file absent.safetensors"),
     ],
