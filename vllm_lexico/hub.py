@@ -83,9 +83,7 @@ def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
 
     info = load_dictionary(path).info
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
-        raise ValueError(
-            f"{repo!r} is no repository of the Hugging Face hub; allowed: org/name, as in me/my-dictionary"
-        )
+        raise ValueError(f"{repo!r} is no name of a repository on the hub; allowed: org/name, as in me/my-dictionary")
     if not get_token():
         raise ValueError("there is no Hugging Face token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="vllm-lexico")
