@@ -31,7 +31,7 @@ def test_one_number_or_one_a_part():
         ({"relative_error": 1.0}, ["relative_error", "1.0", "up to, not including, 1"]),
         ({"prefix_hits": "none"}, ["'none'", "'codes' or 'window'"]),
         ({"codec": "int8"}, ["'int8'", "'packed16' or 'paper' or 'exact'"]),
-        ({"dictionary": ""}, ["dictionary", "Hugging Face id"]),
+        ({"dictionary": ""}, ["dictionary", 'a Hugging Face id or "train"']),
         ({"codec": "exact", "relative_error": 0.1}, ["neither a dictionary nor a relative_error", "packed16"]),
     ],
 )

@@ -216,8 +216,10 @@ def test_command_line(tiny_model, tmp_path, capsys):
     out = tmp_path / "d.safetensors"
     arguments = ["train", str(tiny_model), "--atoms", "16", "--vectors", "2048", "--epochs", "1", "--out", str(out)]
     assert cli.main([*arguments, "--name", "me/tiny", "--device", "cpu"]) == 0
-    assert f"wrote {out}" in capsys.readouterr().out
-    assert cli.main(["inspect", str(out)]) == 0
+    words = capsys.readouterr().out
+    assert f"wrote {out}" in words and f"picture: {tmp_path / 'd.png'}" in words
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["inspect", str(out), "--no-plot"]) == 0
     words = capsys.readouterr().out
     for expected in ("dictionary of me/tiny", "llama, 2 layers, 2 KV heads of 16", "sampled from the model", " mean "):
         assert expected in words
@@ -228,7 +230,10 @@ def test_command_line(tiny_model, tmp_path, capsys):
     [
         (["train", "x", "--atoms", "5000"], "--atoms is 5000; allowed: 2 to 4096"),
         (["train", "x", "--sparsity", "32"], "--sparsity is 32; allowed: 1 to 31"),
-        (["train", "x", "--data", "absent.txt"], "--data is absent.txt; allowed: files and folders that exist"),
+        (
+            ["train", "x", "--data", "absent.txt"],
+            "--data is absent.txt; allowed: files and folders that exist, or a Hugging",
+        ),
         (["train", "x", "--device", "abacus"], "--device is abacus; allowed: cpu, cuda"),
         (["inspect", "absent.safetensors"], "there is no dictionary file absent.safetensors"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from lexico_kernels.layout import CODECS, MAX_SPARSITY
 
 PREFIX_HITS = ("codes", "window")
+TRAIN = "train"  # the setting `dictionary` that makes a missing one
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Sparsity:
 class LexicoConfig:
     """The settings of the LEXICO backend; unknown keys and impossible values are refused.
 
-    dictionary: a file or a Hugging Face id; None searches for one that was made for the model.
+    dictionary: a file or a Hugging Face id; None searches for one that was made for the model; "train" searches too,
+        and trains one at the first start where there is none.
     sparsity: atoms a vector, the dial between memory and quality.
     window: newest tokens kept in full precision; at least 32 are, the group of tokens that waits to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
@@ -56,7 +58,8 @@ class LexicoConfig:
 
     def __post_init__(self) -> None:
         if self.dictionary is not None and not (isinstance(self.dictionary, str) and self.dictionary):
-            raise ValueError(_refusal("dictionary", self.dictionary, "a file or a Hugging Face id", "leave it out"))
+            allowed = f'a file, a Hugging Face id or "{TRAIN}"'
+            raise ValueError(_refusal("dictionary", self.dictionary, allowed, "leave it out"))
         _check_int("window", self.window, 0, 65536)
         _check_int("sinks", self.sinks, 0, 1024)
         error = self.relative_error

@@ -8,9 +8,11 @@ tensor                   shape                      dtype        meaning
 key_atoms, value_atoms   [layers, N, D] or D/2      int8, uint8  atoms as small integers; 4 bits: two in a byte
 key_mean, value_mean     [layers, Hk, D]            float32      taken off a head's vectors before they are coded
 key_levels, value_levels [layers, 32, 16]           float32      coefficient levels; row s serves sparsity s
+key_usage, value_usage   [layers, N]                float32      optional; share of all chosen atoms that are this one
 ======================== ========================== ============ =====================================================
 
-An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros.
+An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros. Usage is
+only there to be looked at; a layer's row of it sums to 1.
 Everything else (fingerprint, data, errors) is strings in the safetensors metadata, see `DictionaryInfo`.
 """
 
@@ -19,6 +21,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -187,6 +190,20 @@ class Dictionary:
             given = tuple(self.tensors[name].shape) if name in self.tensors else "absent"
             if given != shape:
                 raise ValueError(f"the dictionary's tensor {name} is {given}, its metadata asks for {shape}; {_REMEDY}")
+        for part in PARTS:
+            usage, wanted = self.usage(part), (print_.num_layers, info.atoms)
+            if usage is not None and (usage.dtype != torch.float32 or tuple(usage.shape) != wanted):
+                raise ValueError(
+                    f"the dictionary's tensor {part}_usage is {usage.dtype} {tuple(usage.shape)}, its metadata "
+                    f"asks for float32 {wanted}; {_REMEDY}"
+                )
+
+    def usage(self, part: str) -> torch.Tensor | None:
+        """float32 [layers, N]: share of all chosen atoms that are this one; None where the file does not say.
+
+        part: "key" or "value".
+        """
+        return self.tensors.get(f"{part}_usage")
 
     def codebook(
         self,
@@ -296,22 +313,32 @@ def file_name(model_name: str) -> str:
 
 def train_command(model_name: str) -> str:
     """The shell command that makes a dictionary of this model."""
-    return f"vllm-lexico train {model_name}"
+    return f"vllm-lexico train {shlex.quote(model_name)}"
 
 
 def same_model(one: str, other: str) -> bool:
     """Whether two names mean one model: ids compare whole, paths and bare names by their last part; case is ignored."""
-    if _is_hub_id(one) and _is_hub_id(other):
+    if is_hub_id(one) and is_hub_id(other):
         return one.casefold() == other.casefold()
     return Path(one).name.casefold() == Path(other).name.casefold()
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is an id on the hub, org/name, and no folder here."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _plain_name(model_name: str) -> str:
-    return model_name if _is_hub_id(model_name) else Path(model_name).resolve().name
+    return model_name if is_hub_id(model_name) else Path(model_name).resolve().name
+
+
+class DictionaryNotFoundError(ValueError):
+    """No dictionary for a model in any place that was searched; says which and how to make one."""
+
+
+def hub_repository(model_name: str) -> str:
+    """Where a hub model's dictionary is looked for without a setting: this project's repository for it on the hub."""
+    return f"{HUB_OWNER}/{file_name(model_name).removesuffix('.safetensors')}"
 
 
 def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFingerprint) -> Path:
@@ -319,7 +346,8 @@ def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFing
 
     setting: a file, or a hub id "org/name" or "org/name/file.safetensors"; with it nothing else is looked at. Without:
     a dictionary of this very model that is bundled, in the user's cache or on the hub; then one of a model of the same
-    fingerprint (a fine-tune, say) that is bundled or in the cache. ValueError, with what was searched, if none is.
+    fingerprint (a fine-tune, say) that is bundled or in the cache; DictionaryNotFoundError if none is. A setting that
+    leads nowhere is a ValueError.
     """
     if setting is not None:
         return _from_setting(setting)
@@ -333,7 +361,7 @@ def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFing
         return downloaded
     if twins:
         return twins[0][0]
-    raise ValueError(
+    raise DictionaryNotFoundError(
         f"no dictionary for {model_name}. Searched: bundled ({bundled}); the user's cache ({cached}); {hub_note}. "
         f"Make one (some minutes on a GPU): {train_command(model_name)}"
     )
@@ -370,9 +398,9 @@ def _from_setting(setting: str) -> Path:
 
 def _from_hub(model_name: str) -> tuple[Path | None, str]:
     """(path, what was tried in words): a hub model's dictionary under this project's name on the hub, if any."""
-    if not _is_hub_id(model_name):
+    if not is_hub_id(model_name):
         return None, f"not the Hugging Face hub ({model_name} is a path)"
-    repo = f"{HUB_OWNER}/{file_name(model_name).removesuffix('.safetensors')}"
+    repo = hub_repository(model_name)
     try:
         if _answers(repo, HUB_FILE):
             return _download(repo, HUB_FILE), ""

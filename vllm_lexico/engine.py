@@ -11,8 +11,9 @@ import torch
 from lexico_kernels import CodeLayout
 
 from vllm_lexico import refusals
-from vllm_lexico.config import LexicoConfig
+from vllm_lexico.config import TRAIN, LexicoConfig
 from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.first_start import find_or_train
 from vllm_lexico.plan import GROUP_TOKENS
 
 
@@ -33,7 +34,7 @@ class LexicoSetup:
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
-        """Read the settings and find the dictionary, which is checked against the model.
+        """Read the settings and find the dictionary, or train it where they say so; it is checked against the model.
 
         Raises:
             ValueError: a setting is not allowed, or no dictionary fits the model.
@@ -79,6 +80,6 @@ def _loaded(path: Path) -> Dictionary:
 
 @functools.cache
 def _checked_dictionary(setting: str | None, model: str, fingerprint: ModelFingerprint) -> Path:
-    path = find_dictionary(setting, model, fingerprint)
+    path = find_or_train(model, fingerprint) if setting == TRAIN else find_dictionary(setting, model, fingerprint)
     _loaded(path).check(fingerprint, model)
     return path

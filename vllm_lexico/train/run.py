@@ -30,7 +30,7 @@ from vllm_lexico.dictionary import (
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
 from vllm_lexico.train.learn import LearnSettings, learn_atoms
 from vllm_lexico.train.levels import energy_lost, learn_levels
-from vllm_lexico.train.texts import sequences_from_files, sequences_from_model
+from vllm_lexico.train.texts import check_source, sequences_from_files, sequences_from_model
 
 HELD_OUT_SHARE = 0.04  # of the sequences
 LEVEL_VECTORS = 4096  # a part and layer, for the levels
@@ -60,8 +60,8 @@ class TrainSettings:
         _check("--epochs", learn.epochs, learn.epochs >= 1, "1 or more")
         _check("--vectors", self.vectors, self.vectors >= 2 * learn.atoms, f"{2 * learn.atoms} or more (2 an atom)")
         _check("--sequence-tokens", self.sequence_tokens, self.sequence_tokens >= 4 * SKIPPED_TOKENS, "64 or more")
-        for path in self.data:
-            _check("--data", path, Path(path).exists(), "files and folders that exist")
+        for source in self.data:
+            check_source(source)
 
     @property
     def kept_tokens(self) -> int:

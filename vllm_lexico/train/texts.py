@@ -1,9 +1,10 @@
-"""Training text: local files as sequences of token ids, or text that the model writes itself."""
+"""Training text as sequences of token ids: local files, datasets of the hub, or text that the model writes itself."""
 
 import json
 import lzma
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,32 @@ import torch
 
 CHARACTERS_A_TOKEN = 6  # generous: a piece of text this much longer than a sequence nearly always fills it
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz")
+SHUFFLED_DOCUMENTS = 1000  # of a dataset are held at a time, to be taken in random order
 _ALLOWED = f"files that end in {', '.join(SUFFIXES)} and folders of them"
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
+
+
+def check_source(name: str) -> None:
+    """Refuse what neither exists as a path nor can be a dataset's name: ValueError with the remedy. Asks no network."""
+    if Path(name).exists():
+        return
+    if name.endswith(SUFFIXES) or not _DATASET.fullmatch(name):
+        raise ValueError(
+            f"--data is {name}; allowed: files and folders that exist, or a Hugging Face dataset as org/name, "
+            f"org/name:config or org/name:config:split; change it"
+        )
+    _datasets(name)
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"--data {name} is no path that exists, and to read it as a Hugging Face dataset the package datasets is "
+            f"needed ({error}); run `pip install datasets`, or give files and folders"
+        ) from error
+    return datasets
 
 
 def read_documents(source: Path) -> list[str]:
@@ -43,15 +69,49 @@ def _read_lines(path: Path) -> list[str]:
         ) from error
 
 
-def sequences_from_files(sources: list[Path], tokenizer: Any, length: int, count: int, seed: int) -> torch.Tensor:
+def read_dataset(name: str, seed: int) -> Iterator[str]:
+    """Texts of a Hugging Face dataset without end, streamed, each pass over it in another random order.
+
+    name: "org/name", "org/name:config" or "org/name:config:split" (split: train); its rows need a field "text".
+    ValueError when it cannot be had, has no such field, or no text.
+    """
+    datasets = _datasets(name)
+    path, config, split = [*name.split(":"), None, None][:3]
+    try:
+        dataset = datasets.load_dataset(path, config, split=split or "train", streaming=True)
+        while True:
+            texts = 0
+            for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLED_DOCUMENTS):
+                if not isinstance(row.get("text"), str):
+                    raise ValueError(f"a row has the fields {', '.join(row)}, and none of them is a text named text")
+                if row["text"].strip():
+                    texts += 1
+                    yield row["text"]
+            if not texts:
+                raise ValueError("there is no text in it")
+            seed += 1
+    except Exception as error:  # whatever the library raises, the user named this and must hear why it failed
+        raise ValueError(
+            f"--data {name} cannot be read as a Hugging Face dataset ({type(error).__name__}: {error}); check the "
+            f"name, configuration and split, and the network, or give files and folders"
+        ) from error
+
+
+def sequences_from_files(
+    sources: Sequence[Path | str], tokenizer: Any, length: int, count: int, seed: int
+) -> torch.Tensor:
     """int64 [count, length] token ids, taken from the sources in turn, so that each counts the same whatever its size.
 
-    A document gives one piece from a random place; short ones are joined, parted by the end-of-text token. A source
-    that runs out starts again (other places are then read).
+    sources: files and folders, or names of datasets as in `read_dataset`. A document gives one piece from a random
+    place; short ones are joined, parted by the end-of-text token. A source that runs out starts again (other places are
+    then read).
     """
     streams = []
     for at, source in enumerate(sources):
-        streams.append(_pieces(read_documents(source), length, random.Random(f"{seed}/{at}")))
+        rng = random.Random(f"{seed}/{at}")
+        on_disk = Path(source).exists()
+        documents = _repeated(read_documents(Path(source)), rng) if on_disk else read_dataset(str(source), seed + at)
+        streams.append(_pieces(documents, length, rng))
     sequences = torch.empty(count, length, dtype=torch.int64)
     for row in range(count):
         ids: list[int] = []
@@ -63,12 +123,16 @@ def sequences_from_files(sources: list[Path], tokenizer: Any, length: int, count
     return sequences
 
 
-def _pieces(documents: list[str], length: int, rng: random.Random) -> Iterator[str]:
-    piece = length * CHARACTERS_A_TOKEN
+def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
     while True:
-        for text in rng.sample(documents, len(documents)):
-            start = rng.randrange(max(1, len(text) - piece // 2))
-            yield text[start : start + piece]
+        yield from rng.sample(documents, len(documents))
+
+
+def _pieces(documents: Iterator[str], length: int, rng: random.Random) -> Iterator[str]:
+    piece = length * CHARACTERS_A_TOKEN
+    for text in documents:
+        start = rng.randrange(max(1, len(text) - piece // 2))
+        yield text[start : start + piece]
 
 
 @torch.no_grad()
