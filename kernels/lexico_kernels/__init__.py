@@ -2,7 +2,7 @@
 
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import PARTS, CodeLayout
-from lexico_kernels.ops import decode_scratch_floats, omp_encode, reconstruct, sparse_decode, write_tail
+from lexico_kernels.ops import decode_scratch_floats, omp_encode, pursue, reconstruct, sparse_decode, write_tail
 
 __all__ = [
     "PARTS",
@@ -12,6 +12,7 @@ __all__ = [
     "RequestTables",
     "decode_scratch_floats",
     "omp_encode",
+    "pursue",
     "reconstruct",
     "sparse_decode",
     "write_tail",

@@ -11,8 +11,8 @@ class Launch(NamedTuple):
     num_stages: int = 2
 
 
-class OmpLaunch(NamedTuple):
-    """OMP's launch for up to `max_vectors` vectors a part: few vectors need many small tiles to fill the device."""
+class PursuitLaunch(NamedTuple):
+    """A pursuit's launch for up to `max_vectors` vectors: few vectors need many small tiles to fill the device."""
 
     max_vectors: int
     tile: int  # vectors
@@ -23,22 +23,10 @@ class OmpLaunch(NamedTuple):
 
 UNLIMITED = 1 << 62
 
-# By S rounded up to a power of two: a vector's factorisation takes S * S floats of registers.
-OMP = {
-    8: (
-        OmpLaunch(2048, 16, 128, 4, 3),
-        OmpLaunch(8192, 32, 128, 4, 3),
-        OmpLaunch(UNLIMITED, 64, 128, 4, 3),
-    ),
-    16: (
-        OmpLaunch(2048, 16, 128, 4, 3),
-        OmpLaunch(UNLIMITED, 32, 128, 4, 3),  # 64 with 8 warps ran at half the speed
-    ),
-    32: (
-        OmpLaunch(2048, 16, 128, 4, 3),
-        OmpLaunch(UNLIMITED, 32, 128, 8, 3),
-    ),
-}
+PURSUIT = (
+    PursuitLaunch(4096, 16, 128, 4, 3),
+    PursuitLaunch(UNLIMITED, 128, 128, 8, 3),
+)
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)
@@ -54,8 +42,7 @@ MIN_SPLIT_TOKENS = 128
 MERGE = Launch(tile=1, num_warps=4)
 
 
-def omp_launch(vectors: int, padded_sparsity: int, padded_dim: int) -> OmpLaunch:
-    """The row for that many vectors a part; dictionaries wider than 128 are taken in chunks of fewer atoms."""
-    rows = OMP[max(8, padded_sparsity)]
-    row = next(row for row in rows if vectors <= row.max_vectors)
+def pursuit_launch(vectors: int, padded_dim: int) -> PursuitLaunch:
+    """The row for that many vectors; dictionaries wider than 128 are taken in chunks of fewer atoms."""
+    row = next(row for row in PURSUIT if vectors <= row.max_vectors)
     return row._replace(atoms=min(row.atoms, 128 * 128 // padded_dim))

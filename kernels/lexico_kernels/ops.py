@@ -60,3 +60,11 @@ def reconstruct(
 def decode_scratch_floats(num_tokens: int, num_heads: int, head_dim: int) -> int:
     """Float32 numbers that `sparse_decode` on CUDA allocates for that many tokens, for reserving memory."""
     return num_tokens * num_heads * DECODE_SPLITS * (head_dim + 1)
+
+
+def pursue(
+    vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of many vectors over several dictionaries; see `reference.pursue`."""
+    module = _triton("pursuit") if vectors.is_cuda else reference
+    return module.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)

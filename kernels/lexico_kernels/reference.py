@@ -240,6 +240,33 @@ def quantize(indices: Tensor, coefficients: Tensor, scale: Tensor, levels: Tenso
     return torch.where(kept, indices, 0), torch.where(kept, nearest, 0)
 
 
+def pursue(
+    vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of many vectors over several dictionaries at once, for training and study.
+
+    Args:
+        vectors: [G, M, D], centred.
+        atoms: [G, N, D], N <= 4096; row 0 of each is the null atom.
+        sparsity: S, passes.
+        levels: float32 [G, 16] to quantize as "packed16" does, or None for coefficients as they are.
+        relative_error: as in `omp`.
+
+    Returns indices int32 [G, M, S], 0 where nothing was chosen; coefficients float32 [G, M, S], 0 there; and the
+    residual float32 [G, M, D], vector minus code.
+    """
+    pieces = []
+    for group, (own, book) in enumerate(zip(vectors, atoms, strict=True)):
+        indices, coefficients = omp(own, book, sparsity, relative_error)
+        if levels is not None:
+            scale = _scale(coefficients)
+            indices, level = quantize(indices, coefficients, scale, levels[group])
+            coefficients = torch.where(indices > 0, levels[group][level] * scale.float(), 0.0)
+        code = embedding_bag(indices, book.float(), per_sample_weights=coefficients, mode="sum")
+        pieces.append((indices.int(), coefficients, own.float() - code))
+    return tuple(torch.stack(tensors) for tensors in zip(*pieces, strict=True))  # type: ignore[return-value]
+
+
 def omp(vectors: Tensor, atoms: Tensor, sparsity: int, relative_error: float = 0.0) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit of every vector (Lexico, section 3.2 and algorithm 1).
 
