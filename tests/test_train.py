@@ -6,6 +6,7 @@ import lzma
 import pytest
 import torch
 from torch.nn.functional import normalize
+from vllm_lexico.train.omp import pursue, rebuild
 
 from vllm_lexico import cli
 from vllm_lexico.dictionary import load_dictionary, unit_atoms
@@ -13,7 +14,6 @@ from vllm_lexico.train import run
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.learn import LearnSettings, learn_atoms, round_atoms
 from vllm_lexico.train.levels import energy_lost, learn_levels
-from vllm_lexico.train.omp import pursue, rebuild
 from vllm_lexico.train.run import TrainSettings, train_dictionary
 from vllm_lexico.train.texts import read_documents, sequences_from_files
 

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   vllm-lexico train ./my-finetune --name me/my-finetune --out my-finetune.safetensors
       serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'
 
-A run that was interrupted goes on from its last finished layer when the same command is given again."""
+A run that was interrupted goes on from its last finished round when the same command is given again."""
 
 
 def add(commands: Any) -> None:
@@ -50,29 +50,38 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--vectors", type=int, default=default.vectors, help="a layer, for keys and for values (%(default)s)"
     )
+    parser.add_argument("--passes", type=int, default=default.passes, help="over the vectors (%(default)s)")
     parser.add_argument(
-        "--sequence-tokens", type=int, default=default.sequence_tokens, help="length of the texts read (%(default)s)"
+        "--rounds",
+        type=int,
+        default=default.rounds,
+        help="of reading and learning, at most or as many as memory asks for; the last anneals (%(default)s)",
     )
-    parser.add_argument("--epochs", type=int, default=learn.epochs, help="passes over the vectors (%(default)s)")
+    parser.add_argument(
+        "--sequence-tokens", type=int, help="length of the texts read (2048 from --data, 1024 from the model itself)"
+    )
     parser.add_argument("--out", type=Path, help=f"the file to write (default: in {cache_folder()})")
     parser.add_argument("--name", help="what the model is called when it is served (default: MODEL)")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        help="cuda for all GPUs, which share the layers, cuda:1 for one, or cpu (default: cuda if there is one)",
+    )
     parser.add_argument(
         "--dtype", default=default.dtype, choices=("auto", "bfloat16", "float16", "float32"), help="of the model"
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="of everything random (%(default)s)")
-    parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished layer")
+    parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then draw the picture of what came of it."""
-    learn = LearnSettings(
-        atoms=arguments.atoms, atom_bits=arguments.atom_bits, sparsity=arguments.sparsity, epochs=arguments.epochs
-    )
+    learn = LearnSettings(atoms=arguments.atoms, atom_bits=arguments.atom_bits, sparsity=arguments.sparsity)
     settings = TrainSettings(
         data=tuple(arguments.data),
         learn=learn,
         vectors=arguments.vectors,
+        passes=arguments.passes,
+        rounds=arguments.rounds,
         sequence_tokens=arguments.sequence_tokens,
         dtype=arguments.dtype,
         seed=arguments.seed,

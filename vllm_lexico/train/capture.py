@@ -68,26 +68,33 @@ def capture(
     shape: tuple[int, int],
     seed: int,
     batch: int,
+    *,
+    furthest: int = 0,
+    desc: str = "reading text",
 ) -> torch.Tensor:
-    """K and V [layers, 2, sequences * kept, Hk, D] in the model's dtype, sequence by sequence.
+    """K and V [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
 
     sequences: int64 [count, length]. kept: positions of a sequence, random, none of the first 16. layers: which ones.
-    shape: (Hk, D). batch: sequences a pass. The store is on the model's device when it takes no more than half of the
-    free memory there, else on the CPU. ValueError when a layer has no ordinary K and V.
+    shape: (Hk, D). batch: sequences a pass. furthest: every other sequence is read as if it stood somewhere in a
+    context of so many tokens (0: all at its start), which turns keys as a long context does and costs nothing.
+    ValueError when a layer has no ordinary K and V.
     """
     count, length = sequences.shape
     rows = {layer: row for row, layer in enumerate(layers)}
     size = (len(rows), 2, count * kept, *shape)
-    store = torch.zeros(size, dtype=model.dtype, device=_store_device(model, size))
+    store = torch.zeros(size, dtype=model.dtype, device=model.device)
     generator = torch.Generator().manual_seed(seed)
     _request.rows, _request.store = rows, store
     try:
-        for at in tqdm(range(0, count, batch), desc="reading text", unit="batch"):
+        for at in tqdm(range(0, count, batch), desc=desc, unit="batch", leave=False, mininterval=1.0):
             ids = sequences[at : at + batch].to(model.device)
+            first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
+            first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
+            places = first.to(model.device) + torch.arange(length, device=model.device)
             order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
             _request.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
             _request.offset = at * kept
-            model.base_model(ids, use_cache=False)
+            model.base_model(ids, position_ids=places, use_cache=False)
     finally:
         _request.store = _request.rows = _request.positions = None
     silent = [layer for layer, row in rows.items() if not store[row, :, :, 0, 0].any()]
@@ -97,10 +104,3 @@ def capture(
             f"take another model"
         )
     return store
-
-
-def _store_device(model: Any, size: tuple[int, ...]) -> torch.device:
-    if model.device.type != "cuda":
-        return torch.device("cpu")
-    free_bytes, _ = torch.cuda.mem_get_info(model.device)
-    return model.device if 2 * model.dtype.itemsize * torch.Size(size).numel() <= free_bytes else torch.device("cpu")

@@ -1,20 +1,24 @@
-"""A dictionary from a model: text, capture, learning layer by layer, one file. An interrupted run can go on."""
+"""A dictionary from a model: rounds of reading text and learning from it, then one file.
+
+A round captures as many vectors as memory is set aside for, learns from them and lets them go; so memory does not grow
+with the amount of text. After a round its state is kept: an interrupted run goes on from there. The last round anneals:
+the step falls to nothing, and codes are the stored ones.
+"""
 
 import json
 import math
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from lexico_kernels.layout import MAX_ATOMS, MAX_SPARSITY, PARTS
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from vllm_lexico.dictionary import (
@@ -24,31 +28,34 @@ from vllm_lexico.dictionary import (
     ModelFingerprint,
     cache_folder,
     file_name,
-    pack_atoms,
-    unit_atoms,
 )
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
-from vllm_lexico.train.learn import LearnSettings, learn_atoms
-from vllm_lexico.train.levels import energy_lost, learn_levels
-from vllm_lexico.train.texts import check_source, sequences_from_files, sequences_from_model
+from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.texts import TextSequences, check_source, sequences_from_model
 
-HELD_OUT_SHARE = 0.04  # of the sequences
-LEVEL_VECTORS = 4096  # a part and layer, for the levels
-REPORTED_SPARSITIES = (7, 15)
+ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
+HELD_OUT_TOKENS = 8192  # positions kept, of texts that are not trained on
+LEAST_GAIN = 0.003  # of the error, from round to round; with less the next round is the last
+FURTHEST_TOKENS = 32768  # where in a context text is read, if the model goes so far
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Everything that decides the outcome beside the model; checked here, before any work is done.
 
-    data: files or folders, () for text that the model writes itself. vectors: a layer and part, held-out ones included.
-    dtype: of the model, "auto" for its own. sequence_tokens: length of the texts read; a quarter of each is kept.
+    data: files, folders or Hugging Face datasets, () for text that the model writes itself. vectors: different ones a
+    layer and part. passes: how often each is learned from. rounds: at most so many, or more where memory asks for it.
+    sequence_tokens: length of the texts read, None for 2048 from data and 1024 from the model, which writes many short
+    texts in the time of a few long ones. dtype: of the model, "auto" for its own.
     """
 
     data: tuple[str, ...] = ()
     learn: LearnSettings = LearnSettings()
-    vectors: int = 400_000
-    sequence_tokens: int = 2048
+    vectors: int = 3_000_000
+    passes: int = 8
+    rounds: int = 4
+    sequence_tokens: int | None = None
     dtype: str = "auto"
     seed: int = 0
 
@@ -57,19 +64,46 @@ class TrainSettings:
         _check("--atoms", learn.atoms, 2 <= learn.atoms <= MAX_ATOMS, f"2 to {MAX_ATOMS}")
         _check("--atom-bits", learn.atom_bits, learn.atom_bits in ATOM_BITS, f"{ATOM_BITS}")
         _check("--sparsity", learn.sparsity, 1 <= learn.sparsity <= MAX_SPARSITY, f"1 to {MAX_SPARSITY}")
-        _check("--epochs", learn.epochs, learn.epochs >= 1, "1 or more")
+        _check("--passes", self.passes, self.passes >= 1, "1 or more")
+        _check("--rounds", self.rounds, self.rounds >= 1, "1 or more")
         _check("--vectors", self.vectors, self.vectors >= 2 * learn.atoms, f"{2 * learn.atoms} or more (2 an atom)")
-        _check("--sequence-tokens", self.sequence_tokens, self.sequence_tokens >= 4 * SKIPPED_TOKENS, "64 or more")
-        for source in self.data:
-            check_source(source)
+        _check("--sequence-tokens", self.sequence_tokens, self.length >= 4 * SKIPPED_TOKENS, "64 or more")
+        for name in self.data:
+            check_source(name)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.sequence_tokens or (2048 if self.data else 1024)
 
     @property
     def kept_tokens(self) -> int:
-        """Positions of a sequence whose vectors are kept: more different texts are worth more than all of each."""
-        return self.sequence_tokens // 4
+        """Positions of a sequence whose vectors are kept.
 
-    def sequences(self, num_kv_heads: int) -> int:
-        return max(2, math.ceil(self.vectors / num_kv_heads / self.kept_tokens))
+        More different texts are worth more than all of each, but what the model has to write is too dear to leave.
+        """
+        return self.length // 2 if self.data else self.length - SKIPPED_TOKENS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the reading is divided. sequences: a round. furthest: see `capture.capture`."""
+
+    rounds: int
+    sequences: int
+    held_out_sequences: int
+    furthest: int
+
+    @staticmethod
+    def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
+        """For a device of some kind. max_tokens: the model's longest context."""
+        kept, heads = settings.kept_tokens, fingerprint.num_kv_heads
+        token_bytes = fingerprint.num_layers * 2 * heads * fingerprint.head_dim * 2
+        tokens = math.ceil(settings.vectors / heads)
+        rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
+        sequences = max(1, math.ceil(tokens / rounds / kept))
+        held_out = max(1, min(HELD_OUT_TOKENS // kept, math.ceil(sequences / 4)))
+        return Plan(rounds, sequences, held_out, min(max_tokens, FURTHEST_TOKENS))
 
 
 def _check(name: str, given: Any, valid: bool, allowed: str) -> None:
@@ -88,167 +122,184 @@ def train_dictionary(
     """Train the dictionary of a transformers model and write it; returns the file's path.
 
     model: hub id or folder. name: what the dictionary calls its model (default: model). out: the file (default: in the
-    user's cache). device: "cuda" or "cpu" (default: cuda when there is one). Finished layers wait in OUT.partial, and
-    the same call goes on from them. ValueError on bad settings, an unsuitable model, or a .partial of other settings.
+    user's cache). device: "cuda" for every GPU that PyTorch sees, which share the layers, "cuda:1" for one, or "cpu"
+    (default: cuda when there is one). Finished rounds wait in OUT.partial, and the same call goes on from them.
+    ValueError on bad settings, an unsuitable model, or a .partial of other settings.
     """
     from transformers import AutoConfig
 
     settings = settings or TrainSettings()
-    device = _checked_device(device)
+    devices = checked_devices(device)
     name = name or model
     out = out or cache_folder() / file_name(name)
-    fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(model).get_text_config())
-    finished = _Finished(out.with_name(out.name + ".partial"), name, settings, fingerprint)
-    missing = finished.missing()
-    if missing:
-        store, held_out = _capture(model, settings, fingerprint, missing, device)
-        _learn_layers(store, held_out, missing, settings, device, finished)
-    tensors, errors = finished.collect()
-    sequences = settings.sequences(fingerprint.num_kv_heads)
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    fingerprint = ModelFingerprint.of(config)
+    longest = getattr(config, "max_position_embeddings", None) or settings.length
+    plan = Plan.of(settings, fingerprint, longest, torch.device(devices[0]).type)
+    shares = share_layers(fingerprint.num_layers, devices)
+    folder = _partial_folder(out, name, settings, fingerprint, shares)
+    job = _Job(model, settings, fingerprint, plan, folder)
+    if len(shares) == 1:
+        _train_share(0, job, shares)
+    else:
+        torch.multiprocessing.spawn(_train_share, (job, shares), nprocs=len(shares))
+    tensors, errors = _collect(folder, shares)
+    read = plan.sequences * plan.rounds
     info = DictionaryInfo(
         model_name=name,
         fingerprint=fingerprint,
         atoms=settings.learn.atoms,
         atom_bits=settings.learn.atom_bits,
         sparsity=settings.learn.sparsity,
-        data=", ".join(Path(path).name for path in settings.data) or "text sampled from the model itself",
-        tokens_seen=sequences * settings.sequence_tokens,
-        vectors_seen=sequences * settings.kept_tokens * fingerprint.num_kv_heads,
+        data=", ".join(Path(data).name if Path(data).exists() else data for data in settings.data)
+        or "text sampled from the model itself",
+        tokens_seen=read * settings.length,
+        vectors_seen=read * settings.kept_tokens * fingerprint.num_kv_heads,
         errors=errors,
         version=_version(),
         seed=settings.seed,
     )
     Dictionary(info, tensors).save(out)
-    shutil.rmtree(finished.folder)
+    shutil.rmtree(folder)
     return out
 
 
-def _checked_device(device: str | None) -> str:
+def checked_devices(device: str | None) -> list[str]:
+    """Devices that share the work, for what a user named."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check("--device", device, device == "cpu" or device.startswith("cuda"), "cpu, cuda, cuda:1 and so on")
     _check("--device", device, device == "cpu" or torch.cuda.is_available(), "cpu, as PyTorch sees no GPU here")
-    return device
+    return [f"cuda:{at}" for at in range(torch.cuda.device_count())] if device == "cuda" else [device]
 
 
-def _capture(
-    model: str, settings: TrainSettings, fingerprint: ModelFingerprint, layers: list[int], device: str
-) -> tuple[torch.Tensor, int]:
-    """(K and V [layers, 2, tokens, Hk, D], how many of the tokens, the last ones, are held out)."""
+def share_layers(num_layers: int, devices: list[str]) -> list[tuple[str, list[int]]]:
+    """Each device's layers, neighbours together; no more devices than layers."""
+    count = min(len(devices), num_layers)
+    edges = [at * num_layers // count for at in range(count + 1)]
+    return [(devices[at], list(range(edges[at], edges[at + 1]))) for at in range(count)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the processes of one run have in common."""
+
+    model: str
+    settings: TrainSettings
+    fingerprint: ModelFingerprint
+    plan: Plan
+    folder: Path
+
+
+def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> None:
+    """Train the layers of one device and leave their part of the file in the folder."""
+    device, layers = shares[rank]
+    settings, plan, target = job.settings, job.plan, job.folder / f"layers_{layers[0]:03d}"
+    if target.with_suffix(".json").exists():
+        return
     started = time.monotonic()
-    count = settings.sequences(fingerprint.num_kv_heads)
-    loaded = load_model(model, device, settings.dtype)
-    on_gpu = loaded.device.type == "cuda"
-    if settings.data:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        sources = [Path(path) for path in settings.data]
-        sequences = sequences_from_files(sources, tokenizer, settings.sequence_tokens, count, settings.seed)
-    else:
-        batch = 128 if on_gpu else 8
-        sequences = sequences_from_model(loaded, settings.sequence_tokens, count, settings.seed, batch)
-    shape = (fingerprint.num_kv_heads, fingerprint.head_dim)
-    kept = settings.kept_tokens
-    store = capture(loaded, sequences, kept, layers, shape, settings.seed, batch=8 if on_gpu else 1)
-    tqdm.write(f"captured {store.shape[2]} tokens of {count} sequences in {time.monotonic() - started:.0f} s")
-    return store, kept * max(1, math.ceil(HELD_OUT_SHARE * count))
-
-
-def _learn_layers(
-    store: torch.Tensor, held_out: int, layers: list[int], settings: TrainSettings, device: str, finished: "_Finished"
-) -> None:
-    """Learn the layers a few at a time and put each into the folder of finished ones."""
-    learn, tokens = settings.learn, store.shape[2] - held_out
-    vectors = tokens * store.shape[3]
-    at_once = 4 if device.startswith("cuda") else 1  # layers, K and V each: enough rows a kernel to keep a GPU busy
-    started = time.monotonic()
-    steps_a_layer = learn.epochs * learn.steps_per_epoch(vectors)
-    products = 2 * min(learn.batch, vectors) * (learn.sparsity + 1)  # passes and the gradient, for K and V, a step
-    flops_a_layer = steps_a_layer * products * 2 * learn.atoms * store.shape[4]
-    with tqdm(total=len(layers) * steps_a_layer, desc="learning", unit="step", mininterval=1.0) as progress:
-        for first in range(0, len(layers), at_once):
-            group = layers[first : first + at_once]
-            part = store[first : first + len(group)].to(device)
-            on_step = partial(progress.update, len(group))
-            tensors, errors = _learn_group(part, held_out, settings, group[0], on_step)
-            for row, layer in enumerate(group):
-                finished.put(layer, {name: tensor[row] for name, tensor in tensors.items()}, errors[row])
-                progress.write(f"layer {layer:3d}  energy lost  {_error_words(errors[row])}")
-    seconds = time.monotonic() - started
-    rate = len(layers) * flops_a_layer / seconds / 1e12
-    tqdm.write(f"{len(layers)} layers in {seconds:.0f} s; correlations and gradients alone ran at {rate:.1f} TFLOP/s")
+    learners = LayerLearners(layers, settings.learn, settings.seed, device)
+    state = target.with_suffix(".state")
+    done = learners.load(state) if state.exists() else 0
+    loaded = load_model(job.model, device, settings.dtype)
+    reader = _Reader(loaded, job, layers, quiet=rank > 0)
+    held_out = reader.read(None, plan.held_out_sequences)
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(reader.sequences, done)
+        last = plan.rounds - 1
+        number = done
+        while number <= last:
+            if done and learners.settled(LEAST_GAIN):
+                number = last
+            store = reader.read(number, plan.sequences, waiting.result() if number == done else None)
+            waiting = ahead.submit(reader.sequences, number + 1)
+            learners.learn(store, settings.passes, number, annealed=number == last, quiet=rank > 0)
+            lost = learners.held_out(held_out)
+            if rank == 0:
+                _report(number, plan.rounds, learners, lost, time.monotonic() - started)
+            done = number = number + 1
+            if done <= last:
+                learners.save(state, done)
+    learners.finish(store, held_out).write(target)
 
 
-def _learn_group(
-    captured: torch.Tensor, held_out: int, settings: TrainSettings, seed_offset: int, on_step: Callable[..., object]
-) -> tuple[dict[str, torch.Tensor], list[dict[str, dict[str, float]]]]:
-    """Dictionaries of some layers: file tensors by name, and for each layer errors by part and sparsity.
+class _Reader:
+    """Text of every round, and the vectors that the model makes of it."""
 
-    captured: [layers, 2, tokens, Hk, D]; the last held_out tokens only measure.
-    """
-    layers, parts, tokens, heads, dim = captured.shape
-    vectors = captured.reshape(layers * parts, tokens, heads, dim).float()
-    mean = vectors[:, :-held_out].mean(1)
-    vectors = vectors - mean[:, None]
-    train, test = vectors[:, :-held_out].flatten(1, 2), vectors[:, -held_out:].flatten(1, 2)
-    integers = learn_atoms(train, settings.learn, settings.seed + seed_offset, on_step)
-    atoms = unit_atoms(integers)
-    stride = max(1, train.shape[1] // LEVEL_VECTORS)
-    levels = learn_levels(train[:, ::stride], atoms)
-    sparsities = sorted({settings.learn.sparsity, *REPORTED_SPARSITIES})
-    lost = energy_lost(test, atoms, levels, sparsities)
-    packed = pack_atoms(integers, settings.learn.atom_bits)
-    results = {}
-    for at, part in enumerate(PARTS):
-        for kind, tensor in (("atoms", packed), ("mean", mean), ("levels", levels)):
-            results[f"{part}_{kind}"] = tensor[at::parts].cpu()
-    by_sparsity = {str(sparsity): lost[sparsity].view(layers, parts).tolist() for sparsity in sparsities}
-    errors = [
-        {part: {s: round(values[row][at], 5) for s, values in by_sparsity.items()} for at, part in enumerate(PARTS)}
-        for row in range(layers)
-    ]
-    return results, errors
+    def __init__(self, loaded: Any, job: _Job, layers: list[int], quiet: bool) -> None:
+        self.loaded, self.job, self.layers, self.quiet = loaded, job, layers, quiet
+        self.on_gpu = loaded.device.type == "cuda"
+        self.texts: TextSequences | None = None
+        settings = job.settings
+        if settings.data:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(job.model)
+            self.texts = TextSequences(settings.data, tokenizer, settings.length, settings.seed)
+
+    def sequences(self, number: int) -> torch.Tensor | None:
+        """A round's text from files, which can be made while the GPU learns; None where the model writes it."""
+        return None if self.texts is None else self.texts.take(self.job.plan.sequences, number)
+
+    def read(self, number: int | None, count: int, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        """K and V of a round, or the held-out ones for None: see `capture.capture`."""
+        settings, shape = self.job.settings, self.job.fingerprint
+        if sequences is None and self.texts is not None:
+            sequences = self.texts.take(count, number)
+        elif sequences is None:
+            seed = settings.seed * 1000 + (999 if number is None else number)
+            sequences = sequences_from_model(self.loaded, settings.length, count, seed, 512 if self.on_gpu else 8)
+        return capture(
+            self.loaded,
+            sequences,
+            settings.kept_tokens,
+            self.layers,
+            (shape.num_kv_heads, shape.head_dim),
+            settings.seed + (number or 0),
+            batch=8 if self.on_gpu else 1,
+            furthest=0 if number is None else self.job.plan.furthest,
+        )
 
 
-def _error_words(errors: dict[str, dict[str, float]]) -> str:
-    return "  ".join(
-        f"{part} " + " ".join(f"s={sparsity} {lost:.4f}" for sparsity, lost in of_part.items())
-        for part, of_part in errors.items()
+def _report(number: int, rounds: int, learners: LayerLearners, lost: dict[int, torch.Tensor], seconds: float) -> None:
+    """Each layer's error after a round."""
+    for row, layer in enumerate(learners.layers):
+        words = "  ".join(
+            f"{part} " + " ".join(f"s={sparsity} {values[row, at]:.4f}" for sparsity, values in lost.items())
+            for at, part in enumerate(PARTS)
+        )
+        tqdm.write(f"round {number + 1}/{rounds}  layer {layer:3d}  energy lost  {words}")
+    means = "  ".join(
+        f"{part} " + " ".join(f"s={sparsity} {values[:, at].mean():.4f}" for sparsity, values in lost.items())
+        for at, part in enumerate(PARTS)
     )
+    tqdm.write(f"round {number + 1}/{rounds}  mean       energy lost  {means}  after {seconds:.0f} s")
 
 
-class _Finished:
-    """The folder beside the output that holds finished layers until all are there."""
+def _partial_folder(
+    out: Path, name: str, settings: TrainSettings, fingerprint: ModelFingerprint, shares: list[tuple[str, list[int]]]
+) -> Path:
+    """The folder beside the output that holds finished rounds; ValueError where it holds those of another run."""
+    folder = out.with_name(out.name + ".partial")
+    layers = [share[0] for _, share in shares]
+    run = {"model": name, "fingerprint": asdict(fingerprint), "first_layers": layers} | asdict(settings)
+    wanted, note = json.dumps(run, indent=1), folder / "settings.json"
+    if note.exists() and note.read_text() != wanted:
+        raise ValueError(f"{folder} holds rounds of a run with other settings; delete it or repeat that run: {note}")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(wanted)
+    return folder
 
-    def __init__(self, folder: Path, name: str, settings: TrainSettings, fingerprint: ModelFingerprint) -> None:
-        self.folder, self.num_layers = folder, fingerprint.num_layers
-        wanted = json.dumps({"model": name, "fingerprint": asdict(fingerprint)} | asdict(settings), indent=1)
-        note = folder / "settings.json"
-        if note.exists() and note.read_text() != wanted:
-            raise ValueError(
-                f"{folder} holds layers of a run with other settings; delete it or repeat that run: {note}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(wanted)
 
-    def _files(self, layer: int) -> tuple[Path, Path]:
-        return self.folder / f"layer_{layer:03d}.safetensors", self.folder / f"layer_{layer:03d}.json"
-
-    def missing(self) -> list[int]:
-        return [layer for layer in range(self.num_layers) if not self._files(layer)[1].exists()]
-
-    def put(self, layer: int, tensors: dict[str, torch.Tensor], errors: dict[str, dict[str, float]]) -> None:
-        """The JSON file is written last: it says that the layer is complete."""
-        data, note = self._files(layer)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(data))
-        note.write_text(json.dumps(errors))
-
-    def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, list[float]]]]:
-        layers = [load_file(str(self._files(layer)[0])) for layer in range(self.num_layers)]
-        notes = [json.loads(self._files(layer)[1].read_text()) for layer in range(self.num_layers)]
-        tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        errors = {part: {s: [note[part][s] for note in notes] for s in notes[0][part]} for part in PARTS}
-        return tensors, errors
+def _collect(
+    folder: Path, shares: list[tuple[str, list[int]]]
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, list[float]]]]:
+    """The file's tensors, and errors by part and sparsity."""
+    paths = [folder / f"layers_{layers[0]:03d}" for _, layers in shares]
+    loaded = [load_file(str(path.with_suffix(".safetensors"))) for path in paths]
+    notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    tensors = {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
+    errors = {part: {s: [x for note in notes for x in note[part][s]] for s in notes[0][part]} for part in PARTS}
+    return tensors, errors
 
 
 def _version() -> str:

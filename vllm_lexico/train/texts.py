@@ -4,6 +4,7 @@ import json
 import lzma
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 CHARACTERS_A_TOKEN = 6  # generous: a piece of text this much longer than a sequence nearly always fills it
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz")
+TWENTY = 20  # one text in so many is held out
+LONG_TEXT = 50_000  # characters
 SHUFFLED_DOCUMENTS = 1000  # of a dataset are held at a time, to be taken in random order
 _ALLOWED = f"files that end in {', '.join(SUFFIXES)} and folders of them"
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
@@ -97,30 +100,52 @@ def read_dataset(name: str, seed: int) -> Iterator[str]:
         ) from error
 
 
-def sequences_from_files(
-    sources: Sequence[Path | str], tokenizer: Any, length: int, count: int, seed: int
-) -> torch.Tensor:
-    """int64 [count, length] token ids, taken from the sources in turn, so that each counts the same whatever its size.
+class TextSequences:
+    """Sequences of token ids from several sources in turn, so that each counts the same whatever its size.
 
-    sources: files and folders, or names of datasets as in `read_dataset`. A document gives one piece from a random
-    place; short ones are joined, parted by the end-of-text token. A source that runs out starts again (other places are
-    then read).
+    sources: files and folders, or names of datasets as in `read_dataset`. One text in TWENTY is held out: it is in the
+    held-out sequences and in no others, except where a source has too few texts to spare one. A text gives one piece
+    from a random place; short ones are joined, parted by the end-of-text token. A source that runs out starts again
+    (other places are then read).
     """
-    streams = []
-    for at, source in enumerate(sources):
-        rng = random.Random(f"{seed}/{at}")
-        on_disk = Path(source).exists()
-        documents = _repeated(read_documents(Path(source)), rng) if on_disk else read_dataset(str(source), seed + at)
-        streams.append(_pieces(documents, length, rng))
-    sequences = torch.empty(count, length, dtype=torch.int64)
-    for row in range(count):
-        ids: list[int] = []
-        while len(ids) < length:
-            ids += tokenizer(next(streams[row % len(streams)]), truncation=False)["input_ids"]
-            if tokenizer.eos_token_id is not None:
-                ids.append(tokenizer.eos_token_id)
-        sequences[row] = torch.tensor(ids[:length])
-    return sequences
+
+    def __init__(self, sources: Sequence[str], tokenizer: Any, length: int, seed: int) -> None:
+        self.tokenizer, self.length, self.seed = tokenizer, length, seed
+        self._documents = {name: _parts(read_documents(Path(name))) for name in sources if Path(name).exists()}
+        self._sources = list(sources)
+
+    def take(self, count: int, number: int | None) -> torch.Tensor:
+        """int64 [count, length]: sequences of round `number`, the same on every call; the held-out ones for None."""
+        streams = [self._pieces(at, number) for at in range(len(self._sources))]
+        sequences = torch.empty(count, self.length, dtype=torch.int64)
+        for row in range(count):
+            ids: list[int] = []
+            while len(ids) < self.length:
+                ids += self.tokenizer(next(streams[row % len(streams)]), truncation=False)["input_ids"]
+                if self.tokenizer.eos_token_id is not None:
+                    ids.append(self.tokenizer.eos_token_id)
+            sequences[row] = torch.tensor(ids[: self.length])
+        return sequences
+
+    def _pieces(self, at: int, number: int | None) -> Iterator[str]:
+        name, piece = self._sources[at], self.length * CHARACTERS_A_TOKEN
+        rng = random.Random(f"{self.seed}/{number}/{at}")
+        if name in self._documents:
+            documents = self._documents[name]
+            if len(documents) >= TWENTY:
+                documents = [text for row, text in enumerate(documents) if (row % TWENTY == 0) == (number is None)]
+            texts = _repeated(documents, rng)
+        else:
+            stream = read_dataset(name, rng.randrange(1 << 30))
+            texts = (text for text in stream if (zlib.crc32(text.encode()) % TWENTY == 0) == (number is None))
+        for text in texts:
+            start = rng.randrange(max(1, len(text) - piece // 2))
+            yield text[start : start + piece]
+
+
+def _parts(documents: list[str]) -> list[str]:
+    """The documents, long ones cut, so that even one book can hold out a part."""
+    return [text[at : at + LONG_TEXT] for text in documents for at in range(0, len(text), LONG_TEXT)]
 
 
 def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
@@ -128,18 +153,11 @@ def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
         yield from rng.sample(documents, len(documents))
 
 
-def _pieces(documents: Iterator[str], length: int, rng: random.Random) -> Iterator[str]:
-    piece = length * CHARACTERS_A_TOKEN
-    for text in documents:
-        start = rng.randrange(max(1, len(text) - piece // 2))
-        yield text[start : start + piece]
-
-
 @torch.no_grad()
 def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: int) -> torch.Tensor:
     """int64 [count, length] token ids that the model samples itself at temperature 1, each from a random first token.
 
-    The start token, where the model has one, comes before it. Needs no data and no tokenizer.
+    The start token, where the model has one, comes before it. Needs no data and no tokenizer. batch: sequences at once.
     """
     torch.manual_seed(seed)
     start = model.config.bos_token_id

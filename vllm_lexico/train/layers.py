@@ -1,0 +1,189 @@
+"""The dictionaries of some layers: their learners, how a round goes, and the part of the file that they become."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lexico_kernels.layout import PARTS
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from vllm_lexico.dictionary import pack_atoms, unit_atoms
+from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
+from vllm_lexico.train.levels import Levels, learn_levels
+
+LEVEL_VECTORS = {"cuda": 8192, "cpu": 1024}  # a part and layer, for the levels, by kind of device
+REPORTED_SPARSITIES = (7, 15)
+USAGE_SPARSITY = 15
+LAYERS_AT_ONCE = {"cuda": 8, "cpu": 1}  # K and V of each: enough vectors a launch to keep a GPU busy
+LEAST_RATE = 0.02  # of the rate, at the end of annealing
+REVIVALS = 4  # a round
+
+
+@dataclass(frozen=True)
+class FinishedLayers:
+    """What some layers add to the file: tensors by name, first axis layers, and errors by part and sparsity."""
+
+    tensors: dict[str, torch.Tensor]
+    errors: dict[str, dict[str, list[float]]]
+
+    def write(self, target: Path) -> None:
+        """target.safetensors and target.json; the latter is written last and says that both are complete."""
+        save_file(self.tensors, str(target.with_suffix(".safetensors")))
+        target.with_suffix(".json").write_text(json.dumps(self.errors))
+
+
+class LayerLearners:
+    """Learners of K and V of some layers, a few layers a learner; row 2 l + part of a learner is a dictionary."""
+
+    def __init__(self, layers: list[int], settings: LearnSettings, seed: int, device: str) -> None:
+        self.layers, self.settings, self.seed, self.device = layers, settings, seed, torch.device(device)
+        self.learners: list[Learner] = []
+        self.mean = torch.zeros(0)  # float32 [layers * 2, Hk, D]
+        self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
+        self.losses: list[float] = []  # held-out, mean of all, by round
+
+    def learn(self, store: torch.Tensor, passes: int, number: int, *, annealed: bool, quiet: bool = False) -> None:
+        """One round over captured vectors [layers, 2, tokens, Hk, D], each seen `passes` times.
+
+        annealed: the rate falls to nothing over the round and codes are the stored ones.
+        """
+        if not self.learners:
+            self._start(store)
+        rows = store.shape[2] * store.shape[3]
+        batch = min(self.settings.batch, rows)
+        steps = passes * (rows // batch)
+        with tqdm(
+            total=len(self.layers) * steps, desc=f"round {number + 1}", unit="step", mininterval=1.0, disable=quiet
+        ) as progress:
+            for learner, part in self._groups():
+                generator = torch.Generator(self.device).manual_seed(self.seed + 7919 * number + part.start)
+                levels = None
+                for step in range(steps):
+                    at = step % (rows // batch)
+                    if at == 0:
+                        order = torch.randperm(rows, generator=generator, device=self.device)
+                    vectors = self._vectors(store, part, order[at * batch : (at + 1) * batch])
+                    share = step / steps
+                    rate = self.settings.rate * (max(1 - share, LEAST_RATE) if annealed else 1.0)
+                    if annealed and step % max(1, steps // 4) == 0:
+                        levels = self._levels(store, learner, part, (self.settings.sparsity,))
+                    residual = learner.step(vectors, rate, levels)
+                    if not annealed and (step + 1) % max(1, steps // REVIVALS) == 0:
+                        learner.revive(residual)
+                    progress.update((part.stop - part.start) // 2)
+
+    def held_out(self, store: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Energy lost of other vectors, by sparsity, float32 [layers, 2]; the mean is remembered."""
+        lost: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
+        for learner, part in self._groups():
+            vectors = self._vectors(store, part, self._sample(store))
+            atoms = self._stored_atoms(learner)
+            levels = learn_levels(vectors, atoms, REPORTED_SPARSITIES)
+            for sparsity, values in evaluate(vectors, atoms, levels, REPORTED_SPARSITIES).items():
+                lost[sparsity].append(values)
+        tables = {sparsity: torch.cat(values).view(-1, 2).cpu() for sparsity, values in lost.items()}
+        self.losses.append(float(torch.stack([table.mean() for table in tables.values()]).mean()))
+        return tables
+
+    def settled(self, least_gain: float) -> bool:
+        """Whether the last round took less than this share off the error of the round before."""
+        return len(self.losses) > 1 and self.losses[-1] > self.losses[-2] * (1 - least_gain)
+
+    def finish(self, store: torch.Tensor, held_out: torch.Tensor) -> FinishedLayers:
+        """The layers' part of the file. store: training vectors, for the levels. held_out: others, for the errors."""
+        tensors: dict[str, list[torch.Tensor]] = {}
+        losses: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
+        for learner, part in self._groups():
+            integers = round_atoms(learner.atoms, self.settings.atom_bits)
+            atoms = self._stored_atoms(learner)
+            levels = learn_levels(self._vectors(store, part, self._sample(store)), atoms)
+            others = held_out.flatten(0, 1)[part]
+            others = self._vectors(held_out, part, torch.arange(others.shape[1] * others.shape[2], device=self.device))
+            for sparsity, values in evaluate(others, atoms, levels, REPORTED_SPARSITIES).items():
+                losses[sparsity].append(values)
+            made = {
+                "atoms": pack_atoms(integers, self.settings.atom_bits),
+                "mean": self.mean[part],
+                "levels": levels.table,
+                "usage": count_usage(others, atoms, USAGE_SPARSITY),
+            }
+            for kind, tensor in made.items():
+                for at, name in enumerate(PARTS):
+                    tensors.setdefault(f"{name}_{kind}", []).append(tensor[at::2].cpu())
+        tables = {str(sparsity): torch.cat(values).view(-1, 2).tolist() for sparsity, values in losses.items()}
+        errors = {
+            part: {sparsity: [round(row[at], 5) for row in table] for sparsity, table in tables.items()}
+            for at, part in enumerate(PARTS)
+        }
+        return FinishedLayers({name: torch.cat(parts).contiguous() for name, parts in tensors.items()}, errors)
+
+    def save(self, path: Path, rounds_done: int) -> None:
+        """Keep everything that `load` needs to go on after this round."""
+        tensors = {"mean": self.mean.cpu(), "scale": self.scale.cpu(), "losses": torch.tensor(self.losses)}
+        tensors["rounds_done"] = torch.tensor(rounds_done)
+        for at, learner in enumerate(self.learners):
+            tensors |= {f"{at}.{name}": tensor.contiguous() for name, tensor in learner.state().items()}
+        unfinished = path.with_name(path.name + ".tmp")
+        save_file(tensors, str(unfinished))
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> int:
+        """Go on from a saved state; returns the rounds that are done."""
+        tensors = load_file(str(path))
+        self.mean, self.scale = tensors["mean"].to(self.device), tensors["scale"].to(self.device)
+        self.losses = [round(loss, 6) for loss in tensors["losses"].tolist()]
+        self._make_learners(self.mean.shape[-1])
+        for at, learner in enumerate(self.learners):
+            learner.load_state({name: tensors[f"{at}.{name}"] for name in (*Learner.STATE, "steps")})
+        return int(tensors["rounds_done"])
+
+    def _start(self, store: torch.Tensor) -> None:
+        self.mean = torch.stack([vectors.float().mean(0) for vectors in store.flatten(0, 1)])
+        energies = [
+            (vectors.float() - mean).square().sum(-1).mean()
+            for vectors, mean in zip(store.flatten(0, 1), self.mean, strict=True)
+        ]
+        self.scale = torch.stack(energies).sqrt().clamp(min=1e-20)
+        self._make_learners(store.shape[-1])
+        rows = store.shape[2] * store.shape[3]
+        for learner, part in self._groups():
+            generator = torch.Generator(self.device).manual_seed(self.seed + part.start)
+            some = torch.randperm(rows, generator=generator, device=self.device)[: 4 * self.settings.atoms]
+            learner.start_from(self._vectors(store, part, some), generator)
+
+    def _make_learners(self, dim: int) -> None:
+        at_once = LAYERS_AT_ONCE[self.device.type]
+        sizes = [len(self.layers[first : first + at_once]) for first in range(0, len(self.layers), at_once)]
+        self.learners = [Learner(self.settings, 2 * size, dim, self.device) for size in sizes]
+
+    def _groups(self) -> Iterator[tuple[Learner, slice]]:
+        """Each learner with its rows of the store, layers and parts flattened."""
+        first = 0
+        for learner in self.learners:
+            yield learner, slice(first, first + len(learner.atoms))
+            first += len(learner.atoms)
+
+    def _vectors(self, store: torch.Tensor, part: slice, rows: torch.Tensor) -> torch.Tensor:
+        """float32 [G, M, D]: these rows (tokens times heads), centred and of about unit energy."""
+        heads = store.shape[3]
+        own = store.flatten(0, 1)[part].flatten(1, 2)
+        vectors = own.index_select(1, rows.to(own.device)).to(self.device, torch.float32)
+        vectors -= self.mean[part].index_select(1, rows % heads)
+        return vectors.div_(self.scale[part, None, None])
+
+    def _sample(self, store: torch.Tensor) -> torch.Tensor:
+        """Rows for the levels, spread evenly."""
+        rows = store.shape[2] * store.shape[3]
+        return torch.arange(rows, device=self.device)[:: max(1, rows // LEVEL_VECTORS[self.device.type])]
+
+    def _levels(self, store: torch.Tensor, learner: Learner, part: slice, sparsities: tuple[int, ...]) -> Levels:
+        vectors = self._vectors(store, part, self._sample(store))
+        return learn_levels(vectors, self._stored_atoms(learner), sparsities)
+
+    def _stored_atoms(self, learner: Learner) -> torch.Tensor:
+        """Atoms as serving will have them."""
+        atoms = unit_atoms(round_atoms(learner.atoms, self.settings.atom_bits))
+        return atoms.bfloat16() if atoms.is_cuda else atoms
