@@ -26,7 +26,7 @@ def with_usage(bundled) -> Dictionary:
     layers, atoms = bundled.info.fingerprint.num_layers, bundled.info.atoms
     usage = torch.zeros(layers, atoms)
     usage[:, 1:1025] = 1 / 1024  # used alike, and the rest of 2047 never
-    return Dictionary(bundled.info, bundled.tensors | {"key_usage": usage, "value_usage": usage.clone()})
+    return Dictionary(bundled.info, bundled.tensors | {"key_usage": usage.half(), "value_usage": usage.half()})
 
 
 def pixels(path: Path) -> tuple[int, int]:
@@ -47,7 +47,7 @@ def test_usage_is_kept_in_the_file_and_checked(with_usage, bundled, tmp_path):
     read = load_dictionary(tmp_path / "d.safetensors")
     assert torch.equal(read.usage("value"), with_usage.usage("value")) and bundled.usage("key") is None
     with pytest.raises(
-        ValueError, match=r"key_usage is torch.float32 \(30, 5\), its metadata asks for float32 \(30, 2048"
+        ValueError, match=r"key_usage is torch.float32 \(30, 5\), its metadata asks for float16 \(30, 2048"
     ):
         Dictionary(bundled.info, bundled.tensors | {"key_usage": torch.zeros(30, 5)})
 

@@ -8,7 +8,7 @@ tensor                   shape                      dtype        meaning
 key_atoms, value_atoms   [layers, N, D] or D/2      int8, uint8  atoms as small integers; 4 bits: two in a byte
 key_mean, value_mean     [layers, Hk, D]            float32      taken off a head's vectors before they are coded
 key_levels, value_levels [layers, 32, 16]           float32      coefficient levels; row s serves sparsity s
-key_usage, value_usage   [layers, N]                float32      optional; share of all chosen atoms that are this one
+key_usage, value_usage   [layers, N]                float16      optional; share of all chosen atoms that are this one
 ======================== ========================== ============ =====================================================
 
 An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros. Usage is
@@ -191,11 +191,11 @@ class Dictionary:
             if given != shape:
                 raise ValueError(f"the dictionary's tensor {name} is {given}, its metadata asks for {shape}; {_REMEDY}")
         for part in PARTS:
-            usage, wanted = self.usage(part), (print_.num_layers, info.atoms)
-            if usage is not None and (usage.dtype != torch.float32 or tuple(usage.shape) != wanted):
+            usage, wanted = self.tensors.get(f"{part}_usage"), (print_.num_layers, info.atoms)
+            if usage is not None and (usage.dtype != torch.float16 or tuple(usage.shape) != wanted):
                 raise ValueError(
                     f"the dictionary's tensor {part}_usage is {usage.dtype} {tuple(usage.shape)}, its metadata "
-                    f"asks for float32 {wanted}; {_REMEDY}"
+                    f"asks for float16 {wanted}; {_REMEDY}"
                 )
 
     def usage(self, part: str) -> torch.Tensor | None:
@@ -203,7 +203,8 @@ class Dictionary:
 
         part: "key" or "value".
         """
-        return self.tensors.get(f"{part}_usage")
+        kept = self.tensors.get(f"{part}_usage")
+        return None if kept is None else kept.float()
 
     def codebook(
         self,

@@ -25,7 +25,7 @@ UNLIMITED = 1 << 62
 
 PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
-    PursuitLaunch(UNLIMITED, 128, 128, 8, 3),
+    PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)

@@ -11,7 +11,7 @@ from torch import Tensor, empty, float32, int32
 from lexico_kernels import reference
 from lexico_kernels.cache import LayerCache
 from lexico_kernels.launch import WRITE_EXACT, pursuit_launch
-from lexico_kernels.pursuit import VALUE_BITS, load_code, pursue_tile, quantize_tile, unit_rows
+from lexico_kernels.pursuit import load_code, pursue_tile, quantize_tile, unit_rows, value_bits_for
 from lexico_kernels.records import FP8_PEAK, LEVEL_BITS, float_to_fp8
 
 
@@ -275,7 +275,7 @@ def omp_encode(
         *scratch,
         M,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        VALUE_BITS,
+        value_bits_for(max(cache.key.atoms.shape[0], cache.value.atoms.shape[0])),
         **sizes,
         CODEC=layout.codec,
         KEY_N=cache.key.atoms.shape[0],

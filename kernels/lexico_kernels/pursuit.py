@@ -14,8 +14,6 @@ from lexico_kernels import layout, reference
 from lexico_kernels.launch import pursuit_launch
 from lexico_kernels.records import load_atoms
 
-INDEX_MASK = tl.constexpr(layout.MAX_ATOMS - 1)
-VALUE_BITS = 0x7FFFFFFF ^ (layout.MAX_ATOMS - 1)  # of a float: no sign, and no low bits, where the number goes
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
 
 
@@ -37,9 +35,10 @@ def _best_atoms(
 
     Floats that are not negative order like integers: with the atom's number in the low bits, one maximum finds both.
     The number comes in three pieces, so that the work on each correlation is one bit operation with a constant and half
-    a maximum: chunk and column within eight neighbours are added to the few that are left. `value_bits` is VALUE_BITS;
-    as an argument, since an operation can hold one constant and the other is the piece.
+    a maximum: chunk and column within eight neighbours are added to the few that are left. `value_bits` says which bits
+    are not the number's, see `value_bits_for`; an argument, since an operation can hold one constant: the piece.
     """
+    index_mask = value_bits ^ 0x7FFFFFFF
     TILE: tl.constexpr = residual.shape[0]
     OCTETS: tl.constexpr = CHUNK // 8
     dims = tl.arange(0, D_PAD)
@@ -58,9 +57,9 @@ def _best_atoms(
         packed = (bits & value_bits) | octet[None, :, None]
         best = tl.maximum(best, tl.max(packed, 1) | start)
     best = tl.max(best | eighth[None, :] * OCTETS, 1)
-    index = best & INDEX_MASK
+    index = best & index_mask
     index = index // CHUNK * CHUNK + index % OCTETS * 8 + index % CHUNK // OCTETS
-    return tl.where(best > INDEX_MASK, index, 0)
+    return tl.where(best > index_mask, index, 0)
 
 
 @triton.jit
@@ -191,6 +190,11 @@ def _pursue(
     tl.store(residual_ptr + at, residual, mask=mask)
 
 
+def value_bits_for(atoms: int) -> int:
+    """Bits of a float that keep its value beside an atom's number: not the sign, and not the low bits."""
+    return 0x7FFFFFFF ^ (max(layout.MAX_ATOMS, triton.next_power_of_2(atoms)) - 1)
+
+
 def pursue(
     vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +215,7 @@ def pursue(
         M,
         sparsity,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        VALUE_BITS,
+        value_bits_for(N),
         QUANTIZED=levels is not None,
         N=N,
         D=D,

@@ -108,7 +108,7 @@ class LayerLearners:
                 "atoms": pack_atoms(integers, self.settings.atom_bits),
                 "mean": self.mean[part],
                 "levels": levels.table,
-                "usage": count_usage(others, atoms, USAGE_SPARSITY),
+                "usage": count_usage(others, atoms, USAGE_SPARSITY).half(),
             }
             for kind, tensor in made.items():
                 for at, name in enumerate(PARTS):

@@ -1,0 +1,453 @@
+"""Which code is best, byte for byte: variants of dictionary and format, by the perplexity that they cost.
+
+    python benchmarks/dictionary_study.py MODEL --data DIR [--variants base,heads,metric,...]
+
+Captures one set of training vectors, trains every variant on it in the same short way, and measures WikiText-2 through
+coded attention (`coded_model.py`) and the energy that each loses. Variants differ in what is trained (N atoms, a
+dictionary for each head, a metric, halves of a head) or only in how coefficients are kept. Rows go to
+benchmarks/results/dictionary.jsonl with metrics `perplexity_ratio` and `energy_lost` and case.study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from coded_model import CodedPerplexity, ratio
+from lexico_kernels import PARTS, pursue
+from record import RESULTS, record
+from torch import Tensor
+from vector_codecs import RotationCodec, VectorCodec
+from windows import wikitext_windows
+
+from vllm_lexico.dictionary import ModelFingerprint
+from vllm_lexico.train.capture import capture, load_model
+from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.levels import learn_levels
+from vllm_lexico.train.texts import TextSequences
+
+SOURCES = ("books", "textbooks", "docs", "math", "code")
+SPARSITIES = (7, 11, 15)
+Quantizer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained. power: of the metric, 0 for none; by_head: a metric and a dictionary for each KV head."""
+
+    atoms: int = 4096
+    sparsity: int = 10
+    atom_bits: int = 8
+    power: float = 0.0
+    by_head: bool = False
+    own_metric: bool = False  # a metric for each head over one dictionary
+    halves: int = 1  # a vector is cut into so many, each coded on its own
+
+
+VARIANTS = {
+    "base": Variant(),
+    "atoms1024": Variant(atoms=1024),
+    "atoms2048": Variant(atoms=2048),
+    "atoms8192": Variant(atoms=8192),
+    "atoms2048x4": Variant(atoms=2048, atom_bits=4),
+    "trained7": Variant(sparsity=7),
+    "trained15": Variant(sparsity=15),
+    "heads": Variant(by_head=True),
+    "metric": Variant(power=1.0),
+    "metric_half": Variant(power=0.5),
+    "metric_head": Variant(power=1.0, own_metric=True),
+    "metric_head_half": Variant(power=0.5, own_metric=True),
+    "halves": Variant(halves=2, sparsity=5),
+}
+
+
+class StudyCodec(VectorCodec):
+    """Codes of one trained variant.
+
+    atoms: [layers * copies, 2, N, D'] for copies = heads and halves that have dictionaries of their own, else 1.
+    maps: float32 [layers, 2, Hk, D, D], what vectors are multiplied with before they are coded, or None.
+    """
+
+    def __init__(self, trained: Trained, sparsity: dict[str, int], quantize: Quantizer | None = None) -> None:
+        super().__init__(trained.means)
+        self.trained, self.sparsity, self.quantize = trained, sparsity, quantize or nearest_level
+        self.vector_bytes = {part: 2 * (size + 1) for part, size in sparsity.items()}
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, PARTS.index(part)
+        centred = trained.to_code(vectors.float() - self.means[layer, at], layer, at)
+        groups, size = len(centred), trained.copies
+        index = slice(layer * size, (layer + 1) * size)
+        atoms, levels = trained.atoms[index, at], trained.levels[layer, at]
+        pieces = centred.unflatten(0, (size, groups // size)).flatten(1, 2)
+        indices, coefficients, _ = pursue(pieces, atoms, self.sparsity[part] // trained.variant.halves)
+        read = []
+        for own, book, chosen, table, exact in zip(pieces, atoms, indices, levels, coefficients, strict=True):
+            kept = self.quantize(exact, table[self.sparsity[part] // trained.variant.halves], own, book.float()[chosen])
+            code = torch.nn.functional.embedding_bag(chosen, book.float(), per_sample_weights=kept, mode="sum")
+            read.append(code)
+        back = torch.stack(read).unflatten(1, (groups // size, -1)).flatten(0, 1)
+        return (trained.from_code(back, layer, at) + self.means[layer, at]).to(vectors.dtype)
+
+
+def nearest_level(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """The product's: 16 levels of the largest coefficient's share; zero where it is nearer."""
+    scale = exact.abs().amax(1, keepdim=True).bfloat16().float().clamp(min=1e-20)
+    return _snap(exact / scale, levels) * scale
+
+
+def _snap(shares: Tensor, levels: Tensor) -> Tensor:
+    near = levels[torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)]
+    return torch.where((near - shares).abs() < shares.abs(), near, 0.0)
+
+
+def unquantized(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """Coefficients as they are: what levels cost."""
+    return exact
+
+
+def fp8(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """The paper's coefficients (e4m3); 3 S + 2 bytes."""
+    scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-20) / 256
+    return (exact / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def logarithmic(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """Eight magnitudes, each 2 ** -0.6 of the last, and a sign."""
+    magnitudes = 2.0 ** (-0.6 * torch.arange(8, device=exact.device))
+    return nearest_level(exact, torch.cat((-magnitudes, magnitudes.flip(0))), vectors, atoms)
+
+
+def by_rank(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor, count: int = 16) -> Tensor:
+    """Levels for each rank of magnitude, learned on the vectors themselves (so it flatters a little)."""
+    scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-20)
+    order = exact.abs().argsort(1, descending=True)
+    shares = (exact / scale).gather(1, order)
+    kept = torch.empty_like(shares)
+    for rank in range(shares.shape[1]):
+        column = shares[:, rank].contiguous()
+        own = torch.quantile(column[:20000], (torch.arange(count, device=column.device) + 0.5) / count)
+        for _ in range(12):
+            near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
+            total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
+            own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
+        kept[:, rank] = own[torch.bucketize(column, (own[1:] + own[:-1]) / 2)]
+    return torch.zeros_like(exact).scatter_(1, order, kept) * scale
+
+
+def by_order(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """As `by_rank` by the order in which the pursuit chose, which needs no sorting."""
+    scale = exact.abs().amax(1, keepdim=True).bfloat16().float().clamp(min=1e-20)
+    shares, kept = exact / scale, torch.empty_like(exact)
+    for rank in range(shares.shape[1]):
+        column = shares[:, rank].contiguous()
+        own = torch.quantile(column[:20000], (torch.arange(16, device=column.device) + 0.5) / 16)
+        for _ in range(12):
+            near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
+            total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
+            own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
+        kept[:, rank] = _snap(column, own)
+    return kept * scale
+
+
+def by_rank3(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """As `by_rank` with 3 bits: what 13 + 3 bits would leave of the coefficients."""
+    return by_rank(exact, levels, vectors, atoms, 8)
+
+
+def refitted(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
+    """Levels chosen one coefficient after another, each against what those before it left, twice."""
+    kept = nearest_level(exact, levels, vectors, atoms)
+    scale = exact.abs().amax(1).bfloat16().float().clamp(min=1e-20)
+    residual = vectors - torch.einsum("ms,msd->md", kept, atoms)
+    for _ in range(2):
+        for at in range(exact.shape[1]):
+            along = kept[:, at] + (residual * atoms[:, at]).sum(1)
+            new = _snap(along / scale, levels) * scale
+            residual -= (new - kept[:, at])[:, None] * atoms[:, at]
+            kept[:, at] = new
+    return kept
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "unquantized": unquantized,
+    "logarithmic": logarithmic,
+    "by_rank": by_rank,
+    "by_order": by_order,
+    "by_rank3": by_rank3,
+    "refitted": refitted,
+}
+
+
+class Trained:
+    """One variant's dictionaries of all layers, and the way into and out of its coordinates."""
+
+    def __init__(self, variant: Variant, store: Tensor, metrics: Tensor, seed: int, passes: int) -> None:
+        layers, _, _, heads, dim = store.shape
+        self.variant, self.heads, self.dim = variant, heads, dim
+        self.means = torch.stack([vectors.float().mean(0) for vectors in store.flatten(0, 1)]).view(
+            layers, 2, heads, dim
+        )
+        self.maps = self.inverses = None
+        if variant.power:
+            metric = metrics if variant.own_metric else metrics.mean(2, keepdim=True).expand_as(metrics)
+            self.maps, self.inverses = root_of(metric, variant.power)
+        self.copies = (heads if variant.by_head else 1) * variant.halves
+        rows = self._coordinates(store)
+        settings = LearnSettings(atoms=variant.atoms, sparsity=variant.sparsity, atom_bits=variant.atom_bits)
+        learners = LayerLearners(list(range(len(rows))), settings, seed, str(store.device))
+        learners.learn(rows, passes, 0, annealed=True, quiet=True)
+        atoms, levels = [], []
+        for learner, part in learners._groups():
+            atoms.append(learners._stored_atoms(learner))
+            sample = learners._vectors(rows, part, learners._sample(rows))
+            levels.append(learn_levels(sample, atoms[-1], (3, 5, 7, 9, 11, 13, 15, 19, 23)))
+        self.atoms = torch.cat(atoms).unflatten(0, (-1, 2))
+        table = torch.cat([part.table for part in levels]).unflatten(0, (layers, self.copies, 2))
+        self.levels = table.transpose(1, 2)  # [layers, 2, copies, 32, 16]
+
+    def _coordinates(self, store: Tensor) -> Tensor:
+        """[layers * copies, 2, tokens, heads that share, D'] in the model's dtype: what is learned from."""
+        layers, _, tokens, heads, _ = store.shape
+        sharing, width = heads * self.variant.halves // self.copies, self.dim // self.variant.halves
+        size = (layers * self.copies, 2, tokens, sharing, width)
+        made = torch.empty(size, dtype=store.dtype, device=store.device)
+        for layer in range(layers):
+            for part in range(2):
+                vectors = self.to_code(store[layer, part].float() - self.means[layer, part], layer, part)
+                grouped = vectors.unflatten(0, (self.copies, -1)).transpose(1, 2)
+                made[layer * self.copies : (layer + 1) * self.copies, part] = grouped.to(store.dtype)
+        return made
+
+    def halves(self, vectors: Tensor) -> Tensor:
+        """[..., Hk, D] -> [..., halves, Hk, D / halves]; of a key, a half has whole rotary pairs."""
+        count = self.variant.halves
+        pairs = vectors.unflatten(-1, (2, count, self.dim // 2 // count))  # dim i turns with dim i + D / 2
+        return pairs.transpose(-3, -2).flatten(-2).transpose(-3, -2)
+
+    def to_code(self, centred: Tensor, layer: int, part: int) -> Tensor:
+        """float32 [tokens, Hk, D] -> [copies and heads that share, tokens, D']."""
+        if self.maps is not None:
+            centred = torch.einsum("thd,hed->the", centred, self.maps[layer, part])
+        if self.variant.halves > 1:
+            return self.halves(centred).flatten(1, 2).transpose(0, 1)
+        return centred.transpose(0, 1)
+
+    def from_code(self, vectors: Tensor, layer: int, part: int) -> Tensor:
+        """Inverse of `to_code`."""
+        back = vectors.transpose(0, 1)
+        if self.variant.halves > 1:
+            count = self.variant.halves
+            pairs = back.unflatten(1, (count, self.heads)).transpose(1, 2).unflatten(-1, (2, -1))
+            back = pairs.transpose(-3, -2).flatten(-3)
+        if self.inverses is not None:
+            back = torch.einsum("thd,hed->the", back, self.inverses[layer, part])
+        return back
+
+
+def root_of(metric: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """metric ** (power / 2) of unit mean eigenvalue, and its inverse: [..., D, D]."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    values = values / values.mean(-1, keepdim=True)
+    values = (values + 1e-3).pow(power / 2)
+    forward = (vectors * values[..., None, :]) @ vectors.mT
+    backward = (vectors / values[..., None, :]) @ vectors.mT
+    return forward.float(), backward.float()
+
+
+class QueryMoments:
+    """Codec that leaves vectors as they are; `metrics` says how much an error in each direction does."""
+
+    def __init__(self, measure: CodedPerplexity, windows: Tensor) -> None:
+        config = measure.model.config
+        shape = ModelFingerprint.of(config)
+        heads, dim, device = shape.num_kv_heads, shape.head_dim, measure.device
+        self.metrics = torch.zeros(shape.num_layers, 2, heads, dim, dim, device=device)
+        attend = measure.attend
+
+        def watching(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+            some = query[:, :, ::4].float().unflatten(1, (heads, -1))
+            self.metrics[layer, 0] += torch.einsum("bhgtd,bhgte->hde", some, some)
+            return attend(layer, query, key, value, scale)
+
+        measure.attend = watching  # type: ignore[method-assign]
+        measure.negative_log_likelihood(windows, None, 4)
+        measure.attend = attend  # type: ignore[method-assign]
+        for layer, block in enumerate(measure.model.base_model.layers):
+            weight = block.self_attn.o_proj.weight.float().unflatten(1, (heads, -1, dim))
+            self.metrics[layer, 1] = torch.einsum("ohgd,ohge->hde", weight, weight)
+
+
+class Study:
+    """A captured store, a model that measures, and rows as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        sources = [str(args.data / f"train_{name}.jsonl.xz") for name in SOURCES]
+        texts = TextSequences(sources, tokenizer, args.sequence_tokens, 0)
+        loaded = load_model(args.model, args.device, "auto" if args.device == "cuda" else "float32")
+        shape = ModelFingerprint.of(loaded.config)
+        kept = args.sequence_tokens - 16
+        count = -(-args.vectors // shape.num_kv_heads // kept)
+        layers, pair = range(shape.num_layers), (shape.num_kv_heads, shape.head_dim)
+        self.store = capture(loaded, texts.take(count, 0), kept, layers, pair, 0, 8 if args.device == "cuda" else 1)
+        query_text = texts.take(4, 1)
+        del loaded
+        self.measure = CodedPerplexity(args.model, args.device, skip=args.skip)
+        self.windows = wikitext_windows(args.data / "wikitext2_raw_test.txt.xz", tokenizer, args.length, args.windows)
+        self.base = self.measure.negative_log_likelihood(self.windows, None, args.batch)
+        self.metrics = QueryMoments(self.measure, query_text).metrics
+        self.args, self.shape, self.layers = args, shape, layers
+
+    def train(self, name: str) -> Trained:
+        started = time.perf_counter()
+        trained = Trained(VARIANTS[name], self.store, self.metrics, 0, self.args.passes)
+        print(f"-- {name}: trained in {time.perf_counter() - started:.1f} s", flush=True)
+        return trained
+
+    def score(self, name: str, codec: VectorCodec, windows: int | None = None, **words: Any) -> float:
+        """Measure one codec and keep the row."""
+        nll = self.measure.negative_log_likelihood(self.windows[:windows], codec, self.args.batch)
+        value, half = ratio(nll, self.base[:windows])
+        size = sum(codec.vector_bytes.values()) / 2
+        lost = codec.energy_lost()
+        print(
+            f"{name:34s} {size:5.1f} bytes  ratio {value:.4f} +- {half:.4f}  lost K {lost['key']:.4f} "
+            f"V {lost['value']:.4f}  {self.measure.seconds:.1f} s",
+            flush=True,
+        )
+        case = {
+            "study": name, "model": Path(self.args.model).name, "windows": len(nll), "bytes": size,
+            "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3), "ratio_95_percent": half,
+            "training_vectors": self.store.shape[2] * self.store.shape[3], "passes": self.args.passes,
+            "energy_lost": {part: round(share, 5) for part, share in lost.items()},
+        }  # fmt: skip
+        record("dictionary", case | words, "perplexity_ratio", value, folder=self.args.out)
+        return value
+
+
+def both(sparsity: int) -> dict[str, int]:
+    """The same for K and V."""
+    return dict.fromkeys(PARTS, sparsity)
+
+
+def run(args: argparse.Namespace) -> None:
+    """All variants, then what can be asked of the base without training again."""
+    study = Study(args)
+    base = None
+    for name in args.variants.split(","):
+        trained = study.train(name)
+        for sparsity in (15, 7) if name != "base" else (*SPARSITIES, 3, 23):
+            study.score(f"{name} s={sparsity}", StudyCodec(trained, both(sparsity)), sparsity=sparsity)
+        base = trained if name == "base" else base
+    if base is None:
+        return
+    extras(study, base)
+
+
+def extras(study: Study, base: Trained) -> None:
+    """Formats of the coefficients, unequal K and V, scalar peers, and which layers do the damage."""
+    for name, quantizer in QUANTIZERS.items():
+        for sparsity in (15, 7):
+            study.score(f"base {name} s={sparsity}", StudyCodec(base, both(sparsity), quantizer), sparsity=sparsity)
+    paper = StudyCodec(base, both(10), fp8)
+    paper.vector_bytes = both(32)
+    study.score("paper's format s=10", paper, sparsity=10)
+    for key, value in ((11, 19), (13, 17), (17, 13), (19, 11), (5, 9), (9, 5)):
+        codec = StudyCodec(base, {"key": key, "value": value})
+        study.score(f"base K {key} V {value}", codec, sparsity={"key": key, "value": value})
+    for bits in (1, 2, 3, 4):
+        study.score(f"rotation {bits} bits", RotationCodec(study.shape.head_dim, bits, base.means), bits=bits)
+    for error in (0.2, 0.3, 0.4):
+        study.score(f"base s<=31, error <= {error}", Thresholded(base, error), error=error)
+    for fresh in (64, 256):
+        for sparsity in (15, 7):
+            adapted = Adapted(base, both(sparsity), fresh)
+            study.score(f"base with {fresh} atoms of the text itself s={sparsity}", adapted, sparsity=sparsity)
+    for layer in study.layers:
+        only = OnlySome(StudyCodec(base, both(7)), {layer})
+        study.score(f"base s=7 in layer {layer} alone", only, windows=8, layer=layer)
+
+
+class Thresholded(StudyCodec):
+    """As many atoms as the relative error asks for, up to 31; `vector_bytes` follows what was used."""
+
+    def __init__(self, trained: Trained, error: float) -> None:
+        super().__init__(trained, both(31), unquantized)
+        self.error, self.used, self.vectors = error, 0, 0
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, PARTS.index(part)
+        own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
+        book = trained.atoms[layer, at]
+        chosen, kept, _ = pursue(own[None], book[None], 31, relative_error=self.error)
+        self.used, self.vectors = self.used + int((chosen > 0).sum()), self.vectors + len(own)
+        self.vector_bytes = dict.fromkeys(PARTS, round(2 * (1 + self.used / self.vectors), 2))
+        code = torch.nn.functional.embedding_bag(chosen[0], book.float(), per_sample_weights=kept[0], mode="sum")
+        return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
+
+
+class Adapted(StudyCodec):
+    """The paper's adaptive dictionary: the least used atoms give way to vectors that the text itself codes worst."""
+
+    def __init__(self, trained: Trained, sparsity: dict[str, int], fresh: int) -> None:
+        super().__init__(trained, sparsity)
+        self.fresh = fresh
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, PARTS.index(part)
+        own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
+        book = trained.atoms[layer, at].clone()
+        chosen, _, residual = pursue(own[None], book[None], self.sparsity[part])
+        used = torch.bincount(chosen.flatten(), minlength=len(book))
+        used[0] = used.max() + 1
+        worst = residual[0].square().sum(1).topk(self.fresh).indices
+        book[used.topk(self.fresh, largest=False).indices] = torch.nn.functional.normalize(own[worst]).to(book.dtype)
+        indices, exact, _ = pursue(own[None], book[None], self.sparsity[part])
+        levels = trained.levels[layer, at, 0, self.sparsity[part]]
+        kept = nearest_level(exact[0], levels, own, own)
+        code = torch.nn.functional.embedding_bag(indices[0], book.float(), per_sample_weights=kept, mode="sum")
+        return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
+
+
+class OnlySome(VectorCodec):
+    """Another codec in some layers, all others exact."""
+
+    def __init__(self, codec: VectorCodec, layers: set[int]) -> None:
+        super().__init__(codec.means)
+        self.codec, self.layers, self.vector_bytes = codec, layers, codec.vector_bytes
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        return self.codec.read_back(layer, part, vectors) if layer in self.layers else vectors
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint's folder or hub id")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the training texts and WikiText-2")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="parted by commas (default: %(default)s)")
+    parser.add_argument("--vectors", type=int, default=700_000, help="a layer and part (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=4, help="over the vectors (default: %(default)s)")
+    parser.add_argument("--sequence-tokens", type=int, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=24, help="of WikiText-2 (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--skip", type=int, default=256, help="first tokens without a score (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="windows a pass (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(parse_args())

@@ -1,0 +1,146 @@
+"""What a dictionary is trained on, and what it then loses on text of other kinds.
+
+    python benchmarks/dictionary_texts.py MODEL --data DIR
+
+Trains the same short way on all kinds of text, on books alone, on text that the model writes itself, and without
+reading far positions; measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
+stand far into a context. Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lexico_kernels import PARTS
+from record import RESULTS, record
+from torch import Tensor
+
+from vllm_lexico.dictionary import ModelFingerprint
+from vllm_lexico.train.capture import capture, load_model
+from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.learn import LearnSettings, evaluate
+from vllm_lexico.train.levels import learn_levels
+from vllm_lexico.train.texts import TextSequences, sequences_from_model
+
+KINDS = ("books", "textbooks", "docs", "math", "code")
+TESTED = ("books", "math", "code", "wikitext")
+SPARSITIES = (7, 15)
+FAR = 16384
+
+
+class Texts:
+    """A model that reads; vectors [layers, 2, tokens, Hk, D] by kind of text."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        self.args, self.loaded = (
+            args,
+            load_model(args.model, args.device, "auto" if args.device == "cuda" else "float32"),
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.shape = ModelFingerprint.of(self.loaded.config)
+        self.folder = Path(tempfile.mkdtemp())
+
+    def source(self, kind: str) -> str:
+        if kind != "wikitext":
+            return str(self.args.data / f"train_{kind}.jsonl.xz")
+        plain = self.folder / "wikitext.txt"
+        plain.write_text(lzma.open(self.args.data / "wikitext2_raw_test.txt.xz", "rt").read())
+        return str(plain)
+
+    def vectors(self, sequences: Tensor, furthest: int = 0) -> Tensor:
+        layers, pair = range(self.shape.num_layers), (self.shape.num_kv_heads, self.shape.head_dim)
+        kept = sequences.shape[1] - 16
+        batch = 8 if self.args.device == "cuda" else 1
+        return capture(self.loaded, sequences, kept, layers, pair, 0, batch, furthest=furthest)
+
+    def read(self, kinds: tuple[str, ...], count: int, number: int | None, furthest: int = 0) -> Tensor:
+        texts = TextSequences([self.source(kind) for kind in kinds], self.tokenizer, self.args.sequence_tokens, 0)
+        return self.vectors(texts.take(count, number), furthest)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train on each kind in turn; test each dictionary on all."""
+    texts = Texts(args)
+    count = -(-args.vectors // texts.shape.num_kv_heads // (args.sequence_tokens - 16))
+    few = max(1, count // 16)
+    tests = {kind: texts.read((kind,), few, None) for kind in TESTED}
+    far = texts.loaded.config.max_position_embeddings
+    if far > FAR:  # the second pair of sequences stands far into a context, see `capture`
+        wide = texts.read(("books",), 4 * few, None, furthest=2 * FAR)
+        tests["books, far"] = wide.unflatten(2, (4 * few, -1))[:, :, 2::4].flatten(2, 3).contiguous()
+    stores: dict[str, Any] = {
+        "all, near": lambda: texts.read(KINDS, count, 0),
+        "all": lambda: texts.read(KINDS, count, 0, furthest=2 * FAR if far > FAR else 0),
+        "books": lambda: texts.read(("books",), count, 0, furthest=2 * FAR if far > FAR else 0),
+        "own": lambda: texts.vectors(
+            sequences_from_model(
+                texts.loaded, args.own_tokens, count * args.sequence_tokens // args.own_tokens, 0, 512
+            ),
+            2 * FAR if far > FAR else 0,
+        ),
+    }
+    for name in args.trained_on.split(";"):
+        started = time.perf_counter()
+        store = stores[name]()
+        read = time.perf_counter() - started
+        settings = LearnSettings(atoms=args.atoms)
+        learners = LayerLearners(list(range(texts.shape.num_layers)), settings, 0, str(store.device))
+        learners.learn(store, args.passes, 0, annealed=True, quiet=True)
+        print(f"{name}: read in {read:.1f} s, learned in {time.perf_counter() - started - read:.1f} s", flush=True)
+        for kind, test in tests.items():
+            lost = losses(learners, store, test)
+            print(
+                f"  on {kind:12s} "
+                + "  ".join(f"{part} s={s} {lost[s][part]:.4f}" for s in SPARSITIES for part in PARTS)
+            )
+            for sparsity in SPARSITIES:
+                for part in PARTS:
+                    case = {
+                        "study": "texts", "model": Path(args.model).name, "trained_on": name, "text": kind, "part": part,
+                        "sparsity": sparsity, "bytes": 2 * (sparsity + 1), "atoms": args.atoms,
+                        "training_vectors": store.shape[2] * store.shape[3], "passes": args.passes,
+                    }  # fmt: skip
+                    record("dictionary", case, "energy_lost", lost[sparsity][part], folder=args.out)
+
+
+def losses(learners: LayerLearners, store: Tensor, test: Tensor) -> dict[int, dict[str, float]]:
+    """Energy lost, mean of the layers, by sparsity and part."""
+    found: dict[int, list[Tensor]] = {sparsity: [] for sparsity in SPARSITIES}
+    for learner, part in learners._groups():
+        atoms = learners._stored_atoms(learner)
+        levels = learn_levels(learners._vectors(store, part, learners._sample(store)), atoms, SPARSITIES)
+        rows = torch.arange(test.shape[2] * test.shape[3], device=test.device)
+        for sparsity, values in evaluate(learners._vectors(test, part, rows), atoms, levels, SPARSITIES).items():
+            found[sparsity].append(values)
+    means = {sparsity: torch.cat(values).view(-1, 2).mean(0).tolist() for sparsity, values in found.items()}
+    return {sparsity: dict(zip(PARTS, values, strict=True)) for sparsity, values in means.items()}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint's folder or hub id")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the texts")
+    parser.add_argument("--trained-on", default="all, near;all;books;own", help="parted by ; (default: %(default)s)")
+    parser.add_argument("--atoms", type=int, default=4096, help="(default: %(default)s)")
+    parser.add_argument("--vectors", type=int, default=700_000, help="a layer and part (default: %(default)s)")
+    parser.add_argument("--passes", type=int, default=4, help="over the vectors (default: %(default)s)")
+    parser.add_argument("--sequence-tokens", type=int, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--own-tokens", type=int, default=1024, help="of a self-written text (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(parse_args())
