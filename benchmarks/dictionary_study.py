@@ -280,7 +280,7 @@ class QueryMoments:
         measure.negative_log_likelihood(windows, None, 4)
         measure.attend = attend  # type: ignore[method-assign]
         for layer, block in enumerate(measure.model.base_model.layers):
-            weight = block.self_attn.o_proj.weight.float().unflatten(1, (heads, -1, dim))
+            weight = block.self_attn.o_proj.weight.detach().float().unflatten(1, (heads, -1, dim))
             self.metrics[layer, 1] = torch.einsum("ohgd,ohge->hde", weight, weight)
 
 
@@ -339,6 +339,7 @@ def both(sparsity: int) -> dict[str, int]:
     return dict.fromkeys(PARTS, sparsity)
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace) -> None:
     """All variants, then what can be asked of the base without training again."""
     study = Study(args)

@@ -20,6 +20,7 @@ MOMENTUM = 0.7
 USAGE_MEMORY = 0.9  # of an atom's coefficient energy, from step to step
 LEAST_ENERGY = 1e-3  # of the mean atom's energy: what keeps the steps of rare atoms finite
 DEAD_SHARE = 0.02  # of the mean atom's use, below which an atom is revived
+FIXED_POINT = float(1 << 32)  # steps of a whole number in which squared coefficients, about 1, are added
 CODES_BYTES = 1 << 30  # of the dense [G, batch, N] codes held at once
 
 
@@ -97,13 +98,18 @@ class Learner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over the batch of coefficient times residual [G, N, D] and of squared coefficient [G, N], by atom.
 
-        Sums by atom are products with the dense code matrix: faster than scattered additions on a GPU, and the same on
-        every run.
+        The gradient is a product with the dense code matrix: faster than scattered additions on a GPU, and the same on
+        every run. So are sums of whole numbers, which the energy is added up in.
         """
         groups, rows, _ = indices.shape
         atoms = self.atoms.shape[1]
+        flat = indices.flatten(1).long()
+        fixed = (coefficients.flatten(1).square() * FIXED_POINT).long()
+        energy = torch.zeros(groups, atoms, dtype=torch.int64, device=flat.device).scatter_add_(1, flat, fixed)
+        self.usage += torch.zeros_like(energy).scatter_add_(1, flat, torch.ones_like(flat))
+        self.usage[:, 0] = 0
         dtype = torch.bfloat16 if residual.is_cuda else torch.float32
-        gradient, energy = torch.empty_like(self.atoms), torch.empty_like(self.energy)
+        gradient = torch.empty_like(self.atoms)
         at_once = max(1, CODES_BYTES // (rows * atoms * dtype.itemsize))
         for first in range(0, groups, at_once):
             part = slice(first, first + at_once)
@@ -111,9 +117,7 @@ class Learner:
             codes = torch.zeros(len(chosen), rows, atoms, dtype=dtype, device=residual.device)
             codes.scatter_(2, chosen, coefficients[part].to(dtype))
             gradient[part] = torch.bmm(codes.transpose(1, 2), residual[part].to(dtype)).float() / rows
-            energy[part] = torch.linalg.vector_norm(codes, dim=1, dtype=torch.float32).square_() / rows
-            self.usage[part] += torch.linalg.vector_norm(codes, ord=0, dim=1, dtype=torch.float32)
-        return gradient, energy
+        return gradient, energy.float() / (FIXED_POINT * rows)
 
     def revive(self, residual: torch.Tensor) -> int:
         """Atoms hardly used since the last call become directions in which vectors were coded worst; returns how many.
