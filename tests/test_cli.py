@@ -25,7 +25,7 @@ def test_help_has_examples(command, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["train", "some/model"], "interrupted; the same command goes on from the last finished layer"),
+        (["train", "some/model"], "interrupted; the same command goes on from the last finished round"),
         (["inspect", "file"], "interrupted; nothing was changed"),
         (["push", "file", "org/name"], "interrupted; the same command starts the upload again"),
     ],

@@ -121,7 +121,8 @@ def test_the_real_training_of_a_local_model(places, monkeypatch):
     torch.manual_seed(0)
     model = places / "tiny model"
     LlamaForCausalLM(config).save_pretrained(model)
-    small = ["--atoms", "16", "--vectors", "2048", "--sequence-tokens", "256", "--epochs", "1", "--device", "cpu"]
+    small = ["--atoms", "16", "--vectors", "2048", "--sequence-tokens", "256", "--passes", "1", "--rounds", "1"]
+    small += ["--device", "cpu"]
     command = first_start._command
     monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
     setup = setup_of(str(model), config)

@@ -1,6 +1,7 @@
-"""Training text from Hugging Face datasets: names, the stream, and what is said when it cannot be read."""
+"""Training text from files and Hugging Face datasets: mixing, what is held out, and what is said of what is no text."""
 
 import json
+import lzma
 import random
 import sys
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 
 from vllm_lexico import cli
 from vllm_lexico.train.run import TrainSettings
-from vllm_lexico.train.texts import check_source, read_dataset, sequences_from_files
+from vllm_lexico.train.texts import TextSequences, check_source, read_dataset, read_documents
 
 
 class Rows:
@@ -43,7 +44,7 @@ def dataset(monkeypatch):
 
 
 class Tokenizer:
-    """A token a letter."""
+    """A token a letter, which is its code point."""
 
     eos_token_id = 1
 
@@ -67,12 +68,69 @@ def test_names(dataset, name, asked):
 
 def test_a_dataset_is_mixed_with_files_and_read_again_from_its_start(dataset, tmp_path):
     (tmp_path / "z.txt").write_text("z" * 1000)
-    sources = ["org/name", tmp_path / "z.txt"]
-    sequences = sequences_from_files(sources, Tokenizer(), length=120, count=4, seed=3)
+    texts = TextSequences(["org/name", str(tmp_path / "z.txt")], Tokenizer(), length=120, seed=3)
+    sequences = texts.take(4, 0)
+    assert sequences.shape == (4, 120)
     rows = [set(map(chr, row)) - {"\x01"} for row in sequences.tolist()]
     assert rows == [{"a", "b"}, {"z"}, {"a", "b"}, {"z"}]
-    assert dataset.seeds == [3, 4, 5, 6][: len(dataset.seeds)] and len(dataset.seeds) > 1
-    assert sequences.equal(sequences_from_files(sources, Tokenizer(), length=120, count=4, seed=3))
+    first = dataset.seeds[0]
+    assert dataset.seeds == list(range(first, first + len(dataset.seeds))) and len(dataset.seeds) > 1
+    assert sequences.equal(texts.take(4, 0)) and not sequences.equal(texts.take(4, 1))
+
+
+def read_by(texts: TextSequences, number: int | None, count: int = 100) -> set[int]:
+    return set(texts.take(count, number).flatten().tolist()) - {Tokenizer.eos_token_id}
+
+
+def test_held_out_documents_are_in_no_round(tmp_path):
+    letters = [chr(0x4E00 + at) for at in range(50)]  # each document has its own
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * 40}) + "\n" for letter in letters))
+    texts = TextSequences([str(tmp_path / "a.jsonl")], Tokenizer(), length=100, seed=0)
+    held_out = read_by(texts, None)
+    assert len(held_out) == 3
+    trained = [read_by(texts, number) for number in range(3)]
+    assert all(row == set(map(ord, letters)) - held_out for row in trained)
+
+
+def test_held_out_parts_of_one_book(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + at) * 50_000 for at in range(25)))
+    texts = TextSequences([str(tmp_path / "a.txt")], Tokenizer(), length=100, seed=0)
+    assert len(read_by(texts, None)) == 2 and not read_by(texts, None) & read_by(texts, 0)
+
+
+def test_held_out_texts_of_a_dataset_are_in_no_round(dataset):
+    dataset.rows = [{"text": chr(0x4E00 + at) * 40} for at in range(100)]
+    texts = TextSequences(["org/name"], Tokenizer(), length=100, seed=0)
+    held_out = read_by(texts, None)
+    assert 0 < len(held_out) < 20
+    assert all(read_by(texts, number, 300) == {0x4E00 + at for at in range(100)} - held_out for number in range(2))
+
+
+def test_too_few_texts_to_hold_one_out(dataset, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * 40}) + "\n" for letter in "xyz"))
+    for source, letters in (("org/name", "ab"), (str(tmp_path / "a.jsonl"), "xyz")):
+        texts = TextSequences([source], Tokenizer(), length=100, seed=0)
+        assert read_by(texts, None) == read_by(texts, 0) == set(map(ord, letters))
+
+
+def test_documents(tmp_path):
+    with lzma.open(tmp_path / "a.jsonl.xz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in ("one", "two", " "))
+    (tmp_path / "b.txt").write_text("three")
+    assert read_documents(tmp_path / "a.jsonl.xz") == ["one", "two"]
+    assert read_documents(tmp_path) == ["one", "two", "three"]
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": 1}\n')
+    (tmp_path / "a.pdf").touch()
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match='one JSON object with a "text" field a line'):
+        read_documents(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"not text; allowed: files that end in \.txt"):
+        read_documents(tmp_path / "a.pdf")
+    with pytest.raises(ValueError, match=r"empty\.txt has no text"):
+        read_documents(tmp_path / "empty.txt")
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,22 @@
-"""Training on the CPU: the pursuit, the levels, a tiny random model from text to file, and the command line."""
+"""Training on the CPU: what is captured, rounds of a tiny random model from text to file, and the command line."""
 
 import json
 import lzma
+import pickle
 
 import pytest
 import torch
-from torch.nn.functional import normalize
-from vllm_lexico.train.omp import pursue, rebuild
 
 from vllm_lexico import cli
-from vllm_lexico.dictionary import load_dictionary, unit_atoms
+from vllm_lexico.dictionary import ModelFingerprint, load_dictionary
 from vllm_lexico.train import run
 from vllm_lexico.train.capture import capture, load_model
-from vllm_lexico.train.learn import LearnSettings, learn_atoms, round_atoms
-from vllm_lexico.train.levels import energy_lost, learn_levels
-from vllm_lexico.train.run import TrainSettings, train_dictionary
-from vllm_lexico.train.texts import read_documents, sequences_from_files
+from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.run import Plan, TrainSettings, checked_devices, share_layers, train_dictionary
 
-LEARN = LearnSettings(atoms=32, sparsity=4, epochs=2, batch=128)
+LEARN = LearnSettings(atoms=32, sparsity=4, batch=128)
+FINGERPRINT = ModelFingerprint("llama", 2, 2, 16, 64, "{}")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,19 +26,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def random_atoms(groups: int, size: int, dim: int, seed: int = 0) -> torch.Tensor:
-    atoms = normalize(torch.randn(groups, size, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
-    atoms[:, 0] = 0
-    return atoms
-
-
-def sparse_vectors(atoms: torch.Tensor, rows: int, sparsity: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    groups, size, _ = atoms.shape
-    indices = torch.rand(groups, rows, size - 1, generator=generator).argsort(-1)[..., :sparsity] + 1
-    return rebuild(atoms, indices, torch.randn(groups, rows, sparsity, generator=generator))
 
 
 @pytest.fixture(scope="module")
@@ -62,110 +48,49 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def texts(tmp_path):
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Names of two sources."""
+    folder = tmp_path_factory.mktemp("texts")
     words = "the quick brown fox jumps over the lazy dog and some more words to read "
-    with lzma.open(tmp_path / "a.jsonl.xz", "wt") as file:
+    with lzma.open(folder / "a.jsonl.xz", "wt") as file:
         file.writelines(json.dumps({"text": words * count}) + "\n" for count in (1, 20))
-    (tmp_path / "b.txt").write_text("zzz" * 1000)
-    return tmp_path
+    (folder / "b.txt").write_text("zzz" * 1000)
+    return str(folder / "a.jsonl.xz"), str(folder / "b.txt")
 
 
-def test_pursuit_finds_sparse_codes():
-    atoms = random_atoms(2, 64, 32)
-    vectors = sparse_vectors(atoms, 50, 3)
-    pursuit = pursue(vectors, atoms, 8)
-    lost = (rebuild(atoms, pursuit.indices, pursuit.coefficients(8)) - vectors).square().sum() / vectors.square().sum()
-    assert lost < 1e-3
+@pytest.fixture
+def learned(monkeypatch):
+    """(first layer, round, annealed) of what is learned; the call numbered `learned.stop_at` is interrupted."""
+
+    class Learned(list):
+        stop_at = None
+
+    seen, learn = Learned(), LayerLearners.learn
+
+    def noted(self, store, passes, number, *, annealed, quiet=False):
+        if len(seen) == seen.stop_at:
+            raise KeyboardInterrupt
+        seen.append((self.layers[0], number, annealed))
+        learn(self, store, passes, number, annealed=annealed, quiet=quiet)
+
+    monkeypatch.setattr(LayerLearners, "learn", noted)
+    monkeypatch.setattr(run, "LEAST_GAIN", -1e9)  # no round is the last before its time
+    return seen
 
 
-@pytest.mark.parametrize("sparsity", [1, 4, 31])
-def test_pursuit_solves_least_squares(sparsity):
-    atoms = random_atoms(2, 48, 32)
-    vectors = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2))
-    pursuit = pursue(vectors, atoms, 31)
-    chosen = atoms[1][pursuit.indices[1, :, :sparsity]].transpose(1, 2)
-    expected = torch.linalg.lstsq(chosen.double(), vectors[1, :, :, None].double()).solution.squeeze(-1)
-    torch.testing.assert_close(pursuit.coefficients(sparsity)[1], expected.float(), atol=2e-3, rtol=2e-3)
-    assert all(len(set(row)) == sparsity for row in pursuit.indices[1, :, :sparsity].tolist())
+def settings_for(data: tuple[str, ...] = (), **changes) -> TrainSettings:
+    usual = {"data": data, "learn": LEARN, "vectors": 768, "passes": 2, "rounds": 3, "sequence_tokens": 64}
+    return TrainSettings(**(usual | changes))
 
 
-def test_pursuit_of_zero_and_beyond_the_span():
-    atoms = random_atoms(1, 5, 8)
-    vectors = torch.zeros(1, 2, 8)
-    vectors[0, 1] = 3 * atoms[0, 2]
-    coefficients = pursue(vectors, atoms, 5).coefficients(5)
-    assert not coefficients[0, 0].any() and coefficients.isfinite().all()
-    assert coefficients[0, 1, 0] == pytest.approx(3, abs=1e-4)
+def train(model, settings, out):
+    return load_dictionary(train_dictionary(str(model), settings, name="me/tiny", out=out, device="cpu"))
 
 
-def test_pursuit_in_chunks_is_the_same(monkeypatch):
-    atoms = random_atoms(2, 32, 16)
-    vectors = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(3))
-    whole = pursue(vectors, atoms, 3)
-    monkeypatch.setattr("vllm_lexico.train.omp.CHUNK_BYTES", 2 * 32 * 4 * 10)
-    parts = pursue(vectors, atoms, 3)
-    assert torch.equal(whole.indices, parts.indices)
-    torch.testing.assert_close(whole.coefficients(3), parts.coefficients(3))
-
-
-def test_learning_beats_random_atoms_with_stored_integers():
-    hidden = random_atoms(2, 32, 16)
-    vectors = sparse_vectors(hidden, 2000, 3)
-    settings = LearnSettings(atoms=32, atom_bits=4, sparsity=3, epochs=15, batch=256, learning_rate=2e-2)
-    steps: list[int] = []
-    integers = learn_atoms(vectors[:, :1800], settings, seed=0, on_step=lambda: steps.append(1))
-    assert len(steps) == 15 * 7 and integers.dtype == torch.int8 and integers.abs().max() <= 7
-    assert not integers[:, 0].any() and integers[:, 1:].any(-1).all()
-
-    def lost(atoms: torch.Tensor) -> float:
-        levels = learn_levels(vectors[:, :500], atoms)
-        return energy_lost(vectors[:, 1800:], atoms, levels, [3])[3].mean().item()
-
-    assert lost(unit_atoms(integers)) < 0.6 * lost(random_atoms(2, 32, 16, seed=9))
-
-
-@pytest.mark.parametrize(("atom_bits", "least"), [(4, 0.985), (8, 0.9999)])
-def test_rounding_keeps_directions(atom_bits, least):
-    atoms = random_atoms(1, 64, 64)
-    rounded = unit_atoms(round_atoms(atoms, atom_bits))
-    assert (rounded * atoms).sum(-1)[:, 1:].min() > least
-    assert not rounded[:, 0].any()
-
-
-def test_levels_ascend_and_serve_every_sparsity():
-    atoms = random_atoms(1, 64, 32)
-    vectors = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(4))
-    levels = learn_levels(vectors, atoms)
-    assert levels.shape == (1, 32, 16) and not levels[:, 0].any() and levels.abs().max() <= 1
-    assert (levels.diff(dim=-1) >= 0).all()
-    lost = energy_lost(vectors, atoms, levels, [2, 8, 16])
-    assert lost[2] > lost[8] > lost[16]
-    pursuit = pursue(vectors, atoms, 8)
-    exact = (rebuild(atoms, pursuit.indices, pursuit.coefficients(8)) - vectors).square().sum() / vectors.square().sum()
-    assert exact < lost[8] < exact + 0.02
-
-
-def test_documents_and_even_mixing(tiny_model, texts):
-    from transformers import AutoTokenizer
-
-    assert len(read_documents(texts / "a.jsonl.xz")) == 2 and len(read_documents(texts)) == 3
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sources = [texts / "a.jsonl.xz", texts / "b.txt"]
-    sequences = sequences_from_files(sources, tokenizer, length=100, count=4, seed=0)
-    assert sequences.shape == (4, 100)
-    only_z = ((sequences == 25 + 2) | (sequences == 1)).all(1)
-    assert only_z.tolist() == [False, True, False, True]
-    assert torch.equal(sequences, sequences_from_files(sources, tokenizer, length=100, count=4, seed=0))
-
-
-def test_bad_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"body": 1}\n')
-    (tmp_path / "a.pdf").touch()
-    with pytest.raises(ValueError, match='one JSON object with a "text" field a line'):
-        read_documents(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"not text; allowed: files that end in \.txt"):
-        read_documents(tmp_path / "a.pdf")
+def same(one, other) -> bool:
+    tensors = one.tensors.keys() == other.tensors.keys()
+    return tensors and one.info == other.info and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
 
 
 def test_capture_takes_what_the_cache_would_hold(tiny_model):
@@ -180,44 +105,145 @@ def test_capture_takes_what_the_cache_would_hold(tiny_model):
         assert torch.cdist(got, expected).min(-1).values.max() < 1e-3
 
 
-def settings_for(data: tuple[str, ...] = (), **changes) -> TrainSettings:
-    return TrainSettings(**({"data": data, "learn": LEARN, "vectors": 512, "sequence_tokens": 64} | changes))
+@pytest.mark.parametrize("batch", [1, 4])
+def test_capture_far_into_a_context_turns_keys_alone(tiny_model, batch):
+    model = load_model(str(tiny_model), "cpu", "float32")
+    ids = torch.randint(64, (6, 32), generator=torch.Generator().manual_seed(6))
+    far = capture(model, ids, 16, [0, 1], (2, 16), seed=1, batch=batch, furthest=44)
+    shifts = []
+    for row in range(6):
+        got = far.view(2, 2, 6, 16, -1)[:, :, row]
+        distances = []
+        for shift in range(44 - 32 + 1):
+            places = torch.arange(32)[None] + shift
+            layers = model(ids[row : row + 1], position_ids=places, use_cache=True).past_key_values.layers
+            expected = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])
+            expected = expected[:, :, :, 16:].transpose(2, 3).flatten(3)
+            distances.append(torch.cdist(got, expected).min(-1).values.amax((0, 2)))
+        keys, values = torch.stack(distances).T
+        assert values.max() < 1e-3 and keys.min() < 1e-3 and (keys < 1e-3).sum() == 1
+        shifts.append(int(keys.argmin()))
+    assert shifts[:2] == shifts[4:] == [0, 0] and max(shifts[2:4]) > 0
 
 
-def test_trained_file_resumed_and_from_own_text(tiny_model, tmp_path, monkeypatch, texts):
-    out = tmp_path / "d.safetensors"
-    data = (str(texts / "a.jsonl.xz"), str(texts / "b.txt"))
-    learn_group, seen = run._learn_group, []
+def test_capture_needs_keys_and_values_of_every_layer(tiny_model):
+    model = load_model(str(tiny_model), "cpu", "float32")
+    ids = torch.ones(1, 32, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"layers \[7\] have no K and V of ordinary attention"):
+        capture(model, ids, 16, [1, 7], (2, 16), seed=0, batch=1)
+    with pytest.raises(ValueError, match=r"layer 0 has K .* allowed are models with the same KV heads"):
+        capture(model, ids, 16, [0], (4, 16), seed=0, batch=1)
 
-    def interrupted(captured, held_out, settings, layer, on_step):
-        seen.append(layer)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return learn_group(captured, held_out, settings, layer, on_step)
 
-    monkeypatch.setattr(run, "_learn_group", interrupted)
+def test_rounds_grow_with_memory(monkeypatch):
+    settings = settings_for(vectors=3072)  # 48 positions of a sequence, two heads, 256 bytes a token: 393216 in all
+    assert Plan.of(settings, FINGERPRINT, 1 << 20, "cpu") == Plan(3, 11, 3, 32768)
+    assert Plan.of(settings, FINGERPRINT, 2048, "cpu").furthest == 2048
+    monkeypatch.setattr(run, "ROUND_BYTES", {"cpu": 40_000, "cuda": 1 << 40})
+    assert Plan.of(settings, FINGERPRINT, 2048, "cpu") == Plan(10, 4, 1, 2048)
+    assert Plan.of(settings, FINGERPRINT, 2048, "cuda").rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "devices", "expected"),
+    [(5, 1, [[0, 1, 2, 3, 4]]), (5, 2, [[0, 1], [2, 3, 4]]), (5, 3, [[0], [1, 2], [3, 4]]), (2, 3, [[0], [1]])],
+)
+def test_devices_share_layers(num_layers, devices, expected):
+    names = [f"cuda:{at}" for at in range(devices)]
+    shares = share_layers(num_layers, names)
+    assert [layers for _, layers in shares] == expected
+    assert [device for device, _ in shares] == names[: len(expected)]
+
+
+def test_devices(monkeypatch):
+    with pytest.raises(ValueError, match="--device is abacus; allowed: cpu, cuda, cuda:1"):
+        checked_devices("abacus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checked_devices(None) == checked_devices("cpu") == ["cpu"]
+    with pytest.raises(ValueError, match="--device is cuda:1; allowed: cpu, as PyTorch sees no GPU"):
+        checked_devices("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert checked_devices(None) == checked_devices("cuda") == ["cuda:0", "cuda:1"]
+    assert checked_devices("cuda:1") == ["cuda:1"] and checked_devices("cpu") == ["cpu"]
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+def test_an_interrupted_run_goes_on_to_the_same_file(tiny_model, tmp_path, learned, texts, own_text):
+    settings, out = settings_for(() if own_text else texts), tmp_path / "d.safetensors"
+    whole = train(tiny_model, settings, tmp_path / "whole.safetensors")
+    assert learned == [(0, 0, False), (0, 1, False), (0, 2, True)]
+    learned.clear()
+    learned.stop_at = 1
     with pytest.raises(KeyboardInterrupt):
-        train_dictionary(str(tiny_model), settings_for(data), name="me/tiny", out=out, device="cpu")
-    with pytest.raises(ValueError, match="other settings; delete it"):
-        train_dictionary(str(tiny_model), settings_for(data, seed=1), name="me/tiny", out=out, device="cpu")
-    train_dictionary(str(tiny_model), settings_for(data), name="me/tiny", out=out, device="cpu")
-    assert seen == [0, 1, 1] and not (tmp_path / "d.safetensors.partial").exists()
+        train(tiny_model, settings, out)
+    with pytest.raises(ValueError, match="other settings; delete it or repeat that run"):
+        train(tiny_model, settings_for(settings.data, seed=1), out)
+    learned.stop_at = None
+    resumed = train(tiny_model, settings, out)
+    assert learned == [(0, 0, False), (0, 1, False), (0, 2, True)]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["d.safetensors", "whole.safetensors"]
+    assert same(resumed, whole)
 
-    resumed = load_dictionary(out)
-    assert resumed.info.model_name == "me/tiny" and resumed.info.data == "a.jsonl.xz, b.txt"
-    assert resumed.info.fingerprint.head_dim == 16 and set(resumed.info.errors["key"]) == {"4", "7", "15"}
-    assert all(0 < lost < 1 for part in ("key", "value") for lost in resumed.info.errors[part]["4"])
-    train_dictionary(str(tiny_model), settings_for(data), name="me/tiny", out=tmp_path / "whole", device="cpu")
-    whole = load_dictionary(tmp_path / "whole")
-    assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
+    info = whole.info
+    assert info.model_name == "me/tiny" and info.fingerprint.head_dim == 16
+    assert info.data == ("text sampled from the model itself" if own_text else "a.jsonl.xz, b.txt")
+    sequences = 3 * (3 if own_text else 4)  # of 48 or 32 kept positions, for 768 vectors of two heads
+    assert info.tokens_seen == sequences * 64 and info.vectors_seen == sequences * (48 if own_text else 32) * 2
+    assert set(info.errors["key"]) == set(info.errors["value"]) == {"7", "15"}
+    assert all(0 < lost < 1 for tables in info.errors.values() for row in tables.values() for lost in row)
+    torch.testing.assert_close(whole.usage("value").sum(1), torch.ones(2))
+
+
+def test_a_seed_decides_the_file(tiny_model, tmp_path, texts):
+    once, twice, other = (
+        train(tiny_model, settings_for(texts, seed=seed), tmp_path / f"{at}") for at, seed in enumerate((7, 7, 8))
+    )
+    assert same(once, twice) and not torch.equal(once.tensors["key_atoms"], other.tensors["key_atoms"])
+
+
+def test_rounds_that_gain_nothing_end_in_the_annealed_one(tiny_model, tmp_path, learned, texts, monkeypatch):
+    monkeypatch.setattr(run, "LEAST_GAIN", 2.0)
+    made = train(tiny_model, settings_for(texts, rounds=7), tmp_path / "d")
+    assert learned == [(0, 0, False), (0, 1, False), (0, 6, True)]
+    assert made.info.tokens_seen == 3 * 2 * 64  # what was read, not what was planned
+    assert made.tensors["key_levels"][:, 1:].any(-1).all()
+
+
+def test_two_devices_make_the_same_file_as_one(tiny_model, tmp_path, learned, texts, monkeypatch):
+    def spawn(function, args, nprocs):
+        for rank in range(nprocs):
+            function(rank, *pickle.loads(pickle.dumps(args)))
+
+    one = train(tiny_model, settings_for(texts), tmp_path / "one")
+    learned.clear()
+    monkeypatch.setattr(run, "checked_devices", lambda device: ["cpu", "cpu"])
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    learned.stop_at = 4  # in the second share, whose first round is done
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, settings_for(texts), tmp_path / "two")
+    learned.stop_at = None
+    two = train(tiny_model, settings_for(texts), tmp_path / "two")
+    assert [(layer, number) for layer, number, _ in learned] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert same(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes(tiny_model, tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(run, "LEAST_GAIN", -1e9)
+    one = train(tiny_model, settings_for(texts, rounds=1), tmp_path / "one")
+    monkeypatch.setattr(run, "checked_devices", lambda device: ["cpu", "cpu"])
+    assert same(one, train(tiny_model, settings_for(texts, rounds=1), tmp_path / "two"))
 
 
 def test_command_line(tiny_model, tmp_path, capsys):
     out = tmp_path / "d.safetensors"
-    arguments = ["train", str(tiny_model), "--atoms", "16", "--vectors", "2048", "--epochs", "1", "--out", str(out)]
+    small = ["--atoms", "16", "--atom-bits", "4", "--vectors", "512", "--sequence-tokens", "64"]
+    arguments = ["train", str(tiny_model), *small, "--passes", "1", "--rounds", "2", "--out", str(out)]
     assert cli.main([*arguments, "--name", "me/tiny", "--device", "cpu"]) == 0
     words = capsys.readouterr().out
     assert f"wrote {out}" in words and f"picture: {tmp_path / 'd.png'}" in words
+    assert "round 2/2  layer   1  energy lost  key s=7 0." in words and "round 1/2  mean " in words
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["inspect", str(out), "--no-plot"]) == 0
     words = capsys.readouterr().out
@@ -230,6 +256,10 @@ def test_command_line(tiny_model, tmp_path, capsys):
     [
         (["train", "x", "--atoms", "5000"], "--atoms is 5000; allowed: 2 to 4096"),
         (["train", "x", "--sparsity", "32"], "--sparsity is 32; allowed: 1 to 31"),
+        (["train", "x", "--passes", "0"], "--passes is 0; allowed: 1 or more"),
+        (["train", "x", "--rounds", "0"], "--rounds is 0; allowed: 1 or more"),
+        (["train", "x", "--vectors", "8191"], "--vectors is 8191; allowed: 8192 or more (2 an atom)"),
+        (["train", "x", "--sequence-tokens", "63"], "--sequence-tokens is 63; allowed: 64 or more"),
         (
             ["train", "x", "--data", "absent.txt"],
             "--data is absent.txt; allowed: files and folders that exist, or a Hugging",

@@ -66,7 +66,7 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
 def _train(model_name: str, out: Path) -> None:
     logger.info(
         "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). Should vLLM give up "
-        "waiting for its engine, start again: finished layers are kept. VLLM_ENGINE_READY_TIMEOUT_S has it wait longer",
+        "waiting for its engine, start again: finished rounds are kept. VLLM_ENGINE_READY_TIMEOUT_S has it wait longer",
         model_name,
     )
     started = time.monotonic()

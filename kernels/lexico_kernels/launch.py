@@ -42,7 +42,7 @@ MIN_SPLIT_TOKENS = 128
 MERGE = Launch(tile=1, num_warps=4)
 
 
-def pursuit_launch(vectors: int, padded_dim: int) -> PursuitLaunch:
-    """The row for that many vectors; dictionaries wider than 128 are taken in chunks of fewer atoms."""
+def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> PursuitLaunch:
+    """The row for that many vectors; atoms of more than 256 bytes are taken in smaller chunks, to fit shared memory."""
     row = next(row for row in PURSUIT if vectors <= row.max_vectors)
-    return row._replace(atoms=min(row.atoms, 128 * 128 // padded_dim))
+    return row._replace(atoms=min(row.atoms, 128 * 256 // (padded_dim * element_bytes)))

@@ -265,7 +265,7 @@ def omp_encode(
         _write_exact[grid](*inputs, *outputs, M, **sizes, TILE=WRITE_EXACT.tile, num_warps=WRITE_EXACT.num_warps)
         return
     S_PAD = triton.next_power_of_2(max(layout.key_sparsity, layout.value_sparsity))
-    launch = pursuit_launch(2 * M * Hk, D_PAD)
+    launch = pursuit_launch(2 * M * Hk, D_PAD, cache.key.atoms.element_size())
     scratch = [empty(2 * M * Hk * S_PAD, dtype=dtype, device=key.device) for dtype in (int32, float32)]
     books = (*vars(cache.key).values(), *vars(cache.value).values())
     _omp_encode[(triton.cdiv(M * Hk, launch.tile), 2)](

@@ -19,12 +19,13 @@ NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
 
 @triton.jit
 def unit_rows(x):
-    """Rows of length 1, and their norms; rows of zeros and those with NaN or infinity become 0 with norm 0."""
+    """Rows of length 1, and their norms; rows of zeros and of no finite norm become 0 with norm 0."""
     peak = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
     usable = (peak > 0) & (peak < float("inf"))
     scaled = tl.where(usable[:, None], x / tl.where(usable, peak, 1.0)[:, None], 0.0)
     length = tl.where(usable, tl.sqrt(tl.sum(scaled * scaled, 1)), 1.0)
-    return scaled / length[:, None], tl.where(usable, peak * length, 0.0)
+    usable &= peak * length < float("inf")
+    return tl.where(usable[:, None], scaled / length[:, None], 0.0), tl.where(usable, peak * length, 0.0)
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def pursue(
     index = empty(groups, M, sparsity, dtype=int32, device=vectors.device)
     coefficients = empty(groups, M, sparsity, dtype=float32, device=vectors.device)
     residual = empty(groups, M, D, dtype=float32, device=vectors.device)
-    launch = pursuit_launch(groups * M, D_PAD)
+    launch = pursuit_launch(groups * M, D_PAD, atoms.element_size())
     _pursue[(triton.cdiv(M, launch.tile), groups)](
         vectors.contiguous(),
         atoms.contiguous(),

@@ -253,7 +253,7 @@ def pursue(
         relative_error: as in `omp`.
 
     Returns indices int32 [G, M, S], 0 where nothing was chosen; coefficients float32 [G, M, S], 0 there; and the
-    residual float32 [G, M, D], vector minus code.
+    residual float32 [G, M, D], vector minus code, or 0 for vectors of no finite norm.
     """
     pieces = []
     for group, (own, book) in enumerate(zip(vectors, atoms, strict=True)):
@@ -263,7 +263,8 @@ def pursue(
             indices, level = quantize(indices, coefficients, scale, levels[group])
             coefficients = torch.where(indices > 0, levels[group][level] * scale.float(), 0.0)
         code = embedding_bag(indices, book.float(), per_sample_weights=coefficients, mode="sum")
-        pieces.append((indices.int(), coefficients, own.float() - code))
+        residual = torch.where(_unit(own.float())[1] > 0, own.float() - code, 0.0)
+        pieces.append((indices.int(), coefficients, residual))
     return tuple(torch.stack(tensors) for tensors in zip(*pieces, strict=True))  # type: ignore[return-value]
 
 
@@ -326,9 +327,10 @@ def _omp(vectors: Tensor, atoms: Tensor, sparsity: int, relative_error: float) -
 
 
 def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows scaled to length 1, and their norms [M, 1]; zero rows and those with NaN or infinity become 0 of norm 0."""
+    """Rows scaled to length 1, and their norms [M, 1]; zero rows and those of no finite norm become 0 of norm 0."""
     peak = vectors.abs().amax(1, keepdim=True)
     usable = (peak > 0) & peak.isfinite()
     scaled = torch.where(usable, vectors / peak, 0.0)  # by the peak first: squares must not overflow
     length = scaled.norm(dim=1, keepdim=True)
+    usable = usable & (peak * length).isfinite()
     return torch.where(usable, scaled / length, 0.0), torch.where(usable, peak * length, 0.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
-from lexico_kernels import CodeLayout, decode, history, omp, tail
+from lexico_kernels import CodeLayout, decode, history, omp, pursuit, tail
 from lexico_kernels.testing import random_problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -82,6 +82,11 @@ def main() -> None:
             key = torch.zeros(tokens, 8, head_dim, dtype=dtype)
             places = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, places.int(), places)
+            if codec == "packed16":
+                books = torch.stack((cache.key.atoms, cache.value.atoms))
+                vectors, levels = torch.zeros(2, tokens * 8, head_dim), torch.zeros(2, 16)
+                pursuit.pursue(vectors, books, sparsity)
+                pursuit.pursue(vectors, books, sparsity, levels)
         tail.write_tail(key, key, cache, places)
         history.reconstruct(cache, tables, 0, 1, 17, key, key)
         query = torch.zeros(1, 32, head_dim, dtype=dtype)

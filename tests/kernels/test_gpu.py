@@ -90,6 +90,24 @@ def test_omp_encode_from_the_tail_is_the_same_code():
     assert torch.equal(caches[0].code_pages[9], caches[1].code_pages[9])
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_pursue(quantized):
+    """A training step's pursuit: K and V of a layer, whose residual is the vector minus the code, and no worse."""
+    cache = poisoned_cache(layout(Hk=1), 2, atoms=N, dtype=torch.bfloat16, device="cuda")
+    pairs = zip(vectors_like_the_dictionary(4096, cache), (cache.key, cache.value), strict=True)
+    vectors = torch.stack([(x.float() - book.mean).squeeze(1) for x, book in pairs])
+    atoms = torch.stack((cache.key.atoms, cache.value.atoms))
+    levels = torch.stack((cache.key.levels, cache.value.levels)) if quantized else None
+    _, _, want = reference.pursue(vectors, atoms, 15, levels)
+    indices, coefficients, residual = ops.pursue(vectors, atoms, 15, levels)
+    for group in range(2):
+        code = torch.einsum("ms,msd->md", coefficients[group], atoms[group, indices[group].long()].float())
+        assert (residual[group] - (vectors[group] - code)).abs().max() < 1e-4 * vectors[group].norm(dim=1).max()
+        assert residual[group].square().sum() <= OMP_ENERGY_RATIO["many"] * want[group].square().sum()
+    again = ops.pursue(vectors, atoms, 15, levels)
+    assert all(torch.equal(*pair) for pair in zip(again, (indices, coefficients, residual), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("codec", "S"), CODES)
 def test_sparse_decode(codec, S, dtype):

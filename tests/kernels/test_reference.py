@@ -46,6 +46,21 @@ def test_least_squares_updates_earlier_coefficients():
     torch.testing.assert_close(coefficients, torch.tensor([[math.sqrt(2), 1.0]]))
 
 
+def test_pursue_by_hand():
+    """Two dictionaries, the second of the axes in reverse; levels a quarter apart, so that 0.6 of 4 becomes 0.5."""
+    books = torch.stack((axes(4), axes(4).flip(0).roll(1, 0)))
+    vectors = torch.tensor([[4.0, 2.4, 0, 0], [0, 0, 0, 0]]).expand(2, 2, 4)
+    indices, coefficients, residual = reference.pursue(vectors, books, 3)
+    assert indices.dtype == torch.int32 and indices.tolist() == [[[1, 2, 0], [0] * 3], [[4, 3, 0], [0] * 3]]
+    torch.testing.assert_close(coefficients, torch.tensor([[4.0, 2.4, 0], [0] * 3]).expand(2, 2, 3))
+    assert residual.abs().max() < 1e-5
+    levels = (torch.arange(16) / 4 - 2.75).expand(2, 16)
+    indices, coefficients, residual = reference.pursue(vectors, books, 3, levels)
+    assert indices[:, 0].tolist() == [[1, 2, 0], [4, 3, 0]]
+    torch.testing.assert_close(coefficients, torch.tensor([[4.0, 2.0, 0], [0] * 3]).expand(2, 2, 3))
+    torch.testing.assert_close(residual, torch.tensor([[0, 0.4, 0, 0], [0] * 4]).expand(2, 2, 4))
+
+
 @pytest.mark.parametrize(("atoms", "dim", "sparsity"), [(256, 64, 7), (512, 128, 15), (64, 16, 16)])
 def test_residual_energy_is_scikit_learns(atoms, dim, sparsity):
     linear_model = pytest.importorskip("sklearn.linear_model")

@@ -28,18 +28,20 @@ class FinishedLayers:
 
     tensors: dict[str, torch.Tensor]
     errors: dict[str, dict[str, list[float]]]
+    rounds: int  # that it took
 
     def write(self, target: Path) -> None:
         """target.safetensors and target.json; the latter is written last and says that both are complete."""
         save_file(self.tensors, str(target.with_suffix(".safetensors")))
-        target.with_suffix(".json").write_text(json.dumps(self.errors))
+        target.with_suffix(".json").write_text(json.dumps({"errors": self.errors, "rounds": self.rounds}))
 
 
 class LayerLearners:
     """Learners of K and V of some layers, a few layers a learner; row 2 l + part of a learner is a dictionary."""
 
     def __init__(self, layers: list[int], settings: LearnSettings, seed: int, device: str) -> None:
-        self.layers, self.settings, self.seed, self.device = layers, settings, seed, torch.device(device)
+        self.layers, self.settings, self.device = layers, settings, torch.device(device)
+        self.seed = seed + 2 * layers[0]  # with a group's first row added, the same however devices share the layers
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers * 2, Hk, D]
         self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
@@ -118,7 +120,8 @@ class LayerLearners:
             part: {sparsity: [round(row[at], 5) for row in table] for sparsity, table in tables.items()}
             for at, part in enumerate(PARTS)
         }
-        return FinishedLayers({name: torch.cat(parts).contiguous() for name, parts in tensors.items()}, errors)
+        joined = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
+        return FinishedLayers(joined, errors, rounds=len(self.losses))
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Keep everything that `load` needs to go on after this round."""
@@ -134,7 +137,7 @@ class LayerLearners:
         """Go on from a saved state; returns the rounds that are done."""
         tensors = load_file(str(path))
         self.mean, self.scale = tensors["mean"].to(self.device), tensors["scale"].to(self.device)
-        self.losses = [round(loss, 6) for loss in tensors["losses"].tolist()]
+        self.losses = tensors["losses"].tolist()
         self._make_learners(self.mean.shape[-1])
         for at, learner in enumerate(self.learners):
             learner.load_state({name: tensors[f"{at}.{name}"] for name in (*Learner.STATE, "steps")})
@@ -175,9 +178,11 @@ class LayerLearners:
         return vectors.div_(self.scale[part, None, None])
 
     def _sample(self, store: torch.Tensor) -> torch.Tensor:
-        """Rows for the levels, spread evenly."""
-        rows = store.shape[2] * store.shape[3]
-        return torch.arange(rows, device=self.device)[:: max(1, rows // LEVEL_VECTORS[self.device.type])]
+        """Rows for the levels: all heads of tokens spread evenly."""
+        tokens, heads = store.shape[2:4]
+        stride = max(1, tokens * heads // LEVEL_VECTORS[self.device.type])
+        first = torch.arange(0, tokens, stride, device=self.device)[:, None] * heads
+        return (first + torch.arange(heads, device=self.device)).flatten()
 
     def _levels(self, store: torch.Tensor, learner: Learner, part: slice, sparsities: tuple[int, ...]) -> Levels:
         vectors = self._vectors(store, part, self._sample(store))

@@ -1,8 +1,8 @@
 """Learning of atoms, many dictionaries side by side: gradient steps through fixed codes (Lexico, section 3.1).
 
-The step of an atom is its gradient over the energy of its coefficients, the diagonal of the second derivative: where the
-paper has one learning rate, an atom that is used ten times as often moves a tenth as far. It needs less error than Adam
-in the same number of steps (docs/log.md).
+The step of an atom is its gradient over the energy of its coefficients, the diagonal of the second derivative: where
+the paper has one learning rate, an atom that is used ten times as often moves a tenth as far. It leaves less error than
+Adam in the same number of steps (docs/log.md).
 """
 
 import math
@@ -115,7 +115,9 @@ class Learner:
             part = slice(first, first + at_once)
             chosen = indices[part].long()
             codes = torch.zeros(len(chosen), rows, atoms, dtype=dtype, device=residual.device)
-            codes.scatter_(2, chosen, coefficients[part].to(dtype))
+            # Column by column: a vector may have an atom twice, and sums in one place come out in any order.
+            for one, coefficient in zip(chosen.split(1, 2), coefficients[part].to(dtype).split(1, 2), strict=True):
+                codes.scatter_add_(2, one, coefficient)
             gradient[part] = torch.bmm(codes.transpose(1, 2), residual[part].to(dtype)).float() / rows
         return gradient, energy.float() / (FIXED_POINT * rows)
 

@@ -143,8 +143,8 @@ def train_dictionary(
         _train_share(0, job, shares)
     else:
         torch.multiprocessing.spawn(_train_share, (job, shares), nprocs=len(shares))
-    tensors, errors = _collect(folder, shares)
-    read = plan.sequences * plan.rounds
+    tensors, errors, rounds = _collect(folder, shares)
+    read = plan.sequences * rounds
     info = DictionaryInfo(
         model_name=name,
         fingerprint=fingerprint,
@@ -208,10 +208,12 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
         last = plan.rounds - 1
         number = done
         while number <= last:
-            if done and learners.settled(LEAST_GAIN):
+            if number < last and learners.settled(LEAST_GAIN):
                 number = last
-            store = reader.read(number, plan.sequences, waiting.result() if number == done else None)
-            waiting = ahead.submit(reader.sequences, number + 1)
+                waiting = ahead.submit(reader.sequences, number)
+            store = reader.read(number, plan.sequences, waiting.result())
+            if number < last:
+                waiting = ahead.submit(reader.sequences, number + 1)
             learners.learn(store, settings.passes, number, annealed=number == last, quiet=rank > 0)
             lost = learners.held_out(held_out)
             if rank == 0:
@@ -292,14 +294,15 @@ def _partial_folder(
 
 def _collect(
     folder: Path, shares: list[tuple[str, list[int]]]
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, list[float]]]]:
-    """The file's tensors, and errors by part and sparsity."""
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, list[float]]], int]:
+    """The file's tensors, errors by part and sparsity, and the rounds of the share that took most."""
     paths = [folder / f"layers_{layers[0]:03d}" for _, layers in shares]
     loaded = [load_file(str(path.with_suffix(".safetensors"))) for path in paths]
     notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
     tensors = {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
-    errors = {part: {s: [x for note in notes for x in note[part][s]] for s in notes[0][part]} for part in PARTS}
-    return tensors, errors
+    lost = [note["errors"] for note in notes]
+    errors = {part: {s: [x for own in lost for x in own[part][s]] for s in lost[0][part]} for part in PARTS}
+    return tensors, errors, max(note["rounds"] for note in notes)
 
 
 def _version() -> str:

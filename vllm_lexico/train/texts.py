@@ -72,26 +72,31 @@ def _read_lines(path: Path) -> list[str]:
         ) from error
 
 
-def read_dataset(name: str, seed: int) -> Iterator[str]:
+def read_dataset(name: str, seed: int, held_out: bool | None = None) -> Iterator[str]:
     """Texts of a Hugging Face dataset without end, streamed, each pass over it in another random order.
 
     name: "org/name", "org/name:config" or "org/name:config:split" (split: train); its rows need a field "text".
-    ValueError when it cannot be had, has no such field, or no text.
+    held_out: one text in TWENTY, picked by its checksum, or the others; None for all, and so after a pass that met none
+    of the wanted ones. ValueError when it cannot be had, has no such field, or no text.
     """
     datasets = _datasets(name)
     path, config, split = [*name.split(":"), None, None][:3]
     try:
         dataset = datasets.load_dataset(path, config, split=split or "train", streaming=True)
+        every = held_out is None
         while True:
-            texts = 0
+            texts = taken = 0
             for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLED_DOCUMENTS):
                 if not isinstance(row.get("text"), str):
                     raise ValueError(f"a row has the fields {', '.join(row)}, and none of them is a text named text")
                 if row["text"].strip():
                     texts += 1
-                    yield row["text"]
+                    if every or (zlib.crc32(row["text"].encode()) % TWENTY == 0) == held_out:
+                        taken += 1
+                        yield row["text"]
             if not texts:
                 raise ValueError("there is no text in it")
+            every = every or not taken
             seed += 1
     except Exception as error:  # whatever the library raises, the user named this and must hear why it failed
         raise ValueError(
@@ -136,8 +141,7 @@ class TextSequences:
                 documents = [text for row, text in enumerate(documents) if (row % TWENTY == 0) == (number is None)]
             texts = _repeated(documents, rng)
         else:
-            stream = read_dataset(name, rng.randrange(1 << 30))
-            texts = (text for text in stream if (zlib.crc32(text.encode()) % TWENTY == 0) == (number is None))
+            texts = read_dataset(name, rng.randrange(1 << 30), held_out=number is None)
         for text in texts:
             start = rng.randrange(max(1, len(text) - piece // 2))
             yield text[start : start + piece]
