@@ -83,9 +83,9 @@ def test_packing_by_hand():
 def test_codebook(atom_bits):
     made = make_dictionary(atom_bits)
     codebook = made.codebook(1, "value", 7, dtype=torch.bfloat16, heads=slice(1, 3))
-    assert codebook.atoms.dtype == torch.bfloat16 and codebook.atoms.shape == (20, 16)
-    assert not codebook.atoms[0].any()
-    torch.testing.assert_close(codebook.atoms[1:].float().norm(dim=1), torch.ones(19), atol=5e-3, rtol=0)
+    assert codebook.atoms.dtype == torch.bfloat16 and codebook.atoms.shape == (1, 20, 16)
+    assert not codebook.atoms[0, 0].any()
+    torch.testing.assert_close(codebook.atoms[0, 1:].float().norm(dim=1), torch.ones(19), atol=5e-3, rtol=0)
     assert torch.equal(codebook.mean, made.tensors["value_mean"][1, 1:3])
     assert codebook.levels.shape == (16,) and codebook.levels.dtype == torch.float32
     assert made.codebook(0, "key", 7).mean.shape == (3, 16)

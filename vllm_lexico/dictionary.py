@@ -5,12 +5,13 @@ A dictionary file is one safetensors file:
 ======================== ========================== ============ =====================================================
 tensor                   shape                      dtype        meaning
 ======================== ========================== ============ =====================================================
-key_atoms, value_atoms   [layers, N, D] or D/2      int8, uint8  atoms as small integers; 4 bits: two in a byte
+key_atoms, value_atoms   [layers, Hk, N, D or D/2]  int8, uint8  atoms as small integers; 4 bits: two in a byte
 key_mean, value_mean     [layers, Hk, D]            float32      taken off a head's vectors before they are coded
 key_levels, value_levels [layers, 32, 16]           float32      coefficient levels; row s serves sparsity s
-key_usage, value_usage   [layers, N]                float16      optional; share of all chosen atoms that are this one
+key_usage, value_usage   [layers, Hk, N]             float16      optional; share of all chosen atoms that are this one
 ======================== ========================== ============ =====================================================
 
+Each KV head has atoms of its own, or all of a layer share them; then the axis Hk is missing.
 An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros. Usage is
 only there to be looked at; a layer's row of it sums to 1.
 Everything else (fingerprint, data, errors) is strings in the safetensors metadata, see `DictionaryInfo`.
@@ -183,7 +184,8 @@ class Dictionary:
         print_, info = self.info.fingerprint, self.info
         if info.atom_bits not in ATOM_BITS:
             raise ValueError(f"atom_bits is {info.atom_bits}, allowed are {ATOM_BITS}; {_REMEDY}")
-        atoms = (print_.num_layers, info.atoms, print_.head_dim * info.atom_bits // 8)
+        heads = () if self.shared else (print_.num_kv_heads,)
+        atoms = (print_.num_layers, *heads, info.atoms, print_.head_dim * info.atom_bits // 8)
         mean = (print_.num_layers, print_.num_kv_heads, print_.head_dim)
         shapes = {"atoms": atoms, "mean": mean, "levels": (print_.num_layers, MAX_SPARSITY + 1, NUM_LEVELS)}
         for name, shape in ((f"{part}_{kind}", shape) for part in PARTS for kind, shape in shapes.items()):
@@ -191,20 +193,28 @@ class Dictionary:
             if given != shape:
                 raise ValueError(f"the dictionary's tensor {name} is {given}, its metadata asks for {shape}; {_REMEDY}")
         for part in PARTS:
-            usage, wanted = self.tensors.get(f"{part}_usage"), (print_.num_layers, info.atoms)
+            usage, wanted = self.tensors.get(f"{part}_usage"), atoms[:-1]
             if usage is not None and (usage.dtype != torch.float16 or tuple(usage.shape) != wanted):
                 raise ValueError(
                     f"the dictionary's tensor {part}_usage is {usage.dtype} {tuple(usage.shape)}, its metadata "
                     f"asks for float16 {wanted}; {_REMEDY}"
                 )
 
-    def usage(self, part: str) -> torch.Tensor | None:
-        """float32 [layers, N]: share of all chosen atoms that are this one; None where the file does not say.
+    @property
+    def shared(self) -> bool:
+        """Whether all KV heads of a layer share their atoms."""
+        return self.tensors["key_atoms"].ndim == 3 if "key_atoms" in self.tensors else True
 
-        part: "key" or "value".
+    def usage(self, part: str) -> torch.Tensor | None:
+        """float32 [layers, 1 + H (N - 1)]: share of all chosen atoms that are this one; None where the file is silent.
+
+        The null atom comes first, then the atoms of all H dictionaries of a layer. part: "key" or "value".
         """
         kept = self.tensors.get(f"{part}_usage")
-        return None if kept is None else kept.float()
+        if kept is None:
+            return None
+        rows = kept.float().view(kept.shape[0], -1, kept.shape[-1])
+        return torch.cat((rows[:, 0, :1], rows[:, :, 1:].flatten(1)), 1)
 
     def codebook(
         self,
@@ -220,11 +230,13 @@ class Dictionary:
 
         part: "key" or "value". sparsity: 1..31, picks the levels. dtype: of the atoms. heads: this rank's KV heads.
         """
-        integers = unpack_atoms(self.tensors[f"{part}_atoms"][layer].to(device), self.info.atom_bits)
+        stored = self.tensors[f"{part}_atoms"][layer]
+        own = stored if self.shared else stored[heads or slice(None)]
+        integers = unpack_atoms(own.to(device), self.info.atom_bits)
         mean = self.tensors[f"{part}_mean"][layer, heads or slice(None)]
         levels = self.tensors[f"{part}_levels"][layer, sparsity]
         return Codebook(
-            atoms=unit_atoms(integers).to(dtype),
+            atoms=unit_atoms(integers).to(dtype).contiguous(),
             levels=levels.to(device, torch.float32),
             mean=mean.to(device, torch.float32).contiguous(),
         )

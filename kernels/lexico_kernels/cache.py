@@ -14,7 +14,8 @@ class Codebook:
     """Decodes one part (K or V) of one layer: vector = mean of its head + sum of coefficients times atoms.
 
     Attributes:
-        atoms: [N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros.
+        atoms: [H, N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros. H is Hk, or 1 for
+            one dictionary that all heads share; [N, D] may be given for the latter.
         levels: [16] float32, ascending, in [-1, 1]: coefficient = scale * levels[level].
         mean: [Hk, D] float32, taken off a head's vectors before they are coded.
     """
@@ -24,20 +25,42 @@ class Codebook:
     mean: Tensor
 
     def __post_init__(self) -> None:
-        if self.atoms.ndim != 2 or not 1 <= self.atoms.shape[0] <= MAX_ATOMS or not self.atoms.is_contiguous():
+        if self.atoms.ndim == 2:
+            object.__setattr__(self, "atoms", self.atoms[None])
+        if self.atoms.ndim != 3 or not 1 <= self.atoms.shape[1] <= MAX_ATOMS or not self.atoms.is_contiguous():
             raise ValueError(
-                f"atoms have shape {list(self.atoms.shape)}; allowed: contiguous [N, D] with N from 1 to {MAX_ATOMS}; "
-                "train a dictionary of at most that many atoms"
+                f"atoms have shape {list(self.atoms.shape)}; allowed: contiguous [H, N, D] with N from 1 to "
+                f"{MAX_ATOMS}; train a dictionary of at most that many atoms"
             )
         if self.levels.shape != (NUM_LEVELS,) or not self.levels.is_contiguous():
             raise ValueError(
                 f"levels have shape {list(self.levels.shape)}; allowed: [{NUM_LEVELS}]; give the row of one sparsity"
             )
-        if self.mean.ndim != 2 or self.mean.shape[1] != self.atoms.shape[1] or not self.mean.is_contiguous():
+        if self.mean.ndim != 2 or self.mean.shape[1] != self.atoms.shape[2] or not self.mean.is_contiguous():
             raise ValueError(
-                f"mean has shape {list(self.mean.shape)}; allowed: contiguous [Hk, {self.atoms.shape[1]}]; "
+                f"mean has shape {list(self.mean.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
                 "give one row a KV head of this rank"
             )
+        if self.atoms.shape[0] not in (1, self.mean.shape[0]):
+            raise ValueError(
+                f"atoms of {self.atoms.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many, or one "
+                "that all heads share; slice both to the heads of this rank"
+            )
+
+    @property
+    def num_atoms(self) -> int:
+        """N."""
+        return self.atoms.shape[1]
+
+    @property
+    def head_stride(self) -> int:
+        """Numbers from one head's atoms to the next head's: 0 where heads share them."""
+        return self.atoms.stride(0) if self.atoms.shape[0] > 1 else 0
+
+    def head(self, index: int) -> "Codebook":
+        """The codebook of one head alone."""
+        atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
+        return Codebook(atoms, self.levels, self.mean[index : index + 1])
 
 
 @dataclass(frozen=True)

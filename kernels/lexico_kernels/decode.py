@@ -97,6 +97,8 @@ def _decode_part(
     R: tl.constexpr,
     KEY_N: tl.constexpr,
     VALUE_N: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     G: tl.constexpr,
@@ -108,6 +110,8 @@ def _decode_part(
     """One part of one token's context for a KV head: normalised output and base-2 log-sum-exp of its G query heads."""
     token = tl.program_id(0).to(tl.int64)
     head, part = tl.program_id(1), tl.program_id(2)
+    key_atoms_ptr += head * KEY_STRIDE
+    value_atoms_ptr += head * VALUE_STRIDE
     group, dims = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
     seq_len = tl.load(seq_len_ptr + token)
     span = tl.maximum(tl.cdiv(tl.cdiv(seq_len, SPLITS), TILE) * TILE, MIN_SPLIT)
@@ -241,8 +245,10 @@ def sparse_decode(
         CODEC=layout.codec,
         P=layout.block_tokens,
         R=layout.tail_tokens,
-        KEY_N=cache.key.atoms.shape[0],
-        VALUE_N=cache.value.atoms.shape[0],
+        KEY_N=cache.key.num_atoms,
+        VALUE_N=cache.value.num_atoms,
+        KEY_STRIDE=cache.key.head_stride,
+        VALUE_STRIDE=cache.value.head_stride,
         D=D,
         D_PAD=D_PAD,
         G=G,

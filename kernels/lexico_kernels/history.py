@@ -78,6 +78,8 @@ def _reconstruct(
     R: tl.constexpr,
     KEY_N: tl.constexpr,
     VALUE_N: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
@@ -85,6 +87,8 @@ def _reconstruct(
     """One tile of positions of one head, K and V."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1)
+    key_atoms_ptr += head * KEY_STRIDE
+    value_atoms_ptr += head * VALUE_STRIDE
     positions = start + row
     valid = positions < stop
     is_raw = (positions < tl.load(sink_end_ptr + request)) | (positions >= tl.load(raw_start_ptr + request))
@@ -144,8 +148,10 @@ def reconstruct(
         CODEC=layout.codec,
         P=layout.block_tokens,
         R=layout.tail_tokens,
-        KEY_N=cache.key.atoms.shape[0],
-        VALUE_N=cache.value.atoms.shape[0],
+        KEY_N=cache.key.num_atoms,
+        VALUE_N=cache.value.num_atoms,
+        KEY_STRIDE=cache.key.head_stride,
+        VALUE_STRIDE=cache.value.head_stride,
         D=layout.head_dim,
         D_PAD=triton.next_power_of_2(layout.head_dim),
         TILE=RECONSTRUCT.tile,

@@ -44,13 +44,12 @@ def _load_vectors(
 
 
 @triton.jit
-def _entries(vector, M, HK: tl.constexpr, source_ptr, destination_ptr, P: tl.constexpr):
-    """Source, destination and KV head of flat vector numbers, and which of them are to be coded."""
-    entry = vector // HK
+def _entries(entry, M, source_ptr, destination_ptr, P: tl.constexpr):
+    """Source and destination of entries, and which of them are to be coded."""
     destination = tl.load(destination_ptr + entry, mask=entry < M, other=-1)
     coded = destination >= P
     source = tl.load(source_ptr + entry, mask=coded, other=0)
-    return source, destination, vector % HK, coded
+    return source, destination, coded
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def _encode_part(
         tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R, D, D_PAD
     )
     mask = (dims < D)[None, :] & coded[:, None]
-    x = raw.to(tl.float32) - tl.load(mean_ptr + head[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    x = raw.to(tl.float32) - tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
     x, norm = unit_rows(x)
     pursue_tile(
         x, atoms_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits, N, D, D_PAD, CHUNK
@@ -160,33 +159,35 @@ def _omp_encode(
     CODEC: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
-    HK: tl.constexpr,
     KEY_N: tl.constexpr,
     VALUE_N: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     S_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of vectors (entries times heads) of K or V; over at once if none of them is to be coded."""
-    vector = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    source, destination, head, coded = _entries(vector, M, HK, source_ptr, destination_ptr, P)
+    """One tile of a head's K or V; over at once if none of it is to be coded."""
+    entry = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    source, destination, coded = _entries(entry, M, source_ptr, destination_ptr, P)
     if tl.max(coded.to(tl.int32), 0) == 0:
         return
-    scratch = (tl.program_id(1).to(tl.int64) * M * HK + vector) * S_PAD
+    scratch = (tl.program_id(1).to(tl.int64) * M + entry) * S_PAD
     chosen_rows, coefficient_rows = chosen_ptr + scratch, coefficient_ptr + scratch
-    if tl.program_id(1) == 0:
+    head = tl.program_id(1) // 2
+    if tl.program_id(1) % 2 == 0:
         _encode_part(
             key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride,
-            key_atoms_ptr, key_levels_ptr, key_mean_ptr, code_ptr, code_page_stride,
+            key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip
     else:
         _encode_part(
             value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride,
-            value_atoms_ptr, value_levels_ptr, value_mean_ptr, code_ptr, code_page_stride,
+            value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip
@@ -220,7 +221,8 @@ def _write_exact(
     """The "exact" codec: one tile of vectors, K and V, copied as they are."""
     vector = tl.program_id(0) * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, D_PAD)
-    source, destination, head, coded = _entries(vector, M, HK, source_ptr, destination_ptr, P)
+    source, destination, coded = _entries(vector // HK, M, source_ptr, destination_ptr, P)
+    head = vector % HK
     key = _load_vectors(
         key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride, source, head, coded, 0, R, D, D_PAD
     )
@@ -256,30 +258,31 @@ def omp_encode(
         "HEAD_BYTES": layout.head_bytes,
         "P": layout.block_tokens,
         "R": layout.tail_tokens,
-        "HK": Hk,
         "D": D,
         "D_PAD": D_PAD,
     }
     if layout.codec == "exact":
         grid = (triton.cdiv(M * Hk, WRITE_EXACT.tile),)
-        _write_exact[grid](*inputs, *outputs, M, **sizes, TILE=WRITE_EXACT.tile, num_warps=WRITE_EXACT.num_warps)
+        _write_exact[grid](*inputs, *outputs, M, **sizes, HK=Hk, TILE=WRITE_EXACT.tile, num_warps=WRITE_EXACT.num_warps)
         return
     S_PAD = triton.next_power_of_2(max(layout.key_sparsity, layout.value_sparsity))
     launch = pursuit_launch(2 * M * Hk, D_PAD, cache.key.atoms.element_size())
     scratch = [empty(2 * M * Hk * S_PAD, dtype=dtype, device=key.device) for dtype in (int32, float32)]
     books = (*vars(cache.key).values(), *vars(cache.value).values())
-    _omp_encode[(triton.cdiv(M * Hk, launch.tile), 2)](
+    _omp_encode[(triton.cdiv(M, launch.tile), 2 * Hk)](
         *inputs,
         *books,
         *outputs,
         *scratch,
         M,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        value_bits_for(max(cache.key.atoms.shape[0], cache.value.atoms.shape[0])),
+        value_bits_for(max(cache.key.num_atoms, cache.value.num_atoms)),
         **sizes,
         CODEC=layout.codec,
-        KEY_N=cache.key.atoms.shape[0],
-        VALUE_N=cache.value.atoms.shape[0],
+        KEY_N=cache.key.num_atoms,
+        VALUE_N=cache.value.num_atoms,
+        KEY_STRIDE=cache.key.head_stride,
+        VALUE_STRIDE=cache.value.head_stride,
         S_PAD=S_PAD,
         CHUNK=launch.atoms,
         TILE=launch.tile,

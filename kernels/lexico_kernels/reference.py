@@ -164,26 +164,30 @@ def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, part: str,
     """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, part_bytes], each head's mean taken off first."""
     if layout.codec == "exact":
         return vectors.contiguous().view(torch.uint8)
-    M, Hk, D = vectors.shape
-    centred = (vectors.float() - book.mean).view(M * Hk, D)
-    records = encode_vectors(centred, book, layout.sparsity(part), layout.codec, relative_error)
-    return records.view(M, Hk, -1)
+    centred, S = vectors.float() - book.mean, layout.sparsity(part)
+    heads = [
+        encode_vectors(centred[:, head], book.head(head), S, layout.codec, relative_error)
+        for head in range(vectors.shape[1])
+    ]
+    return torch.stack(heads, 1)
 
 
 def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, part: str, dtype: torch.dtype) -> Tensor:
     """Inverse of `encode_heads`: records uint8 [M, Hk, part_bytes] -> float32 [M, Hk, D]. dtype: of exact vectors."""
-    M, Hk, _ = records.shape
     if layout.codec == "exact":
         return _as(records, dtype).float()
-    vectors = decode_vectors(records.flatten(0, 1), book, layout.sparsity(part), layout.codec)
-    return vectors.view(M, Hk, layout.head_dim) + book.mean
+    heads = [
+        decode_vectors(records[:, head], book.head(head), layout.sparsity(part), layout.codec)
+        for head in range(records.shape[1])
+    ]
+    return torch.stack(heads, 1) + book.mean
 
 
 def encode_vectors(
     vectors: Tensor, book: Codebook, sparsity: int, codec: str = "packed16", relative_error: float = 0.0
 ) -> Tensor:
-    """Centred vectors [M, D] -> records uint8 [M, bytes of a vector]; NaN or infinity gives an all-zero record."""
-    indices, coefficients = omp(vectors, book.atoms, sparsity, relative_error)
+    """Centred vectors [M, D] of one head -> records uint8 [M, bytes of a vector]; NaN or infinity gives an all-zero record."""
+    indices, coefficients = omp(vectors, book.atoms[0], sparsity, relative_error)
     scale = _scale(coefficients)
     if codec == "paper":
         ratio = coefficients * (FP8_PEAK / scale.float())
@@ -199,7 +203,7 @@ def encode_vectors(
 
 
 def decode_vectors(records: Tensor, book: Codebook, sparsity: int, codec: str = "packed16") -> Tensor:
-    """Records uint8 [M, bytes of a vector] -> centred vectors float32 [M, D]."""
+    """Records uint8 [M, bytes of a vector] of one head -> centred vectors float32 [M, D]."""
     scale = _as(records[:, :2], torch.bfloat16).float()
     codes = _as(records[:, 2 : 2 + 2 * sparsity], torch.int16).long()
     if codec == "paper":
@@ -208,8 +212,8 @@ def decode_vectors(records: Tensor, book: Codebook, sparsity: int, codec: str = 
     else:
         codes = codes & 0xFFFF
         indices, coefficients = codes >> LEVEL_BITS, book.levels[codes & ((1 << LEVEL_BITS) - 1)]
-    indices = indices.clamp(0, book.atoms.shape[0] - 1)  # whatever the bytes are, stay within the dictionary
-    return embedding_bag(indices, book.atoms.float(), per_sample_weights=coefficients * scale, mode="sum")
+    indices = indices.clamp(0, book.num_atoms - 1)  # whatever the bytes are, stay within the dictionary
+    return embedding_bag(indices, book.atoms[0].float(), per_sample_weights=coefficients * scale, mode="sum")
 
 
 def _as(records: Tensor, dtype: torch.dtype) -> Tensor:

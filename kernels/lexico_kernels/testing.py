@@ -70,11 +70,21 @@ class Problem:
 
 
 def random_codebook(
-    atoms: int, layout: CodeLayout, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    atoms: int,
+    layout: CodeLayout,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shared: bool = False,
 ) -> Codebook:
-    """Random unit atoms (row 0 is the null atom), uneven levels, and means larger than what is coded."""
-    rows = normalize(torch.randn(atoms, layout.head_dim, generator=generator), dim=1)
-    rows[0] = 0
+    """Random unit atoms (row 0 is the null atom), uneven levels, and means larger than what is coded.
+
+    shared: by all heads.
+    """
+    rows = torch.randn(1 if shared else layout.num_kv_heads, atoms, layout.head_dim, generator=generator)
+    rows = normalize(rows, dim=-1)
+    rows[:, 0] = 0
     levels = torch.linspace(-1, 1, NUM_LEVELS) + 0.02 * torch.rand(NUM_LEVELS, generator=generator)
     mean = 2 * torch.randn(layout.num_kv_heads, layout.head_dim, generator=generator)
     return Codebook(rows.to(device, dtype), levels.to(device), mean.to(device))
@@ -84,6 +94,8 @@ def poisoned_cache(
     layout: CodeLayout, num_pages: int, *, atoms: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> LayerCache:
     """A cache whose codes are 0xFF and whose tail is NaN, with gaps between pages.
+
+    Each head has a dictionary of its own for keys; for values all share one.
 
     Args:
         layout: of the pages.
@@ -98,7 +110,7 @@ def poisoned_cache(
     tail_shape = (num_pages, layout.num_kv_heads, layout.tail_tokens, 2, layout.head_dim)
     page_elements = layout.tail_page_bytes // layout.element_bytes
     tail = torch.full((num_pages, page_elements + 64), torch.nan, dtype=dtype, device=place)
-    key, value = (random_codebook(atoms, layout, generator, place, dtype) for _ in PARTS)
+    key, value = (random_codebook(atoms, layout, generator, place, dtype, shared=shared) for shared in (False, True))
     return LayerCache(
         torch.full((num_pages, layout.page_bytes + 128), 0xFF, dtype=torch.uint8, device=place),
         tail[:, :page_elements].view(tail_shape),

@@ -28,9 +28,10 @@ def vectors_like_the_dictionary(count, cache, seed=0):
     out = []
     for book in (cache.key, cache.value):
         shape = (count, cache.layout.num_kv_heads, 24)
-        index = torch.randint(1, book.atoms.shape[0], shape, generator=generator, device="cuda")
+        heads = torch.arange(shape[1], device="cuda")[:, None] % len(book.atoms)
+        index = torch.randint(1, book.num_atoms, shape, generator=generator, device="cuda")
         weight = torch.randn(shape, generator=generator, device="cuda") * 0.85 ** torch.arange(24, device="cuda")
-        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[index].float()) + book.mean
+        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[heads, index].float()) + book.mean
         x += 0.02 * torch.randn(x.shape, generator=generator, device="cuda")
         out.append(x.to(cache.tail_pages.dtype))
     return out

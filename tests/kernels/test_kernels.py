@@ -137,7 +137,7 @@ def test_omp_encode_odd_vectors(codec, device):
     key = torch.zeros(10, 2, 64, device=device)
     key[0, 0, 3], key[1, 0, 3], key[2, 0, 3] = float("nan"), float("inf"), float("-inf")
     key[3], key[4] = 3e38, 1e30
-    key[5] = 2 * cache.key.atoms[7] + cache.key.mean
+    key[5] = 2 * cache.key.atoms[:, 7] + cache.key.mean
     key[6] = cache.key.mean
     key[7] = cache.key.mean + 1e-30
     destination = torch.arange(10, device=device) + P
@@ -157,7 +157,7 @@ def test_omp_encode_duplicate_atoms(device):
     it = layout(64, 1, (16, 16), element_bytes=4)
     cache = poisoned_cache(it, 4, atoms=65, dtype=torch.float32, device=device)
     for book in (cache.key, cache.value):
-        book.atoms[33:65] = book.atoms[1:33]
+        book.atoms[:, 33:65] = book.atoms[:, 1:33]
     key, value = tokens(20, it, torch.float32, device)
     destination = torch.arange(20, device=device) + P
     omp.omp_encode(key, value, cache, torch.arange(20, device=device, dtype=torch.int32), destination)
