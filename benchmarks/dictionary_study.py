@@ -200,7 +200,9 @@ class Trained:
             self.maps, self.inverses = root_of(metric, variant.power)
         self.copies = (heads if variant.by_head else 1) * variant.halves
         rows = self._coordinates(store)
-        settings = LearnSettings(atoms=variant.atoms, sparsity=variant.sparsity, atom_bits=variant.atom_bits)
+        settings = LearnSettings(
+            atoms=variant.atoms, sparsity=variant.sparsity, atom_bits=variant.atom_bits, shared=True
+        )
         learners = LayerLearners(list(range(len(rows))), settings, seed, str(store.device))
         learners.learn(rows, passes, 0, annealed=True, quiet=True)
         atoms, levels = [], []
@@ -341,17 +343,14 @@ def both(sparsity: int) -> dict[str, int]:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> None:
-    """All variants, then what can be asked of the base without training again."""
+    """All variants, and after the base what can be asked of it without training again."""
     study = Study(args)
-    base = None
     for name in args.variants.split(","):
         trained = study.train(name)
         for sparsity in (15, 7) if name != "base" else (*SPARSITIES, 3, 23):
             study.score(f"{name} s={sparsity}", StudyCodec(trained, both(sparsity)), sparsity=sparsity)
-        base = trained if name == "base" else base
-    if base is None:
-        return
-    extras(study, base)
+        if name == "base":
+            extras(study, trained)
 
 
 def extras(study: Study, base: Trained) -> None:
@@ -391,7 +390,7 @@ class Thresholded(StudyCodec):
         book = trained.atoms[layer, at]
         chosen, kept, _ = pursue(own[None], book[None], 31, relative_error=self.error)
         self.used, self.vectors = self.used + int((chosen > 0).sum()), self.vectors + len(own)
-        self.vector_bytes = dict.fromkeys(PARTS, round(2 * (1 + self.used / self.vectors), 2))
+        self.vector_bytes = dict.fromkeys(PARTS, round(2 * (1 + self.used / self.vectors)))
         code = torch.nn.functional.embedding_bag(chosen[0], book.float(), per_sample_weights=kept[0], mode="sum")
         return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
 

@@ -52,7 +52,8 @@ class Texts:
         if kind != "wikitext":
             return str(self.args.data / f"train_{kind}.jsonl.xz")
         plain = self.folder / "wikitext.txt"
-        plain.write_text(lzma.open(self.args.data / "wikitext2_raw_test.txt.xz", "rt").read())
+        with lzma.open(self.args.data / "wikitext2_raw_test.txt.xz", "rt") as text:
+            plain.write_text(text.read())
         return str(plain)
 
     def vectors(self, sequences: Tensor, furthest: int = 0) -> Tensor:
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         store = stores[name]()
         read = time.perf_counter() - started
-        settings = LearnSettings(atoms=args.atoms)
+        settings = LearnSettings(atoms=args.atoms, shared=True)
         learners = LayerLearners(list(range(texts.shape.num_layers)), settings, 0, str(store.device))
         learners.learn(store, args.passes, 0, annealed=True, quiet=True)
         print(f"{name}: read in {read:.1f} s, learned in {time.perf_counter() - started - read:.1f} s", flush=True)
@@ -104,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
             for sparsity in SPARSITIES:
                 for part in PARTS:
                     case = {
-                        "study": "texts", "model": Path(args.model).name, "trained_on": name, "text": kind, "part": part,
-                        "sparsity": sparsity, "bytes": 2 * (sparsity + 1), "atoms": args.atoms,
+                        "study": "texts", "model": Path(args.model).name, "trained_on": name, "text": kind,
+                        "part": part, "sparsity": sparsity, "bytes": 2 * (sparsity + 1), "atoms": args.atoms,
                         "training_vectors": store.shape[2] * store.shape[3], "passes": args.passes,
                     }  # fmt: skip
                     record("dictionary", case, "energy_lost", lost[sparsity][part], folder=args.out)

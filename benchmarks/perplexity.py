@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         "dictionary": path.name,
         "atoms": info.atoms,
         "atom_bits": info.atom_bits,
+        "shared": dictionary.shared,
     }
     for name, (codec, words) in codecs.items():
         nll = measure.negative_log_likelihood(windows, codec, args.batch)
@@ -109,6 +110,10 @@ def run(args: argparse.Namespace) -> None:
             "energy_lost": {part: round(share, 5) for part, share in lost.items() if math.isfinite(share)},
         }
         record("dictionary", case | words | measured, "perplexity_ratio", value, folder=args.out)
+        for part, share in lost.items():
+            if math.isfinite(share):
+                row = case | words | {"part": part, "bytes": codec.vector_bytes[part]}
+                record("dictionary", row, "energy_lost", share, folder=args.out)
 
 
 def parse_args() -> argparse.Namespace:

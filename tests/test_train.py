@@ -192,7 +192,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(tiny_model, tmp_path, learn
     assert info.tokens_seen == sequences * 64 and info.vectors_seen == sequences * (48 if own_text else 32) * 2
     assert set(info.errors["key"]) == set(info.errors["value"]) == {"7", "15"}
     assert all(0 < lost < 1 for tables in info.errors.values() for row in tables.values() for lost in row)
-    torch.testing.assert_close(whole.usage("value").sum(1), torch.ones(2))
+    torch.testing.assert_close(whole.usage("value").sum(1), torch.ones(2), atol=1e-3, rtol=0)  # kept in half precision
 
 
 def test_a_seed_decides_the_file(tiny_model, tmp_path, texts):

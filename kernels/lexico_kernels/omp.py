@@ -117,7 +117,6 @@ def _encode_part(
     raw = _load_vectors(
         tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R, D, D_PAD
     )
-    mask = (dims < D)[None, :] & coded[:, None]
     x = raw.to(tl.float32) - tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
     x, norm = unit_rows(x)
     pursue_tile(

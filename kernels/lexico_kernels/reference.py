@@ -186,7 +186,7 @@ def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, part: str,
 def encode_vectors(
     vectors: Tensor, book: Codebook, sparsity: int, codec: str = "packed16", relative_error: float = 0.0
 ) -> Tensor:
-    """Centred vectors [M, D] of one head -> records uint8 [M, bytes of a vector]; NaN or infinity gives an all-zero record."""
+    """Centred vectors [M, D] of one head -> records uint8 [M, bytes]; NaN or infinity gives an all-zero record."""
     indices, coefficients = omp(vectors, book.atoms[0], sparsity, relative_error)
     scale = _scale(coefficients)
     if codec == "paper":

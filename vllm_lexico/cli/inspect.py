@@ -69,7 +69,8 @@ def _print_facts(dictionary: Dictionary) -> None:
     heads = f"{shape.num_kv_heads} KV heads of {shape.head_dim}"
     print(f"  model      {shape.model_type}, {shape.num_layers} layers, {heads}")
     print(f"  rope       {shape.rope}")
-    print(f"  atoms      {info.atoms} a layer for keys and as many for values, {info.atom_bits} bits a number")
+    whose = "layer" if dictionary.shared else "KV head"
+    print(f"  atoms      {info.atoms} a {whose} for keys and as many for values, {info.atom_bits} bits a number")
     print(f"  trained    at {info.sparsity} atoms a vector on {info.vectors_seen} vectors of {info.tokens_seen} tokens")
     print(f"  data       {info.data}")
     print(f"  made by    {info.version}, seed {info.seed}; make one of your own: {train_command(info.model_name)}")
@@ -79,7 +80,7 @@ def _print_facts(dictionary: Dictionary) -> None:
             effective, dead = effective_atoms(usage), dead_atoms(usage)
             print(
                 f"  {part + 's':<9}  use {effective.mean():.0f} atoms effectively (exp of the entropy; the worst layer "
-                f"{effective.min():.0f}); {dead.sum()} of {usage.shape[0] * (info.atoms - 1)} atoms are dead"
+                f"{effective.min():.0f}); {dead.sum()} of {usage[:, 1:].numel()} atoms are dead"
             )
 
 

@@ -46,6 +46,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--atom-bits", type=int, choices=ATOM_BITS, default=learn.atom_bits, help="stored bits (%(default)s)"
     )
+    parser.add_argument(
+        "--shared", action="store_true", help="one dictionary for all KV heads of a layer instead of one for each"
+    )
     parser.add_argument("--sparsity", type=int, default=learn.sparsity, help="atoms a vector in training (%(default)s)")
     parser.add_argument(
         "--vectors", type=int, default=default.vectors, help="a layer, for keys and for values (%(default)s)"
@@ -75,7 +78,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then draw the picture of what came of it."""
-    learn = LearnSettings(atoms=arguments.atoms, atom_bits=arguments.atom_bits, sparsity=arguments.sparsity)
+    learn = LearnSettings(
+        atoms=arguments.atoms, atom_bits=arguments.atom_bits, shared=arguments.shared, sparsity=arguments.sparsity
+    )
     settings = TrainSettings(
         data=tuple(arguments.data),
         learn=learn,

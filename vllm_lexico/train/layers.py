@@ -37,11 +37,16 @@ class FinishedLayers:
 
 
 class LayerLearners:
-    """Learners of K and V of some layers, a few layers a learner; row 2 l + part of a learner is a dictionary."""
+    """Learners of K and V of some layers, a few layers a learner.
+
+    Dictionary (2 l + part) * copies + head of a learner belongs to layer l and its head; copies is the KV heads, or 1
+    where they share.
+    """
 
     def __init__(self, layers: list[int], settings: LearnSettings, seed: int, device: str) -> None:
         self.layers, self.settings, self.device = layers, settings, torch.device(device)
         self.seed = seed + 2 * layers[0]  # with a group's first row added, the same however devices share the layers
+        self.copies = 1
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers * 2, Hk, D]
         self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
@@ -54,7 +59,7 @@ class LayerLearners:
         """
         if not self.learners:
             self._start(store)
-        rows = store.shape[2] * store.shape[3]
+        rows = self._rows(store)
         batch = min(self.settings.batch, rows)
         steps = passes * (rows // batch)
         with tqdm(
@@ -83,8 +88,8 @@ class LayerLearners:
         for learner, part in self._groups():
             vectors = self._vectors(store, part, self._sample(store))
             atoms = self._stored_atoms(learner)
-            levels = learn_levels(vectors, atoms, REPORTED_SPARSITIES)
-            for sparsity, values in evaluate(vectors, atoms, levels, REPORTED_SPARSITIES).items():
+            levels = learn_levels(vectors, atoms, REPORTED_SPARSITIES, sharing=self.copies)
+            for sparsity, values in self._evaluate(vectors, atoms, levels).items():
                 lost[sparsity].append(values)
         tables = {sparsity: torch.cat(values).view(-1, 2).cpu() for sparsity, values in lost.items()}
         self.losses.append(float(torch.stack([table.mean() for table in tables.values()]).mean()))
@@ -101,16 +106,16 @@ class LayerLearners:
         for learner, part in self._groups():
             integers = round_atoms(learner.atoms, self.settings.atom_bits)
             atoms = self._stored_atoms(learner)
-            levels = learn_levels(self._vectors(store, part, self._sample(store)), atoms)
-            others = held_out.flatten(0, 1)[part]
-            others = self._vectors(held_out, part, torch.arange(others.shape[1] * others.shape[2], device=self.device))
-            for sparsity, values in evaluate(others, atoms, levels, REPORTED_SPARSITIES).items():
+            samples = self._vectors(store, part, self._sample(store))
+            levels = learn_levels(samples, atoms, sharing=self.copies)
+            others = self._vectors(held_out, part, torch.arange(self._rows(held_out), device=self.device))
+            for sparsity, values in self._evaluate(others, atoms, levels).items():
                 losses[sparsity].append(values)
             made = {
-                "atoms": pack_atoms(integers, self.settings.atom_bits),
+                "atoms": self._by_head(pack_atoms(integers, self.settings.atom_bits)),
                 "mean": self.mean[part],
-                "levels": levels.table,
-                "usage": count_usage(others, atoms, USAGE_SPARSITY).half(),
+                "levels": levels.table[:: self.copies],
+                "usage": self._by_head(count_usage(others, atoms, USAGE_SPARSITY) / self.copies).half(),
             }
             for kind, tensor in made.items():
                 for at, name in enumerate(PARTS):
@@ -122,6 +127,17 @@ class LayerLearners:
         }
         joined = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
         return FinishedLayers(joined, errors, rounds=len(self.losses))
+
+    def _evaluate(self, vectors: torch.Tensor, atoms: torch.Tensor, levels: Levels) -> dict[int, torch.Tensor]:
+        """Energy lost by sparsity, float32 [layers * 2]: of all heads together."""
+        weight = vectors.square().sum((1, 2)).view(-1, self.copies)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-20)
+        lost = evaluate(vectors, atoms, levels, REPORTED_SPARSITIES)
+        return {sparsity: (values.view_as(weight) * weight).sum(1) for sparsity, values in lost.items()}
+
+    def _by_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[dictionaries, ...] as the file has it: [layers * 2, Hk, ...], or without Hk where heads share."""
+        return tensor if self.settings.shared else tensor.unflatten(0, (-1, self.copies))
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Keep everything that `load` needs to go on after this round."""
@@ -138,7 +154,7 @@ class LayerLearners:
         tensors = load_file(str(path))
         self.mean, self.scale = tensors["mean"].to(self.device), tensors["scale"].to(self.device)
         self.losses = tensors["losses"].tolist()
-        self._make_learners(self.mean.shape[-1])
+        self._make_learners()
         for at, learner in enumerate(self.learners):
             learner.load_state({name: tensors[f"{at}.{name}"] for name in (*Learner.STATE, "steps")})
         return int(tensors["rounds_done"])
@@ -150,43 +166,55 @@ class LayerLearners:
             for vectors, mean in zip(store.flatten(0, 1), self.mean, strict=True)
         ]
         self.scale = torch.stack(energies).sqrt().clamp(min=1e-20)
-        self._make_learners(store.shape[-1])
-        rows = store.shape[2] * store.shape[3]
+        self._make_learners()
+        rows = self._rows(store)
         for learner, part in self._groups():
             generator = torch.Generator(self.device).manual_seed(self.seed + part.start)
             some = torch.randperm(rows, generator=generator, device=self.device)[: 4 * self.settings.atoms]
             learner.start_from(self._vectors(store, part, some), generator)
 
-    def _make_learners(self, dim: int) -> None:
-        at_once = LAYERS_AT_ONCE[self.device.type]
+    def _make_learners(self) -> None:
+        heads, dim = self.mean.shape[1:]
+        self.copies = 1 if self.settings.shared else heads
+        at_once = max(1, LAYERS_AT_ONCE[self.device.type] // self.copies)
         sizes = [len(self.layers[first : first + at_once]) for first in range(0, len(self.layers), at_once)]
-        self.learners = [Learner(self.settings, 2 * size, dim, self.device) for size in sizes]
+        self.learners = [Learner(self.settings, 2 * size * self.copies, dim, self.device) for size in sizes]
 
     def _groups(self) -> Iterator[tuple[Learner, slice]]:
         """Each learner with its rows of the store, layers and parts flattened."""
         first = 0
         for learner in self.learners:
-            yield learner, slice(first, first + len(learner.atoms))
-            first += len(learner.atoms)
+            rows = len(learner.atoms) // self.copies
+            yield learner, slice(first, first + rows)
+            first += rows
+
+    def _rows(self, store: torch.Tensor) -> int:
+        """What a dictionary learns from: tokens, times heads where they share it."""
+        return store.shape[2] * store.shape[3] // self.copies
 
     def _vectors(self, store: torch.Tensor, part: slice, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [G, M, D]: these rows (tokens times heads), centred and of about unit energy."""
-        heads = store.shape[3]
-        own = store.flatten(0, 1)[part].flatten(1, 2)
-        vectors = own.index_select(1, rows.to(own.device)).to(self.device, torch.float32)
-        vectors -= self.mean[part].index_select(1, rows % heads)
-        return vectors.div_(self.scale[part, None, None])
+        """float32 [dictionaries, M, D]: these rows, see `_rows`, centred and of about unit energy."""
+        own, mean, rows = store.flatten(0, 1)[part], self.mean[part], rows.to(store.device)
+        if self.settings.shared:
+            vectors = own.flatten(1, 2).index_select(1, rows).to(self.device, torch.float32)
+            vectors -= mean.index_select(1, rows % store.shape[3])
+        else:
+            vectors = own.index_select(1, rows).to(self.device, torch.float32)
+            vectors -= mean[:, None]
+        vectors /= self.scale[part].view(-1, *[1] * (vectors.ndim - 1))
+        return vectors if self.settings.shared else vectors.transpose(1, 2).flatten(0, 1)
 
     def _sample(self, store: torch.Tensor) -> torch.Tensor:
         """Rows for the levels: all heads of tokens spread evenly."""
         tokens, heads = store.shape[2:4]
-        stride = max(1, tokens * heads // LEVEL_VECTORS[self.device.type])
-        first = torch.arange(0, tokens, stride, device=self.device)[:, None] * heads
-        return (first + torch.arange(heads, device=self.device)).flatten()
+        stride = max(1, tokens * heads // self.copies // LEVEL_VECTORS[self.device.type])
+        spread = torch.arange(0, tokens, stride, device=self.device)
+        together = heads // self.copies
+        return (spread[:, None] * together + torch.arange(together, device=self.device)).flatten()
 
     def _levels(self, store: torch.Tensor, learner: Learner, part: slice, sparsities: tuple[int, ...]) -> Levels:
         vectors = self._vectors(store, part, self._sample(store))
-        return learn_levels(vectors, self._stored_atoms(learner), sparsities)
+        return learn_levels(vectors, self._stored_atoms(learner), sparsities, sharing=self.copies)
 
     def _stored_atoms(self, learner: Learner) -> torch.Tensor:
         """Atoms as serving will have them."""

@@ -26,10 +26,15 @@ CODES_BYTES = 1 << 30  # of the dense [G, batch, N] codes held at once
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """How atoms are learned. batch: vectors a step and dictionary. rate: of Newton's step, with diagonal curvature."""
+    """How atoms are learned.
+
+    shared: by all KV heads of a layer, as in the paper, or each has its own. batch: vectors a step and dictionary.
+    rate: of Newton's step, with diagonal curvature.
+    """
 
     atoms: int = 4096  # N, with the null atom
     atom_bits: int = 8
+    shared: bool = False
     sparsity: int = 10
     batch: int = 8192
     rate: float = 0.5

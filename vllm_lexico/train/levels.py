@@ -24,14 +24,22 @@ class Levels:
 
 
 def learn_levels(
-    vectors: torch.Tensor, atoms: torch.Tensor, sparsities: tuple[int, ...] = LEARNED_SPARSITIES
+    vectors: torch.Tensor,
+    atoms: torch.Tensor,
+    sparsities: tuple[int, ...] = LEARNED_SPARSITIES,
+    *,
+    sharing: int = 1,
 ) -> Levels:
     """Levels for every sparsity, learned at some and interpolated between.
 
     vectors: float32 [G, M, D], centred. atoms: [G, N, D] as they will be loaded. A level stands for a coefficient
-    divided by the largest of its vector.
+    divided by the largest of its vector. sharing: so many dictionaries in a row, those of a layer's heads, get the
+    same levels.
     """
-    learned = {sparsity: _lloyd(_histogram(vectors, atoms, sparsity)) for sparsity in sparsities}
+    learned = {}
+    for sparsity in sparsities:
+        counts = _histogram(vectors, atoms, sparsity).unflatten(0, (-1, sharing)).sum(1)
+        learned[sparsity] = _lloyd(counts).repeat_interleave(sharing, 0)
     table = torch.zeros(len(vectors), MAX_SPARSITY + 1, NUM_LEVELS, device=vectors.device)
     for sparsity in range(1, MAX_SPARSITY + 1):
         below = max((known for known in sparsities if known <= sparsity), default=min(sparsities))

@@ -78,12 +78,13 @@ def _draw_losses(axes: Any, dictionary: Dictionary) -> None:
 
 def _draw_usage(axes: Any, dictionary: Dictionary) -> None:
     """Atoms of a layer from the most to the least used; the line is the median layer, the band holds all of them."""
-    atoms = dictionary.info.atoms - 1
-    ranks, most = torch.arange(1, atoms + 1), 1.0
+    atoms, most = 1, 1.0
     for part in PARTS:
         usage = dictionary.usage(part)
         if usage is None:
             continue
+        atoms = usage.shape[1] - 1
+        ranks = torch.arange(1, atoms + 1)
         # An atom that is never used would be at minus infinity; this way its line leaves through the bottom.
         times = (usage[:, 1:].sort(dim=1, descending=True).values * atoms).clamp(min=LEAST_USE / 1e6)
         label = f"{part}s: {effective_atoms(usage).mean():,.0f} effective, {dead_atoms(usage).float().mean():,.1f} dead"

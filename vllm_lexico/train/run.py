@@ -52,7 +52,7 @@ class TrainSettings:
 
     data: tuple[str, ...] = ()
     learn: LearnSettings = LearnSettings()
-    vectors: int = 3_000_000
+    vectors: int = 2_500_000
     passes: int = 8
     rounds: int = 4
     sequence_tokens: int | None = None
@@ -203,6 +203,7 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
     loaded = load_model(job.model, device, settings.dtype)
     reader = _Reader(loaded, job, layers, quiet=rank > 0)
     held_out = reader.read(None, plan.held_out_sequences)
+    reading = learning = 0.0
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(reader.sequences, done)
         last = plan.rounds - 1
@@ -211,17 +212,25 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
             if number < last and learners.settled(LEAST_GAIN):
                 number = last
                 waiting = ahead.submit(reader.sequences, number)
+            before = time.monotonic()
             store = reader.read(number, plan.sequences, waiting.result())
+            reading += time.monotonic() - before
             if number < last:
                 waiting = ahead.submit(reader.sequences, number + 1)
             learners.learn(store, settings.passes, number, annealed=number == last, quiet=rank > 0)
-            lost = learners.held_out(held_out)
+            lost = learners.held_out(held_out)  # waits for the device
+            learning += time.monotonic() - before
             if rank == 0:
                 _report(number, plan.rounds, learners, lost, time.monotonic() - started)
             done = number = number + 1
             if done <= last:
                 learners.save(state, done)
+    learning -= reading
     learners.finish(store, held_out).write(target)
+    if rank == 0:
+        tokens = store.shape[2] * len(learners.losses)
+        codes = tokens * settings.passes * 2 * store.shape[3] * len(layers)
+        tqdm.write(f"kept {tokens} tokens in {reading:.1f} s of reading, made {codes} codes in {learning:.1f} s")
 
 
 class _Reader:

@@ -1,0 +1,88 @@
+"""How long `vllm-lexico train` takes, everything included, and how long it would for a larger model.
+
+    python benchmarks/training.py MODEL --name ORG/MODEL --file OUT.safetensors -- --data books.jsonl.xz --atoms 4096
+
+What follows -- goes to `vllm-lexico train`. Writes `train_seconds` to benchmarks/results/dictionary.jsonl, and with
+--predict a second row for the shape of Llama-3.1-8B, with how it was predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from record import RESULTS, record
+
+from vllm_lexico.dictionary import load_dictionary
+
+HOW = (
+    "as many vectors a layer and part; reading scaled by the weights a token meets over the KV heads it fills, learning "
+    "by the layers, the rest as measured"
+)
+KEPT = re.compile(r"kept (\d+) tokens in ([\d.]+) s of reading, made (\d+) codes in ([\d.]+) s")
+# Llama-3.1-8B: layers, KV heads, and weights that a token is multiplied with (without embedding and head).
+LLAMA_8B_LAYERS, LLAMA_8B_HEADS, LLAMA_8B_WEIGHTS = 32, 8, 6.98e9
+
+
+def body_weights(model: str) -> int:
+    """Weights of a model's layers, of the shapes in its configuration."""
+    from transformers import AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        import torch
+
+        with torch.device("meta"):
+            body = AutoModel.from_config(AutoConfig.from_pretrained(model))
+    return sum(weight.numel() for name, weight in body.named_parameters() if "embed" not in name)
+
+
+def main() -> None:
+    """Train, measure, predict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint's folder or hub id")
+    parser.add_argument("--name", required=True, help="what the dictionary calls the model")
+    parser.add_argument("--file", type=Path, required=True, help="the dictionary to write")
+    parser.add_argument("--predict", action="store_true", help="predict the time for the shape of Llama-3.1-8B")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, rest = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    command = [sys.executable, "-m", "vllm_lexico.cli", "train", args.model, "--name", args.name, "--out"]
+    started = time.monotonic()
+    process = subprocess.Popen([*command, str(args.file), *rest], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    kept = None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        kept = KEPT.search(line) or kept
+    if process.wait() or kept is None:
+        sys.exit("training.py: training failed, see above")
+    seconds = time.monotonic() - started
+    dictionary = load_dictionary(args.file)
+    info, shape = dictionary.info, dictionary.info.fingerprint
+    tokens, reading, codes, learning = (float(number) for number in kept.groups())
+    case = {
+        "model": args.name, "layers": shape.num_layers, "atoms": info.atoms, "atom_bits": info.atom_bits,
+        "shared": dictionary.shared, "data": info.data, "vectors": info.vectors_seen,
+        "reading_seconds": reading, "learning_seconds": learning, "codes": int(codes),
+    }  # fmt: skip
+    record("dictionary", case, "train_seconds", seconds, folder=args.out)
+    print(f"train_seconds {seconds:.1f}: reading {reading:.1f}, learning {learning:.1f}")
+    if args.predict:
+        # The same vectors a layer and part come from fewer tokens where there are more heads.
+        share = shape.num_kv_heads / LLAMA_8B_HEADS
+        read = reading * share * LLAMA_8B_WEIGHTS / body_weights(args.model)
+        learn = learning * LLAMA_8B_LAYERS / shape.num_layers
+        predicted = seconds - reading - learning + read + learn
+        words = {"model": "shape of Llama-3.1-8B", "predicted_from": args.name, "how": HOW}
+        more = {"layers": LLAMA_8B_LAYERS, "reading_seconds": read, "learning_seconds": learn}
+        record("dictionary", case | words | more, "train_seconds_predicted", predicted, folder=args.out)
+        print(f"predicted for the shape of Llama-3.1-8B: {predicted:.0f} s (reading {read:.0f}, learning {learn:.0f})")
+
+
+if __name__ == "__main__":
+    main()
