@@ -52,7 +52,7 @@ class TrainSettings:
 
     data: tuple[str, ...] = ()
     learn: LearnSettings = LearnSettings()
-    vectors: int = 2_500_000
+    vectors: int = 2_000_000
     passes: int = 8
     rounds: int = 4
     sequence_tokens: int | None = None
