@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Where there is no git, the commit is read from this file: `git describe --always --dirty --abbrev=40 > COMMIT`.
+# Sources that were copied without their git say their commit here: `git describe --always --dirty --abbrev=40 > COMMIT`.
 COMMIT_FILE = ROOT / "COMMIT"
 # Results are written while measuring, so they must not make the commit that measured them look changed.
 NOT_SOURCE = ":(exclude)benchmarks/results"
@@ -101,13 +101,18 @@ def gpu_and_driver() -> tuple[str | None, str | None]:
 
 
 def find_commit(root: Path) -> str | None:
-    """Full commit of the checkout at `root`, with -dirty if its sources were changed; without git, what COMMIT says."""
+    """What the file COMMIT says, else the full commit of the checkout at `root`, with -dirty if sources were changed.
+
+    The file comes first: who writes it has copied sources to where the checkout, if there is one, is another's.
+    """
+    commit_file = root / COMMIT_FILE.name
+    if commit_file.exists() and (said := commit_file.read_text(encoding="utf-8").strip()):
+        return said
     # A checkout inside someone else's repository has git, but its commit is not ours.
     if (root / ".git").exists() and (commit := run("git", "-C", str(root), "rev-parse", "HEAD")):
         changed = run("git", "-C", str(root), "status", "--porcelain", "--", ".", NOT_SOURCE)
         return f"{commit}-dirty" if changed else commit
-    commit_file = root / COMMIT_FILE.name
-    return (commit_file.read_text(encoding="utf-8").strip() or None) if commit_file.exists() else None
+    return None
 
 
 def run(*command: str) -> str | None:

@@ -20,8 +20,8 @@ from record import RESULTS, record
 from vllm_lexico.dictionary import load_dictionary
 
 HOW = (
-    "as many vectors a layer and part; reading scaled by the weights a token meets over the KV heads it fills, learning "
-    "by the layers, the rest as measured"
+    "as many vectors a layer and part; reading scaled by the weights a token meets over the KV heads it fills, "
+    "learning by the layers, the rest as measured"
 )
 KEPT = re.compile(r"kept (\d+) tokens in ([\d.]+) s of reading, made (\d+) codes in ([\d.]+) s")
 # Llama-3.1-8B: layers, KV heads, and weights that a token is multiplied with (without embedding and head).

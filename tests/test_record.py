@@ -63,6 +63,8 @@ def test_the_commit_tells_changed_sources_but_not_new_results(recorder, tmp_path
     assert recorder.find_commit(tmp_path) == head
     (tmp_path / "code.py").write_text("x = 2\n")
     assert recorder.find_commit(tmp_path) == f"{head}-dirty"
+    (tmp_path / "COMMIT").write_text("0123abc\n")  # copied sources over another checkout
+    assert recorder.find_commit(tmp_path) == "0123abc"
 
 
 def test_without_git_the_commit_comes_from_a_file_or_is_unknown(recorder, tmp_path):

@@ -3,7 +3,8 @@
 A pass streams the dictionary from L2 through tensor cores and keeps only each vector's best atom. The least-squares
 solve on the chosen atoms is coordinate descent: going from the newest atom to the oldest, each coefficient takes what
 the residual still has along its atom. It needs no Gram matrix and no basis, only the residual, which is what the next
-pass correlates. Two such sweeps a pass end within 0.2 % of the exact solution's energy (docs/log.md).
+pass correlates. On learned dictionaries two such sweeps a pass end within 0.3 % of the exact solution's energy; the
+more alike atoms are, the further from it they stay (docs/log.md).
 """
 
 import triton

@@ -7,6 +7,7 @@ the step falls to nothing, and codes are the stored ones.
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -142,7 +143,13 @@ def train_dictionary(
     if len(shares) == 1:
         _train_share(0, job, shares)
     else:
-        torch.multiprocessing.spawn(_train_share, (job, shares), nprocs=len(shares))
+        try:
+            torch.multiprocessing.spawn(_train_share, (job, shares), nprocs=len(shares))
+        except torch.multiprocessing.ProcessRaisedException as error:
+            words = str(error).strip().splitlines()[-1]
+            if not words.startswith("ValueError: "):
+                raise
+            raise ValueError(words.removeprefix("ValueError: ")) from error
     tensors, errors, rounds = _collect(folder, shares)
     read = plan.sequences * rounds
     info = DictionaryInfo(
@@ -167,9 +174,12 @@ def train_dictionary(
 def checked_devices(device: str | None) -> list[str]:
     """Devices that share the work, for what a user named."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check("--device", device, device == "cpu" or device.startswith("cuda"), "cpu, cuda, cuda:1 and so on")
+    usual = re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
+    _check("--device", device, usual, "cpu, cuda, cuda:1 and so on")
     _check("--device", device, device == "cpu" or torch.cuda.is_available(), "cpu, as PyTorch sees no GPU here")
-    return [f"cuda:{at}" for at in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    there = [f"cuda:{at}" for at in range(torch.cuda.device_count())]
+    _check("--device", device, device in ("cpu", "cuda", *there), f"cpu, cuda, {', '.join(there)}")
+    return there if device == "cuda" else [device]
 
 
 def share_layers(num_layers: int, devices: list[str]) -> list[tuple[str, list[int]]]:
