@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Sources that were copied without their git say their commit here: `git describe --always --dirty --abbrev=40 > COMMIT`.
+# Sources copied without their git say their commit here: `git describe --always --dirty --abbrev=40 > COMMIT`.
 COMMIT_FILE = ROOT / "COMMIT"
 # Results are written while measuring, so they must not make the commit that measured them look changed.
 NOT_SOURCE = ":(exclude)benchmarks/results"

@@ -64,7 +64,7 @@ def main() -> None:
     seconds = time.monotonic() - started
     dictionary = load_dictionary(args.file)
     info, shape = dictionary.info, dictionary.info.fingerprint
-    tokens, reading, codes, learning = (float(number) for number in kept.groups())
+    _, reading, codes, learning = (float(number) for number in kept.groups())
     case = {
         "model": args.name, "layers": shape.num_layers, "atoms": info.atoms, "atom_bits": info.atom_bits,
         "shared": dictionary.shared, "data": info.data, "vectors": info.vectors_seen,
