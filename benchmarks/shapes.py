@@ -50,7 +50,7 @@ def write_model(folder: Path, config: dict[str, Any], num_layers: int | None = N
 
 
 def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Path:
-    """Write a dictionary of random atoms for the model in a folder, beside its config.json."""
+    """Write a dictionary of random atoms, each KV head's own, for the model in a folder, beside its config.json."""
     from transformers import AutoConfig
 
     fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(model))
@@ -58,8 +58,9 @@ def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Pa
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for part in ("key", "value"):
-        integers = torch.randint(-127, 128, (shape[0], atoms, shape[2]), generator=generator, dtype=torch.int8)
-        integers[:, 0] = 0  # the null atom
+        size = (shape[0], shape[1], atoms, shape[2])
+        integers = torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
+        integers[:, :, 0] = 0  # the null atom
         tensors[f"{part}_atoms"] = integers
         tensors[f"{part}_mean"] = torch.zeros(shape)
         tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).expand(shape[0], 32, 16).contiguous()

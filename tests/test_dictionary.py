@@ -27,13 +27,16 @@ FINGERPRINT = ModelFingerprint("llama", 2, 3, 16, 96, '{"rope_theta": 10000.0, "
 NAME = "someone/some-model"
 
 
-def make_dictionary(atom_bits: int = 4, name: str = NAME, fingerprint: ModelFingerprint = FINGERPRINT) -> Dictionary:
+def make_dictionary(
+    atom_bits: int = 4, name: str = NAME, fingerprint: ModelFingerprint = FINGERPRINT, shared: bool = True
+) -> Dictionary:
     generator = torch.Generator().manual_seed(0)
     layers, heads, dim = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim
     top, tensors = 2 ** (atom_bits - 1) - 1, {}
     for part in ("key", "value"):
-        integers = torch.randint(-top, top + 1, (layers, 20, dim), generator=generator).to(torch.int8)
-        integers[:, 0] = 0
+        size = (layers, 20, dim) if shared else (layers, heads, 20, dim)
+        integers = torch.randint(-top, top + 1, size, generator=generator).to(torch.int8)
+        integers[..., 0, :] = 0
         tensors[f"{part}_atoms"] = pack_atoms(integers, atom_bits)
         tensors[f"{part}_mean"] = torch.randn(layers, heads, dim, generator=generator)
         tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).repeat(layers, 32, 1)
@@ -89,6 +92,33 @@ def test_codebook(atom_bits):
     assert torch.equal(codebook.mean, made.tensors["value_mean"][1, 1:3])
     assert codebook.levels.shape == (16,) and codebook.levels.dtype == torch.float32
     assert made.codebook(0, "key", 7).mean.shape == (3, 16)
+
+
+@pytest.mark.parametrize("atom_bits", [4, 8])
+def test_heads_may_have_atoms_of_their_own(atom_bits, tmp_path):
+    made = make_dictionary(atom_bits, shared=False)
+    share = torch.rand(2, 3, 20)
+    share[..., 0] = 0
+    usage = (share / share.sum((1, 2), keepdim=True)).half()
+    Dictionary(made.info, made.tensors | {"key_usage": usage}).save(tmp_path / "d.safetensors")
+    dictionary = load_dictionary(tmp_path / "d.safetensors")
+    assert not dictionary.shared and make_dictionary(atom_bits).shared
+    whole = dictionary.codebook(1, "key", 7)
+    assert whole.atoms.shape == (3, 20, 16) and not whole.atoms[:, 0].any() and whole.head_stride == 20 * 16
+    torch.testing.assert_close(whole.atoms, unit_atoms(unpack_atoms(made.tensors["key_atoms"][1], atom_bits)))
+    rank = dictionary.codebook(1, "key", 7, heads=slice(1, 3))
+    assert torch.equal(rank.atoms, whole.atoms[1:]) and torch.equal(rank.mean, whole.mean[1:])
+    assert torch.equal(rank.head(0).atoms[0], whole.atoms[1])
+    used = dictionary.usage("key")
+    assert used.shape == (2, 1 + 3 * 19) and not used[:, 0].any()
+    torch.testing.assert_close(used[1, 1:20], usage[1, 0, 1:].float())
+    with pytest.raises(ValueError, match=r"key_atoms is .*, its metadata asks for"):
+        Dictionary(
+            made.info,
+            made.tensors
+            | {"value_atoms": made.tensors["value_atoms"][:, 0]}
+            | {"key_atoms": made.tensors["key_atoms"][:, :2]},
+        )
 
 
 def test_cut_short(tmp_path):
