@@ -83,8 +83,8 @@ def main() -> None:
             places = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, places.int(), places)
             if codec == "packed16":
-                books = torch.stack((cache.key.atoms, cache.value.atoms))
-                vectors, levels = torch.zeros(2, tokens * 8, head_dim), torch.zeros(2, 16)
+                books, levels = cache.key.atoms[:2].contiguous(), torch.zeros(2, 16)
+                vectors = torch.zeros(2, tokens * 8, head_dim)
                 pursuit.pursue(vectors, books, sparsity)
                 pursuit.pursue(vectors, books, sparsity, levels)
         tail.write_tail(key, key, cache, places)
