@@ -82,7 +82,7 @@ def main() -> None:
             key = torch.zeros(tokens, 8, head_dim, dtype=dtype)
             places = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, places.int(), places)
-            if codec == "packed16":
+            if codec == "packed16" and tokens == sizes[-1]:
                 books, levels = cache.key.atoms[:2].contiguous(), torch.zeros(2, 16)
                 vectors = torch.zeros(2, tokens * 8, head_dim)
                 pursuit.pursue(vectors, books, sparsity)
