@@ -204,7 +204,7 @@ class Trained:
             atoms=variant.atoms, sparsity=variant.sparsity, atom_bits=variant.atom_bits, shared=True
         )
         learners = LayerLearners(list(range(len(rows))), settings, seed, str(store.device))
-        learners.learn(rows, passes, 0, annealed=True, quiet=True)
+        learners.learn(rows, passes, 0, cooling=(0.0, 1.0), quiet=True)
         atoms, levels = [], []
         for learner, part in learners._groups():
             atoms.append(learners._stored_atoms(learner))

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         read = time.perf_counter() - started
         settings = LearnSettings(atoms=args.atoms, shared=True)
         learners = LayerLearners(list(range(texts.shape.num_layers)), settings, 0, str(store.device))
-        learners.learn(store, args.passes, 0, annealed=True, quiet=True)
+        learners.learn(store, args.passes, 0, cooling=(0.0, 1.0), quiet=True)
         print(f"{name}: read in {read:.1f} s, learned in {time.perf_counter() - started - read:.1f} s", flush=True)
         for kind, test in tests.items():
             lost = losses(learners, store, test)

@@ -218,11 +218,11 @@ def random_store(layers: int, tokens: int, seed: int) -> torch.Tensor:
 def test_layers_become_a_part_of_the_file(shared):
     store, held_out = random_store(2, 300, 0), random_store(2, 100, 1)
     learners = learners_of([4, 5], shared=shared)
-    learners.learn(store, 2, 0, annealed=False, quiet=True)
+    learners.learn(store, 2, 0, quiet=True)
     losses = learners.held_out(held_out)
     assert {s: tuple(table.shape) for s, table in losses.items()} == {7: (2, 2), 15: (2, 2)}
     assert not learners.settled(0.5)
-    learners.learn(store, 2, 1, annealed=True, quiet=True)
+    learners.learn(store, 2, 1, cooling=(0.0, 1.0), quiet=True)
     learners.held_out(held_out)
     assert learners.settled(1.0) and not learners.settled(-1.0)
     done = learners.finish(store, held_out)
@@ -245,8 +245,8 @@ def test_layers_become_a_part_of_the_file(shared):
 def test_a_layer_learns_the_same_alone_and_beside_others():
     store = random_store(3, 200, 2)
     together, alone = learners_of([0, 1, 2]), learners_of([2])
-    together.learn(store, 3, 0, annealed=False, quiet=True)
-    alone.learn(store[2:], 3, 0, annealed=False, quiet=True)
+    together.learn(store, 3, 0, quiet=True)
+    alone.learn(store[2:], 3, 0, quiet=True)
     assert torch.equal(together.learners[2].atoms, alone.learners[0].atoms)
 
 
@@ -260,14 +260,14 @@ def test_a_saved_state_goes_on_alike(tmp_path):
     store, held_out = random_store(2, 200, 4), random_store(2, 50, 5)
     whole, first = learners_of([0, 1]), learners_of([0, 1])
     for learners in (whole, first):
-        learners.learn(store, 2, 0, annealed=False, quiet=True)
+        learners.learn(store, 2, 0, quiet=True)
         learners.held_out(held_out)
     first.save(tmp_path / "state", 1)
     second = learners_of([0, 1])
     assert second.load(tmp_path / "state") == 1
     assert second.losses == whole.losses
     for learners in (whole, second):
-        learners.learn(store, 2, 1, annealed=True, quiet=True)
+        learners.learn(store, 2, 1, cooling=(0.0, 1.0), quiet=True)
     a, b = (learners.finish(store, held_out) for learners in (whole, second))
     assert a.errors == b.errors and all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]

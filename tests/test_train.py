@@ -68,11 +68,11 @@ def learned(monkeypatch):
 
     seen, learn = Learned(), LayerLearners.learn
 
-    def noted(self, store, passes, number, *, annealed, quiet=False):
+    def noted(self, store, passes, number, *, cooling, quiet=False):
         if len(seen) == seen.stop_at:
             raise KeyboardInterrupt
-        seen.append((self.layers[0], number, annealed))
-        learn(self, store, passes, number, annealed=annealed, quiet=quiet)
+        seen.append((self.layers[0], number, cooling is not None))
+        learn(self, store, passes, number, cooling=cooling, quiet=quiet)
 
     monkeypatch.setattr(LayerLearners, "learn", noted)
     monkeypatch.setattr(run, "LEAST_GAIN", -1e9)  # no round is the last before its time
@@ -202,11 +202,20 @@ def test_a_seed_decides_the_file(tiny_model, tmp_path, texts):
     assert same(once, twice) and not torch.equal(once.tensors["key_atoms"], other.tensors["key_atoms"])
 
 
-def test_rounds_that_gain_nothing_end_in_the_annealed_one(tiny_model, tmp_path, learned, texts, monkeypatch):
+@pytest.mark.parametrize(
+    ("rounds", "stretches"),
+    [(1, [(0, 1)]), (2, [None, (0, 1)]), (3, [None, None, (0, 1)]), (4, [None, None, (0, 0.5), (0.5, 1)])],
+)
+def test_the_last_half_anneals(rounds, stretches):
+    plan = Plan(rounds, sequences=1, held_out_sequences=1, furthest=0)
+    assert [plan.cooling(number) for number in range(rounds)] == stretches
+
+
+def test_rounds_that_gain_nothing_end_in_the_annealed_ones(tiny_model, tmp_path, learned, texts, monkeypatch):
     monkeypatch.setattr(run, "LEAST_GAIN", 2.0)
     made = train(tiny_model, settings_for(texts, rounds=7), tmp_path / "d")
-    assert learned == [(0, 0, False), (0, 1, False), (0, 6, True)]
-    assert made.info.tokens_seen == 3 * 2 * 64  # what was read, not what was planned
+    assert learned == [(0, 0, False), (0, 1, False), (0, 4, True), (0, 5, True), (0, 6, True)]
+    assert made.info.tokens_seen == 5 * 2 * 64  # what was read, not what was planned
     assert made.tensors["key_levels"][:, 1:].any(-1).all()
 
 

@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         "--rounds",
         type=int,
         default=default.rounds,
-        help="of reading and learning, at most or as many as memory asks for; the last anneals (%(default)s)",
+        help="of reading and learning, at most or as many as memory asks for; the last half anneals (%(default)s)",
     )
     parser.add_argument(
         "--sequence-tokens", type=int, help="length of the texts read (2048 from --data, 1024 from the model itself)"

@@ -52,10 +52,19 @@ class LayerLearners:
         self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
         self.losses: list[float] = []  # held-out, mean of all, by round
 
-    def learn(self, store: torch.Tensor, passes: int, number: int, *, annealed: bool, quiet: bool = False) -> None:
+    def learn(
+        self,
+        store: torch.Tensor,
+        passes: int,
+        number: int,
+        *,
+        cooling: tuple[float, float] | None = None,
+        quiet: bool = False,
+    ) -> None:
         """One round over captured vectors [layers, 2, tokens, Hk, D], each seen `passes` times.
 
-        annealed: the rate falls to nothing over the round and codes are the stored ones.
+        cooling: which stretch of annealing this round is, (0, 1) for all of it: the rate falls to nothing over the
+        whole, and codes are the stored ones. None: the full rate.
         """
         if not self.learners:
             self._start(store)
@@ -73,12 +82,13 @@ class LayerLearners:
                     if at == 0:
                         order = torch.randperm(rows, generator=generator, device=self.device)
                     vectors = self._vectors(store, part, order[at * batch : (at + 1) * batch])
-                    share = step / steps
-                    rate = self.settings.rate * (max(1 - share, LEAST_RATE) if annealed else 1.0)
-                    if annealed and step % max(1, steps // 4) == 0:
-                        levels = self._levels(store, learner, part, (self.settings.sparsity,))
+                    rate = self.settings.rate
+                    if cooling is not None:
+                        rate *= max(1 - cooling[0] - (cooling[1] - cooling[0]) * step / steps, LEAST_RATE)
+                        if step % max(1, steps // 4) == 0:
+                            levels = self._levels(store, learner, part, (self.settings.sparsity,))
                     residual = learner.step(vectors, rate, levels)
-                    if not annealed and (step + 1) % max(1, steps // REVIVALS) == 0:
+                    if cooling is None and (step + 1) % max(1, steps // REVIVALS) == 0:
                         learner.revive(residual)
                     progress.update((part.stop - part.start) // 2)
 

@@ -1,8 +1,8 @@
 """A dictionary from a model: rounds of reading text and learning from it, then one file.
 
 A round captures as many vectors as memory is set aside for, learns from them and lets them go; so memory does not grow
-with the amount of text. After a round its state is kept: an interrupted run goes on from there. The last round anneals:
-the step falls to nothing, and codes are the stored ones.
+with the amount of text. After a round its state is kept: an interrupted run goes on from there. The last half of the
+rounds anneals: the step falls to nothing, and codes are the stored ones.
 """
 
 import json
@@ -37,7 +37,7 @@ from vllm_lexico.train.texts import TextSequences, check_source, sequences_from_
 
 ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
 HELD_OUT_TOKENS = 8192  # positions kept, of texts that are not trained on
-LEAST_GAIN = 0.003  # of the error, from round to round; with less the next round is the last
+LEAST_GAIN = 0.003  # of the error, from round to round; with less annealing begins
 FURTHEST_TOKENS = 32768  # where in a context text is read, if the model goes so far
 
 
@@ -94,6 +94,16 @@ class Plan:
     sequences: int
     held_out_sequences: int
     furthest: int
+
+    @property
+    def first_annealed(self) -> int:
+        """The round with which annealing begins: it takes the last half, where most is gained (docs/log.md)."""
+        return self.rounds - max(1, self.rounds // 2)
+
+    def cooling(self, number: int) -> tuple[float, float] | None:
+        """Which stretch of annealing a round is; None before it."""
+        first, count = self.first_annealed, self.rounds - self.first_annealed
+        return None if number < first else ((number - first) / count, (number + 1 - first) / count)
 
     @staticmethod
     def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
@@ -219,15 +229,15 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
         last = plan.rounds - 1
         number = done
         while number <= last:
-            if number < last and learners.settled(LEAST_GAIN):
-                number = last
+            if number < plan.first_annealed and learners.settled(LEAST_GAIN):
+                number = plan.first_annealed
                 waiting = ahead.submit(reader.sequences, number)
             before = time.monotonic()
             store = reader.read(number, plan.sequences, waiting.result())
             reading += time.monotonic() - before
             if number < last:
                 waiting = ahead.submit(reader.sequences, number + 1)
-            learners.learn(store, settings.passes, number, annealed=number == last, quiet=rank > 0)
+            learners.learn(store, settings.passes, number, cooling=plan.cooling(number), quiet=rank > 0)
             lost = learners.held_out(held_out)  # waits for the device
             learning += time.monotonic() - before
             if rank == 0:
