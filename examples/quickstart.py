@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Without it the model nearly ties between English and French on the first question, and bfloat16's rounding decides.
+SYSTEM = "Answer truthfully in one short sentence."
 FOLDER = Path(__file__).parent
 QUESTION = "What is the capital of France?"
 LONG_QUESTION = "Who built the lighthouse on Gull Island?"
@@ -72,7 +74,8 @@ def ask(llm: Any, question: str, max_tokens: int) -> str:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    [output] = llm.chat([{"role": "user", "content": question}], params, use_tqdm=False)
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    [output] = llm.chat(messages, params, use_tqdm=False)
     return output.outputs[0].text.strip()
 
 

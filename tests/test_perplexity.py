@@ -236,7 +236,15 @@ def test_the_script_prints_and_records(perplexity, model, dictionary, tmp_path, 
     monkeypatch.setitem(perplexity.TEXTS, "wikitext", ("text.txt", perplexity.wikitext_windows))
     perplexity.run(script_args(model, tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "out" / "dictionary.jsonl").read_text().splitlines()]
+    lost = [row for row in rows if row["metric"] == "energy_lost"]
+    assert [(row["case"]["codec"], row["case"]["part"], row["case"]["bytes"]) for row in lost] == [
+        ("packed16", "key", 12), ("packed16", "value", 8), ("rotation", "key", 6), ("rotation", "value", 6),
+    ]  # fmt: skip
+    rows = [row for row in rows if row not in lost]
     assert [row["case"]["codec"] for row in rows] == ["packed16", "rotation"]
+    assert [row["value"] for row in lost] == pytest.approx(
+        [row["case"]["energy_lost"][part] for row in rows for part in ("key", "value")], abs=1e-5
+    )
     assert rows[0]["case"]["sparsity"] == {"key": 5, "value": 3} and rows[0]["case"]["bytes_percent"] == 31.25
     assert rows[0]["metric"] == "perplexity_ratio" and rows[0]["value"] > 0 and rows[0]["peer"] is None
     assert rows[1]["case"] | {"bits": 2, "windows": 2, "atoms": 64, "dtype": "float32"} == rows[1]["case"]

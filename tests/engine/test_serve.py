@@ -53,7 +53,9 @@ def server(smollm2, tmp_path_factory):
 
 def test_a_chat_is_answered(server):
     port, _ = server
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    # Without the first message the model nearly ties between two languages, and bfloat16's rounding decides.
+    system = {"role": "system", "content": "Answer truthfully in one short sentence."}
+    messages = [system, {"role": "user", "content": "What is the capital of France?"}]
     body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 24}
     answer = json.loads(ask(port, "/v1/chat/completions", body))
     assert "Paris" in answer["choices"][0]["message"]["content"]
