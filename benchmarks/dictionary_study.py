@@ -124,6 +124,16 @@ def logarithmic(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -
     return nearest_level(exact, torch.cat((-magnitudes, magnitudes.flip(0))), vectors, atoms)
 
 
+def _own_levels(column: Tensor, count: int) -> Tensor:
+    """So many least-squares levels of these numbers [M] alone, ascending: Lloyd's algorithm from their quantiles."""
+    own = torch.quantile(column[:20000], (torch.arange(count, device=column.device) + 0.5) / count)
+    for _ in range(12):
+        near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
+        total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
+        own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
+    return own
+
+
 def by_rank(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor, count: int = 16) -> Tensor:
     """Levels for each rank of magnitude, learned on the vectors themselves (so it flatters a little)."""
     scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-20)
@@ -132,11 +142,7 @@ def by_rank(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor, count
     kept = torch.empty_like(shares)
     for rank in range(shares.shape[1]):
         column = shares[:, rank].contiguous()
-        own = torch.quantile(column[:20000], (torch.arange(count, device=column.device) + 0.5) / count)
-        for _ in range(12):
-            near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
-            total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
-            own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
+        own = _own_levels(column, count)
         kept[:, rank] = own[torch.bucketize(column, (own[1:] + own[:-1]) / 2)]
     return torch.zeros_like(exact).scatter_(1, order, kept) * scale
 
@@ -147,12 +153,7 @@ def by_order(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> T
     shares, kept = exact / scale, torch.empty_like(exact)
     for rank in range(shares.shape[1]):
         column = shares[:, rank].contiguous()
-        own = torch.quantile(column[:20000], (torch.arange(16, device=column.device) + 0.5) / 16)
-        for _ in range(12):
-            near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
-            total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
-            own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
-        kept[:, rank] = _snap(column, own)
+        kept[:, rank] = _snap(column, _own_levels(column, 16))
     return kept * scale
 
 

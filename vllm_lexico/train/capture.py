@@ -70,7 +70,6 @@ def capture(
     batch: int,
     *,
     furthest: int = 0,
-    desc: str = "reading text",
 ) -> torch.Tensor:
     """K and V [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
 
@@ -86,7 +85,7 @@ def capture(
     generator = torch.Generator().manual_seed(seed)
     _request.rows, _request.store = rows, store
     try:
-        for at in tqdm(range(0, count, batch), desc=desc, unit="batch", leave=False, mininterval=1.0):
+        for at in tqdm(range(0, count, batch), desc="reading text", unit="batch", leave=False, mininterval=1.0):
             ids = sequences[at : at + batch].to(model.device)
             first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
             first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn

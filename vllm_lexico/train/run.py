@@ -221,7 +221,7 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
     state = target.with_suffix(".state")
     done = learners.load(state) if state.exists() else 0
     loaded = load_model(job.model, device, settings.dtype)
-    reader = _Reader(loaded, job, layers, quiet=rank > 0)
+    reader = _Reader(loaded, job, layers)
     held_out = reader.read(None, plan.held_out_sequences)
     reading = learning = 0.0
     with ThreadPoolExecutor(1) as ahead:
@@ -256,8 +256,8 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
 class _Reader:
     """Text of every round, and the vectors that the model makes of it."""
 
-    def __init__(self, loaded: Any, job: _Job, layers: list[int], quiet: bool) -> None:
-        self.loaded, self.job, self.layers, self.quiet = loaded, job, layers, quiet
+    def __init__(self, loaded: Any, job: _Job, layers: list[int]) -> None:
+        self.loaded, self.job, self.layers = loaded, job, layers
         self.on_gpu = loaded.device.type == "cuda"
         self.texts: TextSequences | None = None
         settings = job.settings
