@@ -39,14 +39,19 @@ Quantizer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained. power: of the metric, 0 for none; by_head: a metric and a dictionary for each KV head."""
+    """What is trained.
+
+    powers: of the metric of keys and of values, 0 for none. by_head: a dictionary for each KV head. own_metric: a
+    metric for each head even over one dictionary. diagonal: the metric's diagonal alone, which is a stretch.
+    """
 
     atoms: int = 4096
     sparsity: int = 10
     atom_bits: int = 8
-    power: float = 0.0
+    powers: tuple[float, float] = (0.0, 0.0)
     by_head: bool = False
-    own_metric: bool = False  # a metric for each head over one dictionary
+    own_metric: bool = False
+    diagonal: bool = False
     halves: int = 1  # a vector is cut into so many, each coded on its own
 
 
@@ -59,10 +64,16 @@ VARIANTS = {
     "trained7": Variant(sparsity=7),
     "trained15": Variant(sparsity=15),
     "heads": Variant(by_head=True),
-    "metric": Variant(power=1.0),
-    "metric_half": Variant(power=0.5),
-    "metric_head": Variant(power=1.0, own_metric=True),
-    "metric_head_half": Variant(power=0.5, own_metric=True),
+    "metric": Variant(powers=(1.0, 1.0)),
+    "metric_half": Variant(powers=(0.5, 0.5)),
+    "metric_head": Variant(powers=(1.0, 1.0), own_metric=True),
+    "metric_head_half": Variant(powers=(0.5, 0.5), own_metric=True),
+    "heads_metric_half": Variant(powers=(0.5, 0.5), by_head=True, own_metric=True),
+    "heads_key_half": Variant(powers=(0.5, 0.0), by_head=True, own_metric=True),
+    "heads_value_half": Variant(powers=(0.0, 0.5), by_head=True, own_metric=True),
+    "heads_key_stretch_half": Variant(powers=(0.5, 0.0), by_head=True, own_metric=True, diagonal=True),
+    "heads_key_stretch": Variant(powers=(1.0, 0.0), by_head=True, own_metric=True, diagonal=True),
+    "heads_stretch_half": Variant(powers=(0.5, 0.5), by_head=True, own_metric=True, diagonal=True),
     "halves": Variant(halves=2, sparsity=5),
 }
 
@@ -196,9 +207,12 @@ class Trained:
             layers, 2, heads, dim
         )
         self.maps = self.inverses = None
-        if variant.power:
+        if any(variant.powers):
             metric = metrics if variant.own_metric else metrics.mean(2, keepdim=True).expand_as(metrics)
-            self.maps, self.inverses = root_of(metric, variant.power)
+            if variant.diagonal:
+                metric = metric.diagonal(dim1=-2, dim2=-1).diag_embed()
+            roots = [root_of(metric[:, at], power) for at, power in enumerate(variant.powers)]
+            self.maps, self.inverses = (torch.stack(maps, 1) for maps in zip(*roots, strict=True))
         self.copies = (heads if variant.by_head else 1) * variant.halves
         rows = self._coordinates(store)
         settings = LearnSettings(

@@ -63,6 +63,7 @@ def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Pa
         integers[:, :, 0] = 0  # the null atom
         tensors[f"{part}_atoms"] = integers
         tensors[f"{part}_mean"] = torch.zeros(shape)
+        tensors[f"{part}_stretch"] = torch.ones(shape)
         tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).expand(shape[0], 32, 16).contiguous()
     info = DictionaryInfo(
         model_name=model.name,

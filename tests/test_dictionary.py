@@ -39,6 +39,7 @@ def make_dictionary(
         integers[..., 0, :] = 0
         tensors[f"{part}_atoms"] = pack_atoms(integers, atom_bits)
         tensors[f"{part}_mean"] = torch.randn(layers, heads, dim, generator=generator)
+        tensors[f"{part}_stretch"] = 0.5 + torch.rand(layers, heads, dim, generator=generator)
         tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).repeat(layers, 32, 1)
     errors = {"key": {"7": [0.25, 0.5]}}
     info = DictionaryInfo(name, fingerprint, 20, atom_bits, 5, "a test", 100, 300, errors, "test", 3)
@@ -90,6 +91,7 @@ def test_codebook(atom_bits):
     assert not codebook.atoms[0, 0].any()
     torch.testing.assert_close(codebook.atoms[0, 1:].float().norm(dim=1), torch.ones(19), atol=5e-3, rtol=0)
     assert torch.equal(codebook.mean, made.tensors["value_mean"][1, 1:3])
+    assert torch.equal(codebook.stretch, made.tensors["value_stretch"][1, 1:3])
     assert codebook.levels.shape == (16,) and codebook.levels.dtype == torch.float32
     assert made.codebook(0, "key", 7).mean.shape == (3, 16)
 
@@ -142,7 +144,7 @@ def test_damaged_byte(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": "7"}, r"format version '7', this release reads version '1'.*train the dictionary again"),
+        ({"format_version": "7"}, r"format version '7', this release reads version '2'.*train the dictionary again"),
         ({"format": "weights"}, r"not a Lexico dictionary.*vllm-lexico train"),
         ({"fingerprint": "{"}, r"is damaged: its metadata"),
         ({"atoms": "999"}, r"tensor key_atoms is \(2, 20, 8\), its metadata asks for \(2, 999, 8\)"),

@@ -42,6 +42,7 @@ def trainer(places, monkeypatch):
     for part in ("key", "value"):
         tensors[f"{part}_atoms"] = torch.ones(1, 4, 8, dtype=torch.uint8)
         tensors[f"{part}_mean"] = torch.zeros(1, 2, 16)
+        tensors[f"{part}_stretch"] = torch.ones(1, 2, 16)
         tensors[f"{part}_levels"] = torch.zeros(1, 32, 16)
     info = DictionaryInfo("some/model", FINGERPRINT, 4, 4, 2, "a test", 1, 1)
     Dictionary(info, tensors).save(places / "made.safetensors")

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from vllm_lexico.dictionary import unit_atoms, unpack_atoms
 from vllm_lexico.train import learn
-from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.layers import LayerLearners, key_stretch
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import LEARNED_SPARSITIES, Levels, learn_levels
 
@@ -184,7 +184,7 @@ def test_evaluation_is_what_the_caches_records_lose():
     lost = evaluate(vectors, atoms, levels, [2, 8, 15])
     for sparsity, values in lost.items():
         for group in range(2):
-            book = Codebook(atoms[group], levels.of(sparsity)[group], torch.zeros(1, 32))
+            book = Codebook(atoms[group], levels.of(sparsity)[group], torch.zeros(1, 32), torch.ones(1, 32))
             records = reference.encode_vectors(vectors[group], book, sparsity)
             left = vectors[group] - reference.decode_vectors(records, book, sparsity)
             assert float(values[group]) == pytest.approx(share_lost(vectors[group], left), rel=1e-4)
@@ -218,7 +218,7 @@ def random_store(layers: int, tokens: int, seed: int) -> torch.Tensor:
 def test_layers_become_a_part_of_the_file(shared):
     store, held_out = random_store(2, 300, 0), random_store(2, 100, 1)
     learners = learners_of([4, 5], shared=shared)
-    learners.learn(store, 2, 0, quiet=True)
+    learners.learn(store, 2, 0, queries=random_store(2, 1, 2)[:, 0, 0].float().square(), quiet=True)
     losses = learners.held_out(held_out)
     assert {s: tuple(table.shape) for s, table in losses.items()} == {7: (2, 2), 15: (2, 2)}
     assert not learners.settled(0.5)
@@ -232,14 +232,26 @@ def test_layers_become_a_part_of_the_file(shared):
         atoms = unit_atoms(unpack_atoms(done.tensors[f"{part}_atoms"], 8))
         for layer in range(2):
             mean, levels = done.tensors[f"{part}_mean"][layer], done.tensors[f"{part}_levels"][layer, 7]
-            vectors = held_out[layer, at].float() - mean
-            book = Codebook(atoms[layer], levels, mean)
+            stretch = done.tensors[f"{part}_stretch"][layer]
+            assert torch.equal(stretch, torch.ones(2, 16)) == (part == "value")
+            vectors = (held_out[layer, at].float() - mean) / stretch
+            book = Codebook(atoms[layer], levels, mean, stretch)
             assert len(book.atoms) == (1 if shared else 2)
             layout = CodeLayout(16, 2, 7, 7, element_bytes=4)
             records = reference.encode_heads(held_out[layer, at].float(), book, layout, part)
             left = held_out[layer, at].float() - reference.decode_heads(records, book, layout, part, torch.float32)
             # Learned and measured at unit energy: the scale is rounded elsewhere than in the cache.
-            assert done.errors[part]["7"][layer] == pytest.approx(share_lost(vectors, left), rel=0.02)
+            assert done.errors[part]["7"][layer] == pytest.approx(share_lost(vectors, left / stretch), rel=0.02)
+
+
+def test_keys_are_stretched_by_the_queries_they_meet():
+    queries = torch.tensor([[[4.0, 1.0, 1.0, 0.0]]])
+    plain, half, full = (key_stretch(queries, power)[0, 0] for power in (0.0, 0.5, 1.0))
+    assert torch.equal(plain, torch.ones(4))
+    torch.testing.assert_close(full[1] / full[0], torch.tensor(2.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(half[1] / half[0], torch.tensor(2.0).sqrt(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(full.log().mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    assert full[3] > full[1] and full.isfinite().all()
 
 
 def test_a_layer_learns_the_same_alone_and_beside_others():

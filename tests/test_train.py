@@ -68,11 +68,11 @@ def learned(monkeypatch):
 
     seen, learn = Learned(), LayerLearners.learn
 
-    def noted(self, store, passes, number, *, cooling, quiet=False):
+    def noted(self, store, passes, number, *, cooling, **more):
         if len(seen) == seen.stop_at:
             raise KeyboardInterrupt
         seen.append((self.layers[0], number, cooling is not None))
-        learn(self, store, passes, number, cooling=cooling, quiet=quiet)
+        learn(self, store, passes, number, cooling=cooling, **more)
 
     monkeypatch.setattr(LayerLearners, "learn", noted)
     monkeypatch.setattr(run, "LEAST_GAIN", -1e9)  # no round is the last before its time
@@ -103,6 +103,18 @@ def test_capture_takes_what_the_cache_would_hold(tiny_model):
         got = store[0, part].view(2, 32, -1)
         torch.testing.assert_close(got.sum(1), expected.sum(1), atol=1e-4, rtol=1e-4)
         assert torch.cdist(got, expected).min(-1).values.max() < 1e-3
+
+
+def test_capture_adds_up_the_queries_of_a_group(tiny_model):
+    model = load_model(str(tiny_model), "cpu", "float32")
+    ids = torch.randint(64, (3, 48), generator=torch.Generator().manual_seed(7))
+    got = torch.zeros(1, 2, 16)
+    capture(model, ids, 1, [0], (2, 16), seed=0, batch=2, queries=got)
+    layer = model.model.layers[0]
+    hidden = layer.input_layernorm(model.model.embed_tokens(ids))
+    query = layer.self_attn.q_proj(hidden).unflatten(2, (2, 2, 16))  # rotary embedding turns pairs and keeps their sum
+    energy = query[:, 16:].square().sum((0, 1, 3))
+    torch.testing.assert_close(got[0].view(2, 2, 8).sum(1), energy.view(2, 2, 8).sum(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -7,6 +7,7 @@ tensor                   shape                      dtype        meaning
 ======================== ========================== ============ =====================================================
 key_atoms, value_atoms   [layers, Hk, N, D or D/2]  int8, uint8  atoms as small integers; 4 bits: two in a byte
 key_mean, value_mean     [layers, Hk, D]            float32      taken off a head's vectors before they are coded
+key_stretch, ..          [layers, Hk, D]            float32      then they are divided by this, number by number
 key_levels, value_levels [layers, 32, 16]           float32      coefficient levels; row s serves sparsity s
 key_usage, value_usage   [layers, Hk, N]             float16      optional; share of all chosen atoms that are this one
 ======================== ========================== ============ =====================================================
@@ -37,7 +38,7 @@ from safetensors.torch import save_file
 
 logger = logging.getLogger("vllm.lexico")
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 ATOM_BITS = (4, 8)
 HUB_FILE = "dictionary.safetensors"
 HUB_OWNER = "vllm-lexico"
@@ -186,8 +187,9 @@ class Dictionary:
             raise ValueError(f"atom_bits is {info.atom_bits}, allowed are {ATOM_BITS}; {_REMEDY}")
         heads = () if self.shared else (print_.num_kv_heads,)
         atoms = (print_.num_layers, *heads, info.atoms, print_.head_dim * info.atom_bits // 8)
-        mean = (print_.num_layers, print_.num_kv_heads, print_.head_dim)
-        shapes = {"atoms": atoms, "mean": mean, "levels": (print_.num_layers, MAX_SPARSITY + 1, NUM_LEVELS)}
+        rows = (print_.num_layers, print_.num_kv_heads, print_.head_dim)
+        levels = (print_.num_layers, MAX_SPARSITY + 1, NUM_LEVELS)
+        shapes = {"atoms": atoms, "mean": rows, "stretch": rows, "levels": levels}
         for name, shape in ((f"{part}_{kind}", shape) for part in PARTS for kind, shape in shapes.items()):
             given = tuple(self.tensors[name].shape) if name in self.tensors else "absent"
             if given != shape:
@@ -233,12 +235,13 @@ class Dictionary:
         stored = self.tensors[f"{part}_atoms"][layer]
         own = stored if self.shared else stored[heads or slice(None)]
         integers = unpack_atoms(own.to(device), self.info.atom_bits)
-        mean = self.tensors[f"{part}_mean"][layer, heads or slice(None)]
+        mean, stretch = (self.tensors[f"{part}_{kind}"][layer, heads or slice(None)] for kind in ("mean", "stretch"))
         levels = self.tensors[f"{part}_levels"][layer, sparsity]
         return Codebook(
             atoms=unit_atoms(integers).to(dtype).contiguous(),
             levels=levels.to(device, torch.float32),
             mean=mean.to(device, torch.float32).contiguous(),
+            stretch=stretch.to(device, torch.float32).contiguous(),
         )
 
     def check(self, fingerprint: ModelFingerprint, model_name: str) -> None:

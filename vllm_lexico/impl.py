@@ -24,7 +24,7 @@ from vllm_lexico.tail import LexicoTailSpec, tail_spec
 
 # History that a chunk reads is rebuilt this many tokens at a time, which bounds the workspace whatever the context.
 HISTORY_TOKENS = 4096
-BOOK_FIELDS = ("atoms", "levels", "mean")
+BOOK_FIELDS = ("atoms", "levels", "mean", "stretch")
 
 
 class LexicoTail(nn.Module, AttentionLayerBase):
@@ -103,7 +103,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
         for part in PARTS:
             if dictionary is None:
-                shapes = (1, self.head_size), (16,), (self.num_kv_heads, self.head_size)
+                rows = self.num_kv_heads, self.head_size
+                shapes = (1, self.head_size), (16,), rows, rows
                 book = kernels.Codebook(*(torch.zeros(shape, device=device) for shape in shapes))
             else:
                 sparsity = getattr(self.setup.config.sparsity, part)

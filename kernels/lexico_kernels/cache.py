@@ -11,18 +11,21 @@ __all__ = ["PARTS", "Codebook", "LayerCache", "RequestTables"]
 
 @dataclass(frozen=True)
 class Codebook:
-    """Decodes one part (K or V) of one layer: vector = mean of its head + sum of coefficients times atoms.
+    """Decodes one part (K or V) of one layer: vector = mean + stretch * sum of coefficients times atoms.
 
     Attributes:
         atoms: [H, N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros. H is Hk, or 1 for
             one dictionary that all heads share; [N, D] may be given for the latter.
         levels: [16] float32, ascending, in [-1, 1]: coefficient = scale * levels[level].
         mean: [Hk, D] float32, taken off a head's vectors before they are coded.
+        stretch: [Hk, D] float32, above 0: what a centred vector is divided by, number by number, before it is coded.
+            Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
     """
 
     atoms: Tensor
     levels: Tensor
     mean: Tensor
+    stretch: Tensor
 
     def __post_init__(self) -> None:
         if self.atoms.ndim == 2:
@@ -36,10 +39,16 @@ class Codebook:
             raise ValueError(
                 f"levels have shape {list(self.levels.shape)}; allowed: [{NUM_LEVELS}]; give the row of one sparsity"
             )
-        if self.mean.ndim != 2 or self.mean.shape[1] != self.atoms.shape[2] or not self.mean.is_contiguous():
+        for name, rows in (("mean", self.mean), ("stretch", self.stretch)):
+            if rows.ndim != 2 or rows.shape[1] != self.atoms.shape[2] or not rows.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {list(rows.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
+                    "give one row a KV head of this rank"
+                )
+        if self.stretch.shape != self.mean.shape:
             raise ValueError(
-                f"mean has shape {list(self.mean.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
-                "give one row a KV head of this rank"
+                f"stretch of {self.stretch.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many; "
+                "slice both to the heads of this rank"
             )
         if self.atoms.shape[0] not in (1, self.mean.shape[0]):
             raise ValueError(
@@ -60,7 +69,7 @@ class Codebook:
     def head(self, index: int) -> "Codebook":
         """The codebook of one head alone."""
         atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
-        return Codebook(atoms, self.levels, self.mean[index : index + 1])
+        return Codebook(atoms, self.levels, self.mean[index : index + 1], self.stretch[index : index + 1])
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 The context of a token is cut into a fixed number of parts by its own length alone. One program takes one part for all
 query heads of a KV head: it rebuilds K and V tiles from the codes in registers (atoms come from L2) and folds them
 into an online softmax; a second kernel merges the parts by their log-sum-exp. Keys and values stay centred in the
-products: the heads' means enter in float32, once a program, since they can be hundreds of times larger than what is
-coded.
+products: the heads' means and stretches enter in float32, once a program; means can be hundreds of times larger than
+what is coded.
 """
 
 import torch
@@ -75,9 +75,11 @@ def _decode_part(
     key_atoms_ptr,
     key_levels_ptr,
     key_mean_ptr,
+    key_stretch_ptr,
     value_atoms_ptr,
     value_levels_ptr,
     value_mean_ptr,
+    value_stretch_ptr,
     block_table_ptr,
     block_table_stride,
     tail_table_ptr,
@@ -128,8 +130,10 @@ def _decode_part(
     mask = (group < G)[:, None] & (dims < D)[None, :]
     q_ptr = query_ptr + token * query_stride_t + (head * G + group)[:, None] * query_stride_h + dims[None, :]
     q = tl.load(q_ptr, mask=mask, other=0.0)
-    offset = tl.zeros([G_PAD], tl.float32)
+    offset, coded_q = tl.zeros([G_PAD], tl.float32), q
     if CODEC != "exact":
+        key_stretch = tl.load(key_stretch_ptr + head * D + dims, mask=dims < D, other=0.0)
+        coded_q = (q.to(tl.float32) * key_stretch[None, :]).to(q.dtype)
         key_mean = tl.load(key_mean_ptr + head * D + dims, mask=dims < D, other=0.0)
         offset = tl.sum(q.to(tl.float32) * key_mean[None, :], 1) * factor
     DTYPE: tl.constexpr = tail_ptr.dtype.element_ty
@@ -147,11 +151,12 @@ def _decode_part(
         slots = positions % P
         k = decode_tile(heads, slots, valid, key_atoms_ptr, key_levels_ptr, KEY, CODEC, DTYPE, KEY_N, D, D_PAD)
         v = decode_tile(heads, slots, valid, value_atoms_ptr, value_levels_ptr, VALUE, CODEC, DTYPE, VALUE_N, D, D_PAD)
-        state = _attend(q, k.to(q.dtype), v.to(q.dtype), valid, offset, state, factor)
+        state = _attend(coded_q, k.to(q.dtype), v.to(q.dtype), valid, offset, state, factor)
     top, total, acc = state
-    if CODEC != "exact":  # so far only coded tokens are in: their weights' sum times the mean completes the values
+    if CODEC != "exact":  # so far only coded tokens are in: stretch and the weights' sum times the mean complete them
         value_mean = tl.load(value_mean_ptr + head * D + dims, mask=dims < D, other=0.0)
-        acc += total[:, None] * value_mean[None, :]
+        value_stretch = tl.load(value_stretch_ptr + head * D + dims, mask=dims < D, other=0.0)
+        acc = acc * value_stretch[None, :] + total[:, None] * value_mean[None, :]
     state = (top, total, acc)
     state = _attend_raw(
         q, state, first, tl.minimum(end, sink_end), tail_ptr, tail_page_stride, tails, head, factor, R, D, D_PAD, TILE
@@ -225,9 +230,11 @@ def sparse_decode(
         cache.key.atoms,
         cache.key.levels,
         cache.key.mean,
+        cache.key.stretch,
         cache.value.atoms,
         cache.value.levels,
         cache.value.mean,
+        cache.value.stretch,
         tables.block_table,
         tables.block_table.stride(0),
         tables.tail_block_table,

@@ -17,6 +17,7 @@ def _rebuild_part(
     atoms_ptr,
     levels_ptr,
     mean_ptr,
+    stretch_ptr,
     heads,
     raw,
     positions,
@@ -36,6 +37,7 @@ def _rebuild_part(
     dims = tl.arange(0, D_PAD)
     dense = decode_tile(heads, positions % P, coded, atoms_ptr, levels_ptr, ADDRESS, CODEC, DTYPE, N, D, D_PAD)
     if CODEC != "exact":
+        dense *= tl.load(stretch_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
         dense += tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
     dense = tl.where(coded[:, None], dense, raw.to(tl.float32))
     target = out_ptr + row.to(tl.int64) * out_stride_t + head * out_stride_h
@@ -52,9 +54,11 @@ def _reconstruct(
     key_atoms_ptr,
     key_levels_ptr,
     key_mean_ptr,
+    key_stretch_ptr,
     value_atoms_ptr,
     value_levels_ptr,
     value_mean_ptr,
+    value_stretch_ptr,
     block_table_ptr,
     block_table_stride,
     tail_table_ptr,
@@ -100,11 +104,13 @@ def _reconstruct(
     raw = load_raw(tail_ptr, tail_page_stride, tails, positions, is_raw, head, 0, R, D, D_PAD)
     _rebuild_part(
         out_key_ptr, out_key_stride_t, out_key_stride_h, key_atoms_ptr, key_levels_ptr, key_mean_ptr,
+        key_stretch_ptr,
         heads, raw, positions, head, row, coded, valid, KEY, CODEC, P, DTYPE, KEY_N, D, D_PAD,
     )  # fmt: skip
     raw = load_raw(tail_ptr, tail_page_stride, tails, positions, is_raw, head, 1, R, D, D_PAD)
     _rebuild_part(
         out_value_ptr, out_value_stride_t, out_value_stride_h, value_atoms_ptr, value_levels_ptr, value_mean_ptr,
+        value_stretch_ptr,
         heads, raw, positions, head, row, coded, valid, VALUE, CODEC, P, DTYPE, VALUE_N, D, D_PAD,
     )  # fmt: skip
 
@@ -124,9 +130,11 @@ def reconstruct(
         cache.key.atoms,
         cache.key.levels,
         cache.key.mean,
+        cache.key.stretch,
         cache.value.atoms,
         cache.value.levels,
         cache.value.mean,
+        cache.value.stretch,
         tables.block_table,
         tables.block_table.stride(0),
         tables.tail_block_table,

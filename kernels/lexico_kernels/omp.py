@@ -1,6 +1,6 @@
 """omp_encode on CUDA: matching pursuit of tiles of vectors, straight into the code pages.
 
-One program codes a tile of vectors of one part: loads them from the batch or the tail, takes their head's mean off,
+One program codes a tile of vectors of one part: loads them from the batch or the tail, centres and stretches them,
 pursues (`pursuit.py`), quantises and writes the records.
 """
 
@@ -90,6 +90,7 @@ def _encode_part(
     atoms_ptr,
     levels_ptr,
     mean_ptr,
+    stretch_ptr,
     code_ptr,
     code_page_stride,
     source,
@@ -118,6 +119,7 @@ def _encode_part(
         tokens_ptr, stride_t, stride_h, tail_ptr, tail_page_stride, source, head, coded, PART, R, D, D_PAD
     )
     x = raw.to(tl.float32) - tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
+    x = x / tl.load(stretch_ptr + head * D + dims, mask=dims < D, other=1.0)[None, :]
     x, norm = unit_rows(x)
     pursue_tile(
         x, atoms_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits, N, D, D_PAD, CHUNK
@@ -140,9 +142,11 @@ def _omp_encode(
     key_atoms_ptr,
     key_levels_ptr,
     key_mean_ptr,
+    key_stretch_ptr,
     value_atoms_ptr,
     value_levels_ptr,
     value_mean_ptr,
+    value_stretch_ptr,
     code_ptr,
     code_page_stride,
     source_ptr,
@@ -179,14 +183,16 @@ def _omp_encode(
     if tl.program_id(1) % 2 == 0:
         _encode_part(
             key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride,
-            key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, code_ptr, code_page_stride,
+            key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, key_stretch_ptr,
+            code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip
     else:
         _encode_part(
             value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride,
-            value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, code_ptr, code_page_stride,
+            value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, value_stretch_ptr,
+            code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip

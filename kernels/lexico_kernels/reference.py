@@ -161,10 +161,10 @@ def field_views(code_pages: Tensor, layout: CodeLayout, part: str) -> list:
 
 
 def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, part: str, relative_error: float = 0.0) -> Tensor:
-    """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, part_bytes], each head's mean taken off first."""
+    """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, part_bytes], centred and stretched first."""
     if layout.codec == "exact":
         return vectors.contiguous().view(torch.uint8)
-    centred, S = vectors.float() - book.mean, layout.sparsity(part)
+    centred, S = (vectors.float() - book.mean) / book.stretch, layout.sparsity(part)
     heads = [
         encode_vectors(centred[:, head], book.head(head), S, layout.codec, relative_error)
         for head in range(vectors.shape[1])
@@ -180,7 +180,7 @@ def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, part: str,
         decode_vectors(records[:, head], book.head(head), layout.sparsity(part), layout.codec)
         for head in range(records.shape[1])
     ]
-    return torch.stack(heads, 1) + book.mean
+    return torch.stack(heads, 1) * book.stretch + book.mean
 
 
 def encode_vectors(

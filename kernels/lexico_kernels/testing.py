@@ -78,7 +78,7 @@ def random_codebook(
     *,
     shared: bool = False,
 ) -> Codebook:
-    """Random unit atoms (row 0 is the null atom), uneven levels, and means larger than what is coded.
+    """Random unit atoms (row 0 is the null atom), uneven levels and stretches, and means larger than what is coded.
 
     shared: by all heads.
     """
@@ -87,7 +87,8 @@ def random_codebook(
     rows[:, 0] = 0
     levels = torch.linspace(-1, 1, NUM_LEVELS) + 0.02 * torch.rand(NUM_LEVELS, generator=generator)
     mean = 2 * torch.randn(layout.num_kv_heads, layout.head_dim, generator=generator)
-    return Codebook(rows.to(device, dtype), levels.to(device), mean.to(device))
+    stretch = 0.5 + torch.rand(mean.shape, generator=generator)
+    return Codebook(rows.to(device, dtype), levels.to(device), mean.to(device), stretch.to(device))
 
 
 def poisoned_cache(

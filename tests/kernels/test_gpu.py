@@ -31,20 +31,21 @@ def vectors_like_the_dictionary(count, cache, seed=0):
         heads = torch.arange(shape[1], device="cuda")[:, None] % len(book.atoms)
         index = torch.randint(1, book.num_atoms, shape, generator=generator, device="cuda")
         weight = torch.randn(shape, generator=generator, device="cuda") * 0.85 ** torch.arange(24, device="cuda")
-        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[heads, index].float()) + book.mean
+        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[heads, index].float()) * book.stretch + book.mean
         x += 0.02 * torch.randn(x.shape, generator=generator, device="cuda")
         out.append(x.to(cache.tail_pages.dtype))
     return out
 
 
 def energies(cache, destination, key, value):
-    """Residual energy of K and V records, over all vectors."""
+    """Residual energy of K and V records, over all vectors, stretch taken off."""
     it, out = cache.layout, []
     for part, vectors in (("key", key), ("value", value)):
         views = reference.field_views(cache.code_pages, it, part)
         records = torch.cat([view[destination // P, :, destination % P] for _, view in views], -1)
-        back = reference.decode_heads(records, cache.codebook(part), it, part, cache.tail_pages.dtype)
-        out.append(float((back - vectors.float()).double().square().sum()))
+        book = cache.codebook(part)
+        back = reference.decode_heads(records, book, it, part, cache.tail_pages.dtype)
+        out.append(float(((back - vectors.float()) / book.stretch).double().square().sum()))
     return out
 
 
@@ -96,8 +97,8 @@ def test_pursue(quantized):
     """A training step's pursuit: K and V of a layer, whose residual is the vector minus the code, and no worse."""
     cache = poisoned_cache(layout(Hk=1), 2, atoms=N, dtype=torch.bfloat16, device="cuda")
     pairs = zip(vectors_like_the_dictionary(4096, cache), (cache.key, cache.value), strict=True)
-    vectors = torch.stack([(x.float() - book.mean).squeeze(1) for x, book in pairs])
-    atoms = torch.stack((cache.key.atoms, cache.value.atoms))
+    vectors = torch.stack([((x.float() - book.mean) / book.stretch).squeeze(1) for x, book in pairs])
+    atoms = torch.cat((cache.key.atoms, cache.value.atoms))
     levels = torch.stack((cache.key.levels, cache.value.levels)) if quantized else None
     _, _, want = reference.pursue(vectors, atoms, 15, levels)
     indices, coefficients, residual = ops.pursue(vectors, atoms, 15, levels)

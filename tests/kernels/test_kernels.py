@@ -54,11 +54,11 @@ def test_write_tail(count, D, device):
 
 
 def residual_energy(cache, slots, vectors, part):
-    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D]."""
-    it = cache.layout
+    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
+    it, book = cache.layout, cache.codebook(part)
     fields = [view[slots // P, :, slots % P] for _, view in reference.field_views(cache.code_pages, it, part)]
-    back = reference.decode_heads(torch.cat(fields, -1), cache.codebook(part), it, part, cache.tail_pages.dtype)
-    return (back - vectors.float()).square().sum(-1)
+    back = reference.decode_heads(torch.cat(fields, -1), book, it, part, cache.tail_pages.dtype)
+    return ((back - vectors.float()) / book.stretch).square().sum(-1)
 
 
 def check_encode(it, count, device, dtype=DTYPE, atoms=200, relative_error=0.0):
@@ -137,7 +137,7 @@ def test_omp_encode_odd_vectors(codec, device):
     key = torch.zeros(10, 2, 64, device=device)
     key[0, 0, 3], key[1, 0, 3], key[2, 0, 3] = float("nan"), float("inf"), float("-inf")
     key[3], key[4] = 3e38, 1e30
-    key[5] = 2 * cache.key.atoms[:, 7] + cache.key.mean
+    key[5] = 2 * cache.key.atoms[:, 7] * cache.key.stretch + cache.key.mean
     key[6] = cache.key.mean
     key[7] = cache.key.mean + 1e-30
     destination = torch.arange(10, device=device) + P
@@ -161,7 +161,7 @@ def test_omp_encode_duplicate_atoms(device):
     key, value = tokens(20, it, torch.float32, device)
     destination = torch.arange(20, device=device) + P
     omp.omp_encode(key, value, cache, torch.arange(20, device=device, dtype=torch.int32), destination)
-    centred = key.float() - cache.key.mean
+    centred = (key.float() - cache.key.mean) / cache.key.stretch
     energy = residual_energy(cache, destination, key, "key")
     assert (energy <= centred.square().sum(-1) * 1.001).all()
 

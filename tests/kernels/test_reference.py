@@ -88,7 +88,7 @@ def test_vectors_that_cannot_be_coded_give_zero_records(bad):
     x = torch.randn(3, 16)
     x[1] = 0.0
     x[1, 4] = bad
-    records = reference.encode_vectors(x, Codebook(axes(), LEVELS, torch.zeros(1, 16)), 5)
+    records = reference.encode_vectors(x, Codebook(axes(), LEVELS, torch.zeros(1, 16), torch.ones(1, 16)), 5)
     assert (records[1] == 0).all()
     assert (records[[0, 2]] != 0).any(1).all()
 
@@ -123,11 +123,11 @@ def test_more_passes_than_useful_code_nothing():
 def test_packed16_record_by_hand():
     x = torch.zeros(1, 16)
     x[0, 2], x[0, 8] = -4.0, 1.0
-    record = reference.encode_vectors(x, Codebook(axes(), LEVELS, torch.zeros(1, 16)), 3)
+    record = reference.encode_vectors(x, Codebook(axes(), LEVELS, torch.zeros(1, 16), torch.ones(1, 16)), 3)
     scale = torch.tensor([4.0]).bfloat16().view(torch.uint8).tolist()
     # -4 / 4 is level 0; 1 / 4 lies nearest to level 9 (0.2); third entry null. Little endian.
     assert record[0].tolist() == [*scale, 3 << 4 & 0xFF, 3 >> 4, (9 << 4 | 9) & 0xFF, (9 << 4 | 9) >> 8, 0, 0]
-    back = reference.decode_vectors(record, Codebook(axes(), LEVELS, torch.zeros(1, 16)), 3)
+    back = reference.decode_vectors(record, Codebook(axes(), LEVELS, torch.zeros(1, 16), torch.ones(1, 16)), 3)
     torch.testing.assert_close(back[0, [2, 8]], torch.tensor([-4.0, 0.8]))
 
 
@@ -141,7 +141,7 @@ def test_zero_is_a_level_too():
 @pytest.mark.parametrize("codec", ["packed16", "paper"])
 def test_codecs_come_near_the_unquantised_code(codec):
     atoms = dictionary(512, 64)
-    book = Codebook(atoms, LEVELS, torch.zeros(1, 64))
+    book = Codebook(atoms, LEVELS, torch.zeros(1, 64), torch.ones(1, 64))
     x = torch.randn(100, 64)
     indices, coefficients = reference.omp(x, atoms, 12)
     full = (x - rebuilt(atoms, indices, coefficients)).square().sum()

@@ -49,6 +49,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--shared", action="store_true", help="one dictionary for all KV heads of a layer instead of one for each"
     )
+    parser.add_argument(
+        "--key-metric",
+        type=float,
+        default=learn.key_metric,
+        help="how far errors of keys are weighed by the queries they meet, 0 (not at all) to 1 (%(default)s)",
+    )
     parser.add_argument("--sparsity", type=int, default=learn.sparsity, help="atoms a vector in training (%(default)s)")
     parser.add_argument(
         "--vectors", type=int, default=default.vectors, help="a layer, for keys and for values (%(default)s)"
@@ -79,7 +85,11 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, then draw the picture of what came of it."""
     learn = LearnSettings(
-        atoms=arguments.atoms, atom_bits=arguments.atom_bits, shared=arguments.shared, sparsity=arguments.sparsity
+        atoms=arguments.atoms,
+        atom_bits=arguments.atom_bits,
+        shared=arguments.shared,
+        sparsity=arguments.sparsity,
+        key_metric=arguments.key_metric,
     )
     settings = TrainSettings(
         data=tuple(arguments.data),

@@ -18,6 +18,7 @@ class _Request:
     store: torch.Tensor | None = None  # [layers, 2, tokens, Hk, D]
     rows: dict[int, int] | None = None  # layer -> row of the store
     positions: torch.Tensor | None = None  # int64 [batch, kept]
+    queries: torch.Tensor | None = None  # float32 [layers, Hk, D]
     offset: int = 0
 
 
@@ -44,6 +45,9 @@ def _capturing_attention(
             for part, vectors in enumerate((key, value)):
                 kept = vectors.gather(2, at).transpose(1, 2).flatten(0, 1)
                 request.store[row, part, request.offset : request.offset + len(kept)] = kept
+            if request.queries is not None:
+                squares = query[:, :, SKIPPED_TOKENS:].float().square_().sum((0, 2))
+                request.queries[row] += squares.view(heads, -1, dim).sum(1)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -70,12 +74,14 @@ def capture(
     batch: int,
     *,
     furthest: int = 0,
+    queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """K and V [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
 
     sequences: int64 [count, length]. kept: positions of a sequence, random, none of the first 16. layers: which ones.
     shape: (Hk, D). batch: sequences a pass. furthest: every other sequence is read as if it stood somewhere in a
     context of so many tokens (0: all at its start), which turns keys as a long context does and costs nothing.
+    queries: float32 [layers, Hk, D] to which the squares of all queries of a head's group are added, if given.
     ValueError when a layer has no ordinary K and V.
     """
     count, length = sequences.shape
@@ -83,7 +89,7 @@ def capture(
     size = (len(rows), 2, count * kept, *shape)
     store = torch.zeros(size, dtype=model.dtype, device=model.device)
     generator = torch.Generator().manual_seed(seed)
-    _request.rows, _request.store = rows, store
+    _request.rows, _request.store, _request.queries = rows, store, queries
     try:
         for at in tqdm(range(0, count, batch), desc="reading text", unit="batch", leave=False, mininterval=1.0):
             ids = sequences[at : at + batch].to(model.device)
@@ -95,7 +101,7 @@ def capture(
             _request.offset = at * kept
             model.base_model(ids, position_ids=places, use_cache=False)
     finally:
-        _request.store = _request.rows = _request.positions = None
+        _request.store = _request.rows = _request.positions = _request.queries = None
     silent = [layer for layer, row in rows.items() if not store[row, :, :, 0, 0].any()]
     if silent:
         raise ValueError(

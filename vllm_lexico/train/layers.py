@@ -20,6 +20,7 @@ USAGE_SPARSITY = 15
 LAYERS_AT_ONCE = {"cuda": 8, "cpu": 1}  # K and V of each: enough vectors a launch to keep a GPU busy
 LEAST_RATE = 0.02  # of the rate, at the end of annealing
 REVIVALS = 4  # a round
+LEAST_QUERY_ENERGY = 1e-3  # of the mean number's: what keeps stretches finite where queries are silent
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class FinishedLayers:
         target.with_suffix(".json").write_text(json.dumps({"errors": self.errors, "rounds": self.rounds}))
 
 
+def key_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
+    """What keys are divided by, float32 [layers, Hk, D] of geometric mean 1: small where queries are large.
+
+    queries: energy of the queries that a head's keys meet, number by number. With power 1 an error of the divided key
+    is an error of q.k, were numbers of a query independent; rotary embedding makes them so for tokens far apart.
+    """
+    energy = queries / queries.mean(-1, keepdim=True) + LEAST_QUERY_ENERGY
+    stretch = energy.pow(-power / 2)
+    return stretch / stretch.log().mean(-1, keepdim=True).exp()
+
+
 class LayerLearners:
     """Learners of K and V of some layers, a few layers a learner.
 
@@ -49,6 +61,8 @@ class LayerLearners:
         self.copies = 1
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers * 2, Hk, D]
+        self.stretch = torch.zeros(0)  # the same, see `Codebook`
+        self.stretch = torch.ones(1, 1, 1)  # float32, the same shape or one that broadcasts to it
         self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
         self.losses: list[float] = []  # held-out, mean of all, by round
 
@@ -59,15 +73,17 @@ class LayerLearners:
         number: int,
         *,
         cooling: tuple[float, float] | None = None,
+        queries: torch.Tensor | None = None,
         quiet: bool = False,
     ) -> None:
         """One round over captured vectors [layers, 2, tokens, Hk, D], each seen `passes` times.
 
         cooling: which stretch of annealing this round is, (0, 1) for all of it: the rate falls to nothing over the
-        whole, and codes are the stored ones. None: the full rate.
+        whole, and codes are the stored ones. None: the full rate. queries: float32 [layers, Hk, D], energy of what
+        keys will meet, for the first round; without it keys are not stretched.
         """
         if not self.learners:
-            self._start(store)
+            self._start(store, queries)
         rows = self._rows(store)
         batch = min(self.settings.batch, rows)
         steps = passes * (rows // batch)
@@ -124,6 +140,7 @@ class LayerLearners:
             made = {
                 "atoms": self._by_head(pack_atoms(integers, self.settings.atom_bits)),
                 "mean": self.mean[part],
+                "stretch": self.stretch[part],
                 "levels": levels.table[:: self.copies],
                 "usage": self._by_head(count_usage(others, atoms, USAGE_SPARSITY) / self.copies).half(),
             }
@@ -151,7 +168,8 @@ class LayerLearners:
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Keep everything that `load` needs to go on after this round."""
-        tensors = {"mean": self.mean.cpu(), "scale": self.scale.cpu(), "losses": torch.tensor(self.losses)}
+        tensors = {name: getattr(self, name).cpu() for name in ("mean", "stretch", "scale")}
+        tensors["losses"] = torch.tensor(self.losses)
         tensors["rounds_done"] = torch.tensor(rounds_done)
         for at, learner in enumerate(self.learners):
             tensors |= {f"{at}.{name}": tensor.contiguous() for name, tensor in learner.state().items()}
@@ -162,18 +180,22 @@ class LayerLearners:
     def load(self, path: Path) -> int:
         """Go on from a saved state; returns the rounds that are done."""
         tensors = load_file(str(path))
-        self.mean, self.scale = tensors["mean"].to(self.device), tensors["scale"].to(self.device)
+        for name in ("mean", "stretch", "scale"):
+            setattr(self, name, tensors[name].to(self.device))
         self.losses = tensors["losses"].tolist()
         self._make_learners()
         for at, learner in enumerate(self.learners):
             learner.load_state({name: tensors[f"{at}.{name}"] for name in (*Learner.STATE, "steps")})
         return int(tensors["rounds_done"])
 
-    def _start(self, store: torch.Tensor) -> None:
+    def _start(self, store: torch.Tensor, queries: torch.Tensor | None) -> None:
         self.mean = torch.stack([vectors.float().mean(0) for vectors in store.flatten(0, 1)])
+        self.stretch = torch.ones_like(self.mean)
+        if queries is not None:
+            self.stretch[::2] = key_stretch(queries.to(self.device), self.settings.key_metric)
         energies = [
-            (vectors.float() - mean).square().sum(-1).mean()
-            for vectors, mean in zip(store.flatten(0, 1), self.mean, strict=True)
+            ((vectors.float() - mean) / stretch).square().sum(-1).mean()
+            for vectors, mean, stretch in zip(store.flatten(0, 1), self.mean, self.stretch, strict=True)
         ]
         self.scale = torch.stack(energies).sqrt().clamp(min=1e-20)
         self._make_learners()
@@ -203,14 +225,16 @@ class LayerLearners:
         return store.shape[2] * store.shape[3] // self.copies
 
     def _vectors(self, store: torch.Tensor, part: slice, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [dictionaries, M, D]: these rows, see `_rows`, centred and of about unit energy."""
-        own, mean, rows = store.flatten(0, 1)[part], self.mean[part], rows.to(store.device)
+        """float32 [dictionaries, M, D]: these rows, see `_rows`, centred, stretched and of about unit energy."""
+        own, rows = store.flatten(0, 1)[part], rows.to(store.device)
+        mean, stretch = self.mean[part], self.stretch[part]
         if self.settings.shared:
+            head = rows % store.shape[3]
             vectors = own.flatten(1, 2).index_select(1, rows).to(self.device, torch.float32)
-            vectors -= mean.index_select(1, rows % store.shape[3])
+            vectors = vectors.sub_(mean.index_select(1, head)).div_(stretch.index_select(1, head))
         else:
             vectors = own.index_select(1, rows).to(self.device, torch.float32)
-            vectors -= mean[:, None]
+            vectors = vectors.sub_(mean[:, None]).div_(stretch[:, None])
         vectors /= self.scale[part].view(-1, *[1] * (vectors.ndim - 1))
         return vectors if self.settings.shared else vectors.transpose(1, 2).flatten(0, 1)
 

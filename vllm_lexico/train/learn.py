@@ -29,7 +29,8 @@ class LearnSettings:
     """How atoms are learned.
 
     shared: by all KV heads of a layer, as in the paper, or each has its own. batch: vectors a step and dictionary.
-    rate: of Newton's step, with diagonal curvature.
+    rate: of Newton's step, with diagonal curvature. key_metric: how far errors of keys are weighed by the queries they
+    meet, 0 for not at all, 1 for the error of q.k.
     """
 
     atoms: int = 4096  # N, with the null atom
@@ -38,6 +39,7 @@ class LearnSettings:
     sparsity: int = 10
     batch: int = 8192
     rate: float = 0.5
+    key_metric: float = 0.5
 
 
 def round_atoms(atoms: torch.Tensor, atom_bits: int) -> torch.Tensor:

@@ -65,6 +65,7 @@ class TrainSettings:
         _check("--atoms", learn.atoms, 2 <= learn.atoms <= MAX_ATOMS, f"2 to {MAX_ATOMS}")
         _check("--atom-bits", learn.atom_bits, learn.atom_bits in ATOM_BITS, f"{ATOM_BITS}")
         _check("--sparsity", learn.sparsity, 1 <= learn.sparsity <= MAX_SPARSITY, f"1 to {MAX_SPARSITY}")
+        _check("--key-metric", learn.key_metric, 0 <= learn.key_metric <= 1, "0 to 1")
         _check("--passes", self.passes, self.passes >= 1, "1 or more")
         _check("--rounds", self.rounds, self.rounds >= 1, "1 or more")
         _check("--vectors", self.vectors, self.vectors >= 2 * learn.atoms, f"{2 * learn.atoms} or more (2 an atom)")
@@ -233,11 +234,14 @@ def _train_share(rank: int, job: _Job, shares: list[tuple[str, list[int]]]) -> N
                 number = plan.first_annealed
                 waiting = ahead.submit(reader.sequences, number)
             before = time.monotonic()
-            store = reader.read(number, plan.sequences, waiting.result())
+            queries = None if learners.learners else reader.no_queries()
+            store = reader.read(number, plan.sequences, waiting.result(), queries)
             reading += time.monotonic() - before
             if number < last:
                 waiting = ahead.submit(reader.sequences, number + 1)
-            learners.learn(store, settings.passes, number, cooling=plan.cooling(number), quiet=rank > 0)
+            learners.learn(
+                store, settings.passes, number, cooling=plan.cooling(number), queries=queries, quiet=rank > 0
+            )
             lost = learners.held_out(held_out)  # waits for the device
             learning += time.monotonic() - before
             if rank == 0:
@@ -271,7 +275,18 @@ class _Reader:
         """A round's text from files, which can be made while the GPU learns; None where the model writes it."""
         return None if self.texts is None else self.texts.take(self.job.plan.sequences, number)
 
-    def read(self, number: int | None, count: int, sequences: torch.Tensor | None = None) -> torch.Tensor:
+    def no_queries(self) -> torch.Tensor:
+        """Zeros to which `read` adds the energy of queries."""
+        shape = len(self.layers), self.job.fingerprint.num_kv_heads, self.job.fingerprint.head_dim
+        return torch.zeros(shape, device=self.loaded.device)
+
+    def read(
+        self,
+        number: int | None,
+        count: int,
+        sequences: torch.Tensor | None = None,
+        queries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """K and V of a round, or the held-out ones for None: see `capture.capture`."""
         settings, shape = self.job.settings, self.job.fingerprint
         if sequences is None and self.texts is not None:
@@ -288,6 +303,7 @@ class _Reader:
             settings.seed + (number or 0),
             batch=8 if self.on_gpu else 1,
             furthest=0 if number is None else self.job.plan.furthest,
+            queries=queries,
         )
 
 
