@@ -78,10 +78,10 @@ def spreads(count: int, step_tokens: int) -> dict[str, list[int]]:
     return {"aligned": [most // 2] * count, "spread": [random.Random(i).randrange(1, most) for i in range(count)]}
 
 
-def run_measure(measure: str, driver: loads.Driver, shrink: int) -> dict[str, Any]:
+def run_measure(measure: str, driver: loads.Driver, shrink: int, steps: int) -> dict[str, Any]:
     """One measure in the engine of this process."""
     positions = functools.partial(spreads, step_tokens=8192 // shrink)
-    long, short, steps = 32768 // shrink, 8192 // shrink, max(256 // shrink, loads.SETTLE_STEPS)
+    long, short = 32768 // shrink, 8192 // shrink
     by_name: dict[str, Callable[[], dict[str, Any]]] = {
         "ttft": lambda: loads.first_token(driver, short),
         "prefill": lambda: loads.first_token(driver, long, repeats=3),
@@ -92,17 +92,17 @@ def run_measure(measure: str, driver: loads.Driver, shrink: int) -> dict[str, An
     return by_name[measure]()
 
 
-def serve(settings: dict[str, Any], measures: list[str], shrink: int) -> None:
+def serve(settings: dict[str, Any], measures: list[str], shrink: int, steps: int) -> None:
     """Start an engine and print each measure's result."""
     from vllm import LLM
 
     driver = loads.Driver(LLM(**settings))
     for measure in measures:
-        print(f"{ANSWER}{json.dumps([measure, run_measure(measure, driver, shrink)])}", flush=True)
+        print(f"{ANSWER}{json.dumps([measure, run_measure(measure, driver, shrink, steps)])}", flush=True)
 
 
 def measure_engine(
-    settings: dict[str, Any], measures: list[str], shrink: int, log: Path, seconds: float
+    settings: dict[str, Any], measures: list[str], options: argparse.Namespace, log: Path
 ) -> dict[str, Any]:
     """Run an engine in a process of its own; what it measured before it failed or ran out of time counts."""
     command = [sys.executable, __file__, "--serve", json.dumps(settings), "--measure", *measures]
@@ -112,12 +112,12 @@ def measure_engine(
     with log.open("w") as file:
         try:
             process = subprocess.run(
-                [*command, "--shrink", str(shrink)],
+                [*command, "--shrink", str(options.shrink), "--steps", str(options.steps)],
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
                 env=environment,
-                timeout=seconds,
+                timeout=options.engine_seconds,
             )
             printed, failed = process.stdout, process.returncode != 0
         except subprocess.TimeoutExpired as error:
@@ -186,13 +186,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try this out")
     parser.add_argument("--shape", type=json.loads, default={}, help="other values of config.json, to try this out")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this, to try this out")
+    parser.add_argument("--steps", type=int, default=256, help="of decode; every block's end is among 128")
     parser.add_argument("--engine-seconds", type=float, default=600, help="most that an engine may take")
     parser.add_argument("--logs", type=Path, default=Path("engine_speed_logs"), help="folder for the engines' messages")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of engine.jsonl")
     parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.measure, args.shrink)
+        return serve(args.serve, args.measure, args.shrink, args.steps)
     args.logs.mkdir(parents=True, exist_ok=True)
     starved = "starved" in args.measure
     if starved and len(args.measure) > 1:
@@ -220,7 +221,7 @@ def main() -> None:
             if measures := [measure for measure in args.measure if name in MEASURES[measure]]:
                 settings = common | engine_settings(name, args.peer, dictionary)
                 log = args.logs / f"{name}{'-starved' if starved else ''}.log"
-                results[name] = measure_engine(settings, measures, args.shrink, log, args.engine_seconds)
+                results[name] = measure_engine(settings, measures, args, log)
                 print(f"{name}: {json.dumps(results[name])}", flush=True)
     case = {"model": "Llama-3.1-8B shape", "layers": layers or LLAMA_3_1_8B["num_hidden_layers"]}
     case |= {"compiled": args.compile, **args.settings}
