@@ -116,7 +116,7 @@ class DictionaryCodec(VectorCodec):
         cache = LayerCache(pages.code_pages, pages.tail_pages, book, book, pages.layout)
         source = torch.arange(half, dtype=torch.int32, device=vectors.device)
         ops.omp_encode(vectors[:half], vectors[-half:], cache, source, source.long() + pages.layout.block_tokens)
-        ops.reconstruct(cache, pages.tables, 0, 0, half, read[:half], read[-half:])
+        ops.reconstruct(cache, pages.tables, torch.zeros_like(source), source, read[:half], read[-half:])
         return read
 
     def _pages_for(self, part: str, tokens: int, dtype: torch.dtype) -> _Pages:

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME, plan, refusals, report
 from vllm_lexico.engine import LexicoSetup
+from vllm_lexico.prefill import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.tail import LexicoTailSpec
 
 DEFAULT_BLOCK_TOKENS = 128
@@ -37,15 +38,13 @@ DEFAULT_BLOCK_TOKENS = 128
 class LexicoMetadata(AttentionMetadata):
     """One step, as the codes group sees it. Decode requests come first in the batch.
 
-    Tensors are on the device and persistent, so that a CUDA graph can hold them, but for the `_cpu` ones.
+    Tensors are on the device and persistent, so that a CUDA graph can hold them, but for those of `prefill`.
     """
 
     layout: CodeLayout
     num_tokens: int
-    num_decodes: int
     num_decode_tokens: int
-    query_start_loc_cpu: Tensor  # int32 [B + 1]
-    seq_lens_cpu: Tensor  # int32 [B], exact for requests in prefill
+    prefill: PrefillPlan | None  # of the requests after those that decode
     block_table: Tensor  # int32 [B, pages]
     token_request: Tensor  # int32 [T]
     token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
@@ -119,20 +118,25 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
         members = plan.coded_tokens(request, position, common.num_reqs)
         destination = plan.destinations(members, common.block_table_tensor, self.layout.block_tokens)
-        seq_lens_cpu = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
-        assert seq_lens_cpu is not None
         return LexicoMetadata(
             layout=self.layout,
             num_tokens=common.num_actual_tokens,
-            num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
-            query_start_loc_cpu=common.query_start_loc_cpu,
-            seq_lens_cpu=seq_lens_cpu,
+            prefill=self._plan_prefill(common, num_decodes) if num_decode_tokens < common.num_actual_tokens else None,
             block_table=common.block_table_tensor,
             token_request=_keep(self.token_request, request),
             token_seq_len=_keep(self.token_seq_len, position + 1),
             destination=_keep(self.destination, destination),
         )
+
+    def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
+        # An upper bound only for requests that decode, whose drafts may yet be rejected.
+        seq_lens = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
+        assert seq_lens is not None
+        query_lens = common.query_start_loc_cpu.diff()[num_decodes:].tolist()
+        spec = self.kv_cache_spec
+        tile_tokens = history_tokens(spec.num_kv_heads, spec.head_size, spec.dtype)
+        return plan_prefill(query_lens, seq_lens[num_decodes:].tolist(), num_decodes, tile_tokens, self.device)
 
 
 class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):

@@ -1,47 +1,63 @@
-"""Dense attention over one request's or a batch's tokens, with the log-sum-exp that merging needs."""
+"""Dense attention over packed sequences, with the log-sum-exp that merging needs."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 QUERY_ROWS = 256  # rows of the plain version's score matrix at a time
 
 
+class Packed(NamedTuple):
+    """Sequences one after another: where each starts and the last ends, int32 [B + 1], and the longest's length."""
+
+    starts: Tensor
+    longest: int
+
+
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, *, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Packed,
+    keys: Packed,
+    *,
+    scale: float,
+    causal: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences, bottom-right causal or full.
 
     Args:
         query: [Tq, Hq, D].
         key, value: [Tk, Hk, D], Hq a multiple of Hk.
-        query_starts, key_starts: int32 [B + 1] on the CPU, where each sequence starts.
+        queries, keys: where each sequence's are; tensors on the query's device. No sequence is empty.
         scale: factor of the scores.
         causal: the last query sees all keys, the one before all but one, and so on.
+        out: [Tq, Hq, D] in the query's dtype, filled if given.
 
     Returns:
-        [Tq, Hq, D] in the query's dtype and float32 [Tq, Hq] natural log-sum-exp.
+        [Tq, Hq, D] in the query's dtype and float32 [Hq, Tq] natural log-sum-exp.
     """
     attend = _flash_attention if query.is_cuda else _plain_attention
-    return attend(query, key, value, query_starts, key_starts, scale, causal)
+    return attend(query, key, value, queries, keys, scale, causal, out)
 
 
-def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint sets of keys by their log-sum-exps.
+def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Join attention over two disjoint sets of keys by their log-sum-exps, in one pass over memory.
 
     Args:
-        out, other_out: [T, Hq, D].
-        lse, other_lse: float32 [T, Hq].
-
-    Returns:
-        The same over both sets, the output in float32.
+        out: [T, Hq, D], contiguous in its last two dimensions; overwritten by the same over both sets.
+        lse: float32 [Hq, T], any strides; overwritten.
+        other_out, other_lse: of the other set.
     """
-    joint = torch.logaddexp(lse, other_lse)
-    out = out.float() * (lse - joint).exp()[..., None]
-    return out.addcmul_(other_out.float(), (other_lse - joint).exp()[..., None]), joint
+    joint = torch.empty_like(other_lse)
+    merge_attn_states(out, out, lse.contiguous(), other_out, other_lse, joint)
+    lse.copy_(joint)
 
 
 @functools.cache
@@ -54,7 +70,14 @@ def _flash_version(head_size: int) -> int:
 
 
 def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Packed,
+    keys: Packed,
+    scale: float,
+    causal: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
@@ -62,31 +85,40 @@ def _flash_attention(
         query,
         key,
         value,
-        max_seqlen_q=int(query_starts.diff().max()),
-        cu_seqlens_q=query_starts.to(query.device, torch.int32, non_blocking=True),
-        max_seqlen_k=int(key_starts.diff().max()),
-        cu_seqlens_k=key_starts.to(query.device, torch.int32, non_blocking=True),
+        max_seqlen_q=queries.longest,
+        cu_seqlens_q=queries.starts,
+        max_seqlen_k=keys.longest,
+        cu_seqlens_k=keys.starts,
         softmax_scale=scale,
         causal=causal,
         return_softmax_lse=True,
+        out=out,
         fa_version=_flash_version(query.shape[-1]),
     )
-    return out, lse.T
+    return out, lse
 
 
 def _plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Packed,
+    keys: Packed,
+    scale: float,
+    causal: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    for sequence in range(len(query_starts) - 1):
-        first, end = int(query_starts[sequence]), int(query_starts[sequence + 1])
-        keys = slice(int(key_starts[sequence]), int(key_starts[sequence + 1]))
-        ahead = keys.stop - keys.start - (end - first)
+    out = torch.empty_like(query) if out is None else out
+    lse = query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    query_starts, key_starts = queries.starts.tolist(), keys.starts.tolist()
+    for sequence, first in enumerate(query_starts[:-1]):
+        end = query_starts[sequence + 1]
+        seen = slice(key_starts[sequence], key_starts[sequence + 1])
+        ahead = seen.stop - seen.start - (end - first)
         for row in range(first, end, QUERY_ROWS):
             rows = slice(row, min(row + QUERY_ROWS, end))
             last_seen = torch.arange(rows.start - first, rows.stop - first)[:, None] + ahead if causal else None
-            out[rows], lse[rows] = _attend(query[rows], key[keys], value[keys], last_seen, scale)
+            out[rows], lse[:, rows] = _attend(query[rows], key[seen], value[seen], last_seen, scale)
     return out, lse
 
 
@@ -99,4 +131,4 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, last_seen: Tensor | None,
         scores.masked_fill_(torch.arange(num_keys) > last_seen, float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.einsum("hgqk,khd->qhgd", (scores - lse[..., None]).exp(), value.float())
-    return out.reshape(num_queries, num_heads, head_dim).to(query.dtype), lse.flatten(0, 1).T
+    return out.reshape(num_queries, num_heads, head_dim).to(query.dtype), lse.flatten(0, 1)

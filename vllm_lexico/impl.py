@@ -19,11 +19,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_lexico import compat, refusals
 from vllm_lexico.backend import LexicoBackend, LexicoMetadata, LexicoTailBackend, LexicoTailMetadata
 from vllm_lexico.engine import LexicoSetup
-from vllm_lexico.flash import dense_attention, merge
+from vllm_lexico.flash import dense_attention, merge_into
+from vllm_lexico.prefill import PrefillPlan, history_tokens
 from vllm_lexico.tail import LexicoTailSpec, tail_spec
 
-# History that a chunk reads is rebuilt this many tokens at a time, which bounds the workspace whatever the context.
-HISTORY_TOKENS = 4096
 BOOK_FIELDS = ("atoms", "levels", "mean", "stretch")
 
 
@@ -155,9 +154,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 scale=self.scale,
                 out=output[rows],
             )
-        if step.num_decode_tokens < num_tokens:
-            rows = slice(step.num_decode_tokens, num_tokens)
-            self._attend_chunks(query[rows], key[rows], value[rows], cache, tables, step, output[rows])
+        if step.prefill is not None:
+            rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
+            self._attend_chunks(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])
         return output
 
     def _attend_chunks(
@@ -167,51 +166,30 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         value: Tensor,
         cache: LayerCache,
         tables: RequestTables,
-        step: LexicoMetadata,
+        prefill: PrefillPlan,
         output: Tensor,
     ) -> None:
         """Attention of the requests in prefill: raw within the chunk, codes and tail for what came before."""
-        starts = step.query_start_loc_cpu[step.num_decodes :] - step.num_decode_tokens
-        starts = starts[: int(torch.searchsorted(starts, query.shape[0])) + 1]  # without padding requests
-        out, lse = dense_attention(query, key, value, starts, starts, scale=self.scale, causal=True)
-        for i in range(len(starts) - 1):
-            first, end = int(starts[i]), int(starts[i + 1])
-            request = step.num_decodes + i
-            computed = int(step.seq_lens_cpu[request]) - (end - first)
-            if computed > 0:
-                part = out[first:end], lse[first:end]
-                out[first:end] = self._attend_history(query[first:end], part, cache, tables, request, computed)
-        output.copy_(out)
-
-    def _attend_history(
-        self,
-        query: Tensor,
-        chunk: tuple[Tensor, Tensor],
-        cache: LayerCache,
-        tables: RequestTables,
-        request: int,
-        computed: int,
-    ) -> Tensor:
-        """Join a chunk's attention to itself with that to the `computed` tokens before it, rebuilt tile by tile."""
-        out, lse = chunk
-        keys, values = self._workspace(query)
-        for start in range(0, computed, HISTORY_TOKENS):
-            count = min(HISTORY_TOKENS, computed - start)
-            kernels.reconstruct(cache, tables, request, start, start + count, keys[:count], values[:count])
-            ends = [torch.tensor([0, length], dtype=torch.int32) for length in (query.shape[0], count)]
-            tile = dense_attention(query, keys[:count], values[:count], *ends, scale=self.scale, causal=False)
-            out, lse = merge(out, lse, *tile)
-        return out
+        chunks = prefill.chunks
+        _, lse = dense_attention(query, key, value, chunks, chunks, scale=self.scale, causal=True, out=output)
+        for tile in prefill.tiles:
+            keys, values = self._workspace(query)[:, : len(tile.token_request)]
+            kernels.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
+            seen = dense_attention(
+                query[tile.rows], keys, values, tile.queries, tile.keys, scale=self.scale, causal=False
+            )
+            merge_into(output[tile.rows], lse[:, tile.rows], *seen)
 
     def _workspace(self, query: Tensor) -> Tensor:
-        return query.new_empty((2, HISTORY_TOKENS, self.num_kv_heads, self.head_size))
+        tokens = history_tokens(self.num_kv_heads, self.head_size, query.dtype)
+        return query.new_empty((2, tokens, self.num_kv_heads, self.head_size))
 
     def _reserve(self, query: Tensor) -> None:
         """Take and return what a step may need, so that memory profiling sees its peak."""
-        chunk = [torch.empty_like(query) for _ in range(2)]  # its own attention and a tile's
-        merging = [torch.empty_like(query, dtype=torch.float32) for _ in range(3)]
+        tile = torch.empty_like(query)
+        lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
         history = self._workspace(query)
-        del chunk, merging, history
+        del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
         num_decodes = min(query.shape[0], decode_tokens)
         floats = kernels.decode_scratch_floats(num_decodes, self.num_heads, self.head_size)

@@ -1,4 +1,4 @@
-"""reconstruct on CUDA: dense K and V of a stretch of one request."""
+"""reconstruct on CUDA: dense K and V of tokens of any requests."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ def _rebuild_part(
     head,
     row,
     coded,
-    valid,
+    written,
     ADDRESS: tl.constexpr,
     CODEC: tl.constexpr,
     P: tl.constexpr,
@@ -41,11 +41,11 @@ def _rebuild_part(
         dense += tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
     dense = tl.where(coded[:, None], dense, raw.to(tl.float32))
     target = out_ptr + row.to(tl.int64) * out_stride_t + head * out_stride_h
-    mask = valid[:, None] & (dims < D)[None, :]
+    mask = written[:, None] & (dims < D)[None, :]
     tl.store(target[:, None] + dims[None, :], dense.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["request", "start", "stop"])
+@triton.jit(do_not_specialize=["count"])
 def _reconstruct(
     code_ptr,
     code_page_stride,
@@ -71,9 +71,9 @@ def _reconstruct(
     out_value_ptr,
     out_value_stride_t,
     out_value_stride_h,
-    request,
-    start,
-    stop,
+    request_ptr,
+    position_ptr,
+    count,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
@@ -88,17 +88,18 @@ def _reconstruct(
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of positions of one head, K and V."""
+    """One tile of tokens of one head, K and V."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    valid = row < count
     head = tl.program_id(1)
     key_atoms_ptr += head * KEY_STRIDE
     value_atoms_ptr += head * VALUE_STRIDE
-    positions = start + row
-    valid = positions < stop
+    positions = tl.load(position_ptr + row, mask=valid, other=0)
+    request = tl.load(request_ptr + row, mask=valid, other=0).to(tl.int64)
     is_raw = (positions < tl.load(sink_end_ptr + request)) | (positions >= tl.load(raw_start_ptr + request))
     coded, is_raw = valid & (is_raw == 0), valid & is_raw
-    blocks = block_table_ptr + request.to(tl.int64) * block_table_stride
-    tails = tail_table_ptr + request.to(tl.int64) * tail_table_stride
+    blocks = block_table_ptr + request * block_table_stride
+    tails = tail_table_ptr + request * tail_table_stride
     heads = page_start(code_ptr, code_page_stride, blocks, positions // P, coded) + head * HEAD_BYTES
     DTYPE: tl.constexpr = tail_ptr.dtype.element_ty
     raw = load_raw(tail_ptr, tail_page_stride, tails, positions, is_raw, head, 0, R, D, D_PAD)
@@ -116,13 +117,18 @@ def _reconstruct(
 
 
 def reconstruct(
-    cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int, out_key: Tensor, out_value: Tensor
+    cache: LayerCache,
+    tables: RequestTables,
+    token_request: Tensor,
+    token_position: Tensor,
+    out_key: Tensor,
+    out_value: Tensor,
 ) -> None:
     """Triton version of `reference.reconstruct`."""
-    layout = cache.layout
-    if stop <= start:
+    layout, count = cache.layout, token_request.shape[0]
+    if count == 0:
         return
-    _reconstruct[(triton.cdiv(stop - start, RECONSTRUCT.tile), layout.num_kv_heads)](
+    _reconstruct[(triton.cdiv(count, RECONSTRUCT.tile), layout.num_kv_heads)](
         cache.code_pages,
         cache.code_pages.stride(0),
         cache.tail_pages,
@@ -147,9 +153,9 @@ def reconstruct(
         out_value,
         out_value.stride(0),
         out_value.stride(1),
-        request,
-        start,
-        stop,
+        token_request,
+        token_position,
+        count,
         KEY=layout.address("key"),
         VALUE=layout.address("value"),
         HEAD_BYTES=layout.head_bytes,

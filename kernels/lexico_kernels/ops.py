@@ -50,11 +50,16 @@ def sparse_decode(
 
 
 def reconstruct(
-    cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int, out_key: Tensor, out_value: Tensor
+    cache: LayerCache,
+    tables: RequestTables,
+    token_request: Tensor,
+    token_position: Tensor,
+    out_key: Tensor,
+    out_value: Tensor,
 ) -> None:
-    """Write positions [start, stop) of a request as dense K and V; see `reference.reconstruct`."""
+    """Write tokens of any requests as dense K and V; see `reference.reconstruct`."""
     module = _triton("history") if cache.code_pages.is_cuda else reference
-    module.reconstruct(cache, tables, request, start, stop, out_key, out_value)
+    module.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
 
 
 def decode_scratch_floats(num_tokens: int, num_heads: int, head_dim: int) -> int:

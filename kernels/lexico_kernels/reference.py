@@ -96,7 +96,7 @@ def sparse_decode(
         rows = (seen & (token_request == request)).nonzero().squeeze(1)
         lengths = token_seq_len[rows]
         stop = int(lengths.max())
-        keys, values = history(cache, tables, request, 0, stop)
+        keys, values = history(cache, tables, request, torch.arange(stop, device=query.device))
         q = query[rows].float().view(len(rows), Hk, Hq // Hk, D)
         scores = torch.einsum("thgd,nhd->thgn", q, keys) * scale
         hidden = torch.arange(stop, device=query.device) >= lengths[:, None]
@@ -108,26 +108,31 @@ def sparse_decode(
 
 
 def reconstruct(
-    cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int, out_key: Tensor, out_value: Tensor
+    cache: LayerCache,
+    tables: RequestTables,
+    token_request: Tensor,
+    token_position: Tensor,
+    out_key: Tensor,
+    out_value: Tensor,
 ) -> None:
-    """Write positions [start, stop) of a request as dense K and V, from codes or raw as the tables say.
+    """Write tokens of any requests as dense K and V, from codes or raw as the tables say.
 
     Args:
         cache: the layer's pages.
         tables: where the requests' tokens live.
-        request: row of the tables.
-        start, stop: positions.
-        out_key, out_value: [stop - start, Hk, D], any float dtype.
+        token_request: int32 [n], the token's row in the tables.
+        token_position: int32 [n], the token's position in its sequence.
+        out_key, out_value: [n, Hk, D], any float dtype.
     """
-    keys, values = history(cache, tables, request, start, stop)
-    out_key.copy_(keys)
-    out_value.copy_(values)
+    for request in torch.unique(token_request).tolist():
+        rows = (token_request == request).nonzero().squeeze(1)
+        keys, values = history(cache, tables, request, token_position[rows].long())
+        out_key[rows], out_value[rows] = keys.to(out_key.dtype), values.to(out_value.dtype)
 
 
-def history(cache: LayerCache, tables: RequestTables, request: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """K and V at positions [start, stop) of a request: two float32 [stop - start, Hk, D]."""
+def history(cache: LayerCache, tables: RequestTables, request: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V at positions int64 [n] of a request: two float32 [n, Hk, D]."""
     layout, P, R = cache.layout, cache.layout.block_tokens, cache.layout.tail_tokens
-    positions = torch.arange(start, stop, device=cache.code_pages.device)
     raw = (positions < tables.sink_end[request]) | (positions >= tables.raw_start[request])
     coded, raw = (~raw).nonzero().squeeze(1), raw.nonzero().squeeze(1)
     at = positions[coded]
@@ -136,7 +141,7 @@ def history(cache: LayerCache, tables: RequestTables, request: int, start: int, 
     dense = []
     for index, part in enumerate(PARTS):
         fields = [view[pages, :, at % P] for _, view in field_views(cache.code_pages, layout, part)]
-        tokens = raw_tokens.new_empty(stop - start, layout.num_kv_heads, layout.head_dim)
+        tokens = raw_tokens.new_empty(len(positions), layout.num_kv_heads, layout.head_dim)
         tokens[coded] = decode_heads(torch.cat(fields, -1), cache.codebook(part), layout, part, cache.tail_pages.dtype)
         tokens[raw] = raw_tokens[:, :, index]
         dense.append(tokens)

@@ -71,7 +71,9 @@ def time_reconstruct(tokens: int) -> str:
     """Reconstruct a coded history."""
     problem = random_problem(LAYOUT, [tokens], atoms=ATOMS, dtype=torch.bfloat16, device="cuda", raw_tokens=0)
     key, value = torch.empty(2, tokens, LAYOUT.num_kv_heads, 128, device="cuda", dtype=torch.bfloat16)
-    took = milliseconds(lambda: ops.reconstruct(problem.cache, problem.tables, 0, 0, tokens, key, value))
+    position = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    request = torch.zeros_like(position)
+    took = milliseconds(lambda: ops.reconstruct(problem.cache, problem.tables, request, position, key, value))
     return f"reconstruct {tokens} tokens: {took * 1e3:.1f} us"
 
 
@@ -83,7 +85,8 @@ def main() -> None:
     print(time_skipped(256))
     for batch, context in ((1, 8192), (16, 1024), (16, 8192), (64, 8192)):
         print(time_decode(batch, context))
-    print(time_reconstruct(4096))
+    for tokens in (4096, 16384):
+        print(time_reconstruct(tokens))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
                 pursuit.pursue(vectors, books, sparsity)
                 pursuit.pursue(vectors, books, sparsity, levels)
         tail.write_tail(key, key, cache, places)
-        history.reconstruct(cache, tables, 0, 1, 17, key, key)
+        history.reconstruct(cache, tables, places.int(), places.int(), key, key)
         query = torch.zeros(1, 32, head_dim, dtype=dtype)
         decode.sparse_decode(query, cache, tables, *torch.zeros(2, 1, dtype=torch.int32), scale=0.1)
 

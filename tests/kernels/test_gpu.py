@@ -150,9 +150,11 @@ def test_sparse_decode_is_batch_invariant():
 
 @pytest.mark.parametrize(("codec", "S"), CODES)
 def test_reconstruct(codec, S):
-    problem = random_problem(layout(codec, S), [5000], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=500)
-    dense = [torch.full((2, 4900, HK, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    args = (problem.cache, problem.tables, 0, 7, 4907)
+    problem = random_problem(
+        layout(codec, S), [5000, 300], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=500
+    )
+    dense = [torch.full((2, 4900 + 250, HK, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    args = (problem.cache, problem.tables, cuda([0] * 4900 + [1] * 250), cuda([*range(7, 4907), *range(250)]))
     reference.reconstruct(*args, *dense[0])
     ops.reconstruct(*args, *dense[1])
     assert_close(dense[1], dense[0], "dense", torch.bfloat16)
@@ -174,8 +176,9 @@ def test_pages_beyond_two_gigabytes():
         cuda([[79]]), cuda([list(range(65, 65 + P // it.tail_tokens))]), cuda([it.tail_tokens]), cuda([96])
     )
     dense = [torch.full((2, P, HK, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    reference.reconstruct(cache, tables, 0, 0, P, *dense[0])
-    ops.reconstruct(cache, tables, 0, 0, P, *dense[1])
+    tokens = cuda([0] * P), cuda(range(P))
+    reference.reconstruct(cache, tables, *tokens, *dense[0])
+    ops.reconstruct(cache, tables, *tokens, *dense[1])
     assert_close(dense[1], dense[0], "dense", torch.bfloat16)
     query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)
     args = (query, cache, tables, cuda([0]), cuda([P]))

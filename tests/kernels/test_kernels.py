@@ -32,6 +32,12 @@ def tokens(count, it, dtype=DTYPE, device="cpu", seed=0):
     return wide[:, : it.num_kv_heads], wide[:, it.num_kv_heads : 2 * it.num_kv_heads]
 
 
+def stretch(request, start, stop, device):
+    """Request and position of every token of a stretch."""
+    position = torch.arange(start, stop, dtype=torch.int32, device=device)
+    return torch.full_like(position, request), position
+
+
 def same_bits(a, b):
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -144,7 +150,7 @@ def test_omp_encode_odd_vectors(codec, device):
     omp.omp_encode(key, key, cache, torch.arange(10, device=device, dtype=torch.int32), destination)
     tables = RequestTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in ([[1]], [[0] * P], [0], [P])))
     out_key, out_value = torch.full((2, 10, 2, 64), POISON, device=device)
-    reference.reconstruct(cache, tables, 0, 0, 10, out_key, out_value)
+    reference.reconstruct(cache, tables, *stretch(0, 0, 10, device), out_key, out_value)
     for token, head in ((0, 0), (1, 0), (2, 0), (6, 0), (6, 1)):
         torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
     assert out_key.isfinite().all()
@@ -251,7 +257,7 @@ def test_sparse_decode_is_batch_invariant(device):
 def test_reconstruct(codec, start, stop, device):
     problem = random_problem(layout(codec=codec), [20, 80], device=device, raw_tokens=20)
     dense = [torch.full((2, stop - start, 4, 64), POISON, dtype=DTYPE, device=device)[:, :, ::2] for _ in range(2)]
-    args = (problem.cache, problem.tables, 1, start, stop)
+    args = (problem.cache, problem.tables, *stretch(1, start, stop, device))
     reference.reconstruct(*args, *dense[0])
     history.reconstruct(*args, *dense[1])
     assert_close(dense[1], dense[0], "dense", DTYPE)
@@ -261,7 +267,21 @@ def test_reconstruct(codec, start, stop, device):
 def test_reconstruct_shapes(D, device):
     problem = random_problem(layout(D, 3, (7, 9), element_bytes=4), [50], device=device, dtype=torch.float32)
     dense = [torch.full((2, 50, 3, D), POISON, device=device) for _ in range(2)]
-    args = (problem.cache, problem.tables, 0, 0, 50)
+    args = (problem.cache, problem.tables, *stretch(0, 0, 50, device))
     reference.reconstruct(*args, *dense[0])
     history.reconstruct(*args, *dense[1])
     assert_close(dense[1], dense[0], "dense", torch.float32)
+
+
+def test_reconstruct_of_several_requests(device):
+    """Stretches of requests one after another, cut anywhere, with tiles that hold tokens of two of them."""
+    problem = random_problem(layout(), [50, 7, 90], device=device, raw_tokens=20)
+    pieces = [stretch(0, 3, 50, device), stretch(2, 60, 90, device), stretch(1, 0, 7, device), stretch(2, 0, 9, device)]
+    request, position = (torch.cat(part) for part in zip(*pieces, strict=True))
+    dense = [torch.full((2, len(request), 2, 64), POISON, dtype=DTYPE, device=device) for _ in range(2)]
+    history.reconstruct(problem.cache, problem.tables, request, position, *dense[0])
+    at = 0
+    for piece in pieces:
+        rows = slice(at, at := at + len(piece[0]))
+        reference.reconstruct(problem.cache, problem.tables, *piece, *dense[1][:, rows])
+    assert_close(dense[0], dense[1], "dense", DTYPE)

@@ -165,7 +165,8 @@ def test_a_token_survives_the_pages(codec):
     tables.block_table[0, :2] = torch.tensor([3, 4])
     tables.sink_end[0], tables.raw_start[0] = 0, 64
     out_key, out_value = torch.empty(2, 20, 2, 64)
-    reference.reconstruct(cache, tables, 0, 0, 20, out_key, out_value)
+    position = torch.arange(20, dtype=torch.int32)
+    reference.reconstruct(cache, tables, torch.zeros_like(position), position, out_key, out_value)
     for dense, exact in ((out_key, key[:20]), (out_value, value[:20])):
         share = (dense - exact).square().sum() / exact.square().sum()
         assert share < (1e-12 if codec == "exact" else 0.3)
@@ -180,7 +181,8 @@ def test_attention_is_softmax_over_the_reconstructed_history():
     request, lengths = torch.tensor([2, 0, 0, 1]).int(), torch.tensor([33, 50, 49, 0]).int()
     out, lse = reference.sparse_decode(query, problem.cache, problem.tables, request, lengths, scale=0.1)
     key, value = torch.empty(2, 49, 2, 64)
-    reference.reconstruct(problem.cache, problem.tables, 0, 0, 49, key, value)
+    position = torch.arange(49, dtype=torch.int32)
+    reference.reconstruct(problem.cache, problem.tables, torch.zeros_like(position), position, key, value)
     for head in range(6):
         scores = key[:, head // 3] @ query[2, head] * 0.1
         torch.testing.assert_close(out[2, head], scores.softmax(0) @ value[:, head // 3])

@@ -1,0 +1,39 @@
+"""LEXICO without coding, to measure what the rest costs: `worker_extension_cls="uncoded.Uncoded"`.
+
+Importing this replaces the coding operation by nothing, before a CUDA graph can hold it. Pages then start out with
+random codes: what was never written would decode to one atom, which is read faster than many.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lexico_kernels
+import torch
+from lexico_kernels import PARTS, LayerCache, reference
+
+RANDOM_PAGES = 256  # that differ from each other
+_filled: set[int] = set()
+
+
+class Uncoded:
+    """Nothing to add to a worker; vLLM imports the module for it."""
+
+
+def _fill(cache: LayerCache) -> None:
+    pages = cache.code_pages
+    for part in PARTS:
+        scales, entries = (view for _, view in reference.field_views(pages, cache.layout, part))
+        scales.copy_(torch.ones(1, dtype=torch.bfloat16, device=pages.device).view(torch.uint8))
+        random = torch.randint(256, entries[:RANDOM_PAGES].shape, dtype=torch.uint8, device=pages.device)
+        for block in entries.split(RANDOM_PAGES):
+            block.copy_(random[: len(block)])
+
+
+def _omp_encode(key: Any, value: Any, cache: LayerCache, *args: Any, **kwargs: Any) -> None:
+    if cache.code_pages.data_ptr() not in _filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _fill(cache)
+        _filled.add(cache.code_pages.data_ptr())
+
+
+lexico_kernels.omp_encode = _omp_encode

@@ -1,0 +1,88 @@
+"""What the speed benchmark makes of its engines' results; the engines themselves need a GPU to say anything."""
+
+import sys
+
+import pytest
+import torch
+from lexico_kernels import CodeLayout, reference
+from lexico_kernels.testing import poisoned_cache
+
+
+@pytest.fixture(scope="module")
+def speed(load_benchmark, root):
+    sys.path.insert(0, str(root / "benchmarks"))  # where a script finds its neighbours
+    try:
+        return load_benchmark("engine_speed")
+    finally:
+        sys.path.remove(str(root / "benchmarks"))
+
+
+def decode_numbers(median, p99, mean, tokens_per_second):
+    return {"median_ms": median, "p99_ms": p99, "mean_ms": mean, "tokens_per_second": tokens_per_second}
+
+
+def test_rows_compare_each_engine_with_its_peers(speed):
+    steady = decode_numbers(10.0, 12.0, 10.0, 6400.0)
+    results = {
+        "LEXICO-15": {"ttft": {"seconds": 0.3}, "steady": {"aligned": steady, "fill_tokens_per_second": 1.0}},
+        "FLASH_ATTN": {"ttft": {"seconds": 0.2}, "prefill": {"seconds": 1.0}, "starved": {"2": {}}},
+        "LEXICO-15-uncoded": {
+            "prefill": {"seconds": 1.1},
+            "steady": {"aligned": decode_numbers(9.0, 9.0, 9.0, 7000.0), "fill_tokens_per_second": 2.0},
+        },
+        "LEXICO-7": {},  # did not start
+    }
+    rows = {metric: (case, value, peer) for case, metric, value, peer, _ in speed.rows(results, {}, 1)}
+    assert rows["ttft_ratio"][1:] == (pytest.approx(1.5), "FLASH_ATTN")
+    assert rows["ttft_ratio"][0]["bytes_percent"] == 12.5 and rows["ttft_ratio"][0]["coding"]
+    assert rows["prefill_ratio"][1] == pytest.approx(1.1) and not rows["prefill_ratio"][0]["coding"]
+    assert rows["coding_share"][1] == pytest.approx(0.1)
+    assert rows["inter_token_p99_over_median"][1] == pytest.approx(1.2)
+    assert set(rows) == {
+        "ttft_ratio", "prefill_ratio", "coding_share", "inter_token_p99_over_median", "decode_tokens_per_second",
+    }  # fmt: skip
+
+
+def test_rows_of_decode_and_starved_name_both_peers(speed):
+    def engine(rate):
+        turn = {"tokens_per_second": rate, "seconds": 1.0}
+        return {"decode": {"spread": decode_numbers(1.0, 1.0, 1.0, rate)}, "starved": {"1": turn, "2": turn}}
+
+    results = {"FLASH_ATTN": engine(100.0), "fp8": engine(200.0), "LEXICO-15": engine(400.0)}
+    ratios = {
+        (metric, case.get("turn"), peer): value / peer_value
+        for case, metric, value, peer, peer_value in speed.rows(results, {}, 1)
+        if "bytes_percent" in case
+    }
+    for metric, turn in (("decode_tokens_per_second", None), ("output_tokens_per_second", 2)):
+        assert ratios[metric, turn, "FLASH_ATTN"] == 4.0 and ratios[metric, turn, "fp8"] == 2.0
+
+
+def test_only_steps_in_which_all_take_part_count(speed):
+    timeline = speed.loads.Timeline(0.0)
+    timeline.steps = [(0.1, 1), (0.5, 3)] + [(1.0 + i, 4) for i in range(20)] + [(30.0, 2)]
+    assert timeline.intervals(4) == [1.0] * (19 - speed.loads.SETTLE_STEPS)
+    assert timeline.seconds == 30.0
+
+
+def test_positions_fit_a_step(speed):
+    for step_tokens in (8192, 512, 128):
+        positions = speed.spreads(64, step_tokens)
+        assert len(set(positions["aligned"])) == 1
+        assert all(0 < sum(new) <= step_tokens and min(new) > 0 for new in positions.values())
+
+
+def test_pages_without_coding_hold_codes_of_many_atoms(load_benchmark, monkeypatch):
+    monkeypatch.setattr("lexico_kernels.omp_encode", None)  # put back what importing the module replaces
+    uncoded = load_benchmark("uncoded")
+    layout = CodeLayout(64, 2, 5, 4, block_tokens=32)
+    cache = poisoned_cache(layout, 3, atoms=64, dtype=torch.float16)
+    uncoded._omp_encode(torch.empty(0), None, cache)
+    for part in ("key", "value"):
+        scales, entries = (view for _, view in reference.field_views(cache.code_pages, layout, part))
+        assert (scales.contiguous().view(torch.bfloat16) == 1).all()
+        assert len(entries.contiguous().view(torch.int16).unique()) > 100
+    assert (cache.code_pages[:, layout.page_bytes :] == 0xFF).all()
+    before = cache.code_pages.clone()
+    uncoded._omp_encode(torch.empty(0), None, cache)
+    assert torch.equal(cache.code_pages, before)
