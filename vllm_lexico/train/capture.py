@@ -46,7 +46,7 @@ def _capturing_attention(
                 kept = vectors.gather(2, at).transpose(1, 2).flatten(0, 1)
                 request.store[row, part, request.offset : request.offset + len(kept)] = kept
             if request.queries is not None:
-                squares = query[:, :, SKIPPED_TOKENS:].float().square_().sum((0, 2))
+                squares = query[:, :, SKIPPED_TOKENS:].float().square().sum((0, 2))
                 request.queries[row] += squares.view(heads, -1, dim).sum(1)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
