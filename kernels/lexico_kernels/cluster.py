@@ -22,6 +22,7 @@ HEAD_DIMS = (64, 128)
 THREADS, WARPS = 512, 16
 BLOCK_ATOMS = 512  # in the registers of a block; so a cluster has at most eight, and more would not be portable
 WINDOW = 2048  # entries looked through at a time
+UNIT = 32  # vectors that are correlated at a time
 DEALT = 8  # vectors that a cluster gets at a time, as many as one product has columns
 
 
@@ -101,7 +102,8 @@ def shared_bytes(head_dim: int, blocks: int, owned: int, sparsity: int) -> int:
     row_bytes, padded = 2 * head_dim, 16 if sparsity <= 16 else 32
     rows = blocks * owned + 2 * owned + owned * sparsity + padded - sparsity
     words = owned * (blocks * WARPS + head_dim + sparsity * (padded + 1) + 64 + 2) + 32 + 4 * WARPS
-    unaligned = rows * row_bytes + 4 * words + 2 * WINDOW
+    arrivals = owned + -(-blocks * owned // UNIT)
+    unaligned = rows * row_bytes + 4 * words + 8 * arrivals + 2 * WINDOW
     return -(-unaligned // 16) * 16
 
 

@@ -63,7 +63,7 @@ inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline std::vector<Meeting> blocks;
 inline Meeting cluster;
-inline std::vector<Thread*> ready;
+inline std::vector<Thread*> ready, idlers;  // who found nothing to do goes on when nobody else can
 inline std::vector<std::vector<unsigned char>> memory;
 inline Thread* current;
 inline jmp_buf scheduler;
@@ -87,6 +87,11 @@ inline void meet(Meeting& meeting, int kind) {
   for (Thread* other : meeting.waiting)
     if (other != current) ready.push_back(other);
   meeting.waiting.clear();
+}
+
+inline void idle() {
+  idlers.push_back(current);
+  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 
 inline Warp& own_warp() { return warps[current->block * (blocks[0].expected / 32) + current->warp]; }
@@ -166,12 +171,43 @@ inline void __syncthreads() { cpu::meet(cpu::blocks[cpu::current->block], 7); }
 inline void cluster_sync() { cpu::meet(cpu::cluster, 8); }
 inline uint32_t cluster_rank() { return cpu::current->block; }
 
+// mbarriers that expect one arrival a phase: bits 0 to 31 are the bytes still expected, modulo 2^32, bit 32 whether they
+// were announced, bit 33 the parity of the phase under way.
+inline void settle(unsigned long long& barrier) {
+  if ((barrier & 0x1FFFFFFFF) == 0x100000000) barrier = (barrier & 0x200000000) ^ 0x200000000;
+}
+inline void count_bytes(unsigned long long& barrier, uint32_t bytes) {
+  barrier = (barrier & 0x300000000) | uint32_t(barrier + bytes);
+}
+inline void make_arrival(unsigned long long* barrier) { *barrier = 0; }
+inline void publish_arrivals() {}
+inline void expect(unsigned long long* barrier, uint32_t bytes) {
+  if (*barrier & 0x100000000) cpu::fail("a phase is announced twice");
+  *barrier |= 0x100000000;
+  count_bytes(*barrier, bytes);
+  settle(*barrier);
+}
+inline bool arrived(unsigned long long* barrier, uint32_t parity) {
+  cpu::Warp& warp = cpu::exchange((*barrier >> 33) != parity, 10);
+  bool all = true;
+  for (auto& lane : warp.in) all = all && lane[0];
+  cpu::done(warp);
+  if (!all) cpu::idle();
+  return all;
+}
+
 template <class T>
-void remote_store(const void* local, uint32_t rank, T value) {
+T* in_block(T* local, uint32_t rank) {
   const auto* base = cpu::memory[cpu::current->block].data();
-  const size_t offset = static_cast<const unsigned char*>(local) - base;
-  if (rank >= cpu::memory.size() || offset + sizeof value > cpu::memory[rank].size()) cpu::fail("a store misses shared memory");
-  std::memcpy(cpu::memory[rank].data() + offset, &value, sizeof value);
+  const size_t offset = reinterpret_cast<const unsigned char*>(local) - base;
+  if (rank >= cpu::memory.size() || offset + sizeof(T) > cpu::memory[rank].size()) cpu::fail("not shared memory");
+  return reinterpret_cast<T*>(cpu::memory[rank].data() + offset);
+}
+template <class T>
+void send(const void* to, unsigned long long* barrier, uint32_t rank, T value) {
+  std::memcpy(in_block(static_cast<T*>(const_cast<void*>(to)), rank), &value, sizeof value);
+  count_bytes(*in_block(barrier, rank), -uint32_t(sizeof value));
+  settle(*in_block(barrier, rank));
 }
 
 inline uint16_t bfloat16_bits(float x) {  // to nearest even; infinities stay, there are no NaNs
@@ -197,18 +233,19 @@ inline void unpack(uint32_t pair, float& first, float& second) {
 }
 
 // mma.m16n8k16 by the PTX manual's fragments.
-inline void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&to)[4]) {
   cpu::Warp& warp = cpu::own_warp();
   const unsigned lane = cpu::current->lane, g = lane / 4, q = lane % 4;
-  const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   std::memcpy(warp.in[lane], own, sizeof own);
   cpu::meet(warp.meeting, 9);
   for (int i = 0; i < 4; ++i) {
     const unsigned row = g + 8 * (i / 2), column = 2 * q + i % 2;
+    sums[i] = to[i];
     for (unsigned k = 0; k < 16; ++k) {
-      const uint32_t a = warp.in[row % 8 * 4 + k % 8 / 2][(row / 8) + 2 * (k / 8)];
-      const uint32_t b = warp.in[column * 4 + k % 8 / 2][4 + k / 8];
-      sums[i] += half_value(a >> 16 * (k % 2)) * half_value(b >> 16 * (k % 2));
+      const uint32_t left = warp.in[row % 8 * 4 + k % 8 / 2][(row / 8) + 2 * (k / 8)];
+      const uint32_t right = warp.in[column * 4 + k % 8 / 2][4 + k / 8];
+      sums[i] += half_value(left >> 16 * (k % 2)) * half_value(right >> 16 * (k % 2));
     }
   }
   cpu::done(warp);
@@ -258,6 +295,7 @@ inline void launch(Index3 grid, unsigned threads_of_block, unsigned cluster_bloc
         ready.pop_back();
         go_on();
         over += current == nullptr;
+        if (ready.empty()) ready.swap(idlers);
       }
       if (over != threads.size()) fail("threads wait for others that will not come");
     }

@@ -1,10 +1,13 @@
 // Matching pursuit with the dictionary resident on chip, straight into the code pages; `cluster.py` launches it.
 //
 // A cluster of CLUSTER blocks codes tiles of one head's K or V vectors. Each block keeps 512 atoms in its registers, as
-// the stationary operand of tensor-core products. A pass has two halves with a cluster barrier after each:
-//   correlate  every block with all of the tile's residuals; each warp sends its best atom to the vector's owner;
+// the stationary operand of tensor-core products. A pass has two halves:
+//   correlate  every warp of every block, its 32 atoms with a unit of 32 residuals; its best goes to the vector's owner;
 //   solve      one warp a vector, the vectors dealt out to the blocks: the best of all warps joins the chosen atoms,
 //              coordinate descent over them, and the new residual goes to every block.
+// No barrier parts them. Stores to other blocks count themselves at the receiver (st.async): a vector's owner goes on
+// when all bests are there, a warp correlates a unit when its residuals are there, and does whichever it can. That a
+// vector's bests are all there also says that nobody reads its old residual any more, so that one buffer is enough.
 // Coordinate descent runs on inner products of the chosen atoms, held in shared memory: lane j has atom j's correlation
 // with the residual, and a visit costs a shuffle and a multiply-add. It visits what `pursuit.py`'s does.
 //
@@ -16,6 +19,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #ifdef __CUDACC__  // tests bring their own primitives and run this file on a CPU
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) u8 name[]
@@ -31,32 +35,67 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+__device__ __forceinline__ u32 local_address(const void* local) {
+  return static_cast<u32>(__cvta_generic_to_shared(local));
+}
+
 __device__ __forceinline__ u32 remote_address(const void* local, u32 rank) {
   u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(static_cast<u32>(__cvta_generic_to_shared(local))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local_address(local)), "r"(rank));
   return address;
 }
 
-__device__ __forceinline__ void remote_store(const void* local, u32 rank, u32 value) {
-  asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(remote_address(local, rank)), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void remote_store(const void* local, u32 rank, uint2 value) {
-  asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(remote_address(local, rank)), "r"(value.x), "r"(value.y)
+// Store to another block's memory, at the place that `to` has in this one's; its bytes count there at `arrival`.
+__device__ __forceinline__ void send(const void* to, u64* arrival, u32 rank, u32 value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   remote_address(to, rank)),
+               "r"(value), "r"(remote_address(arrival, rank))
                : "memory");
 }
 
-// sums += rows [16, 16] times columns [16, 8].
-__device__ __forceinline__ void multiply(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void send(const void* to, u64* arrival, u32 rank, uint2 value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                   remote_address(to, rank)),
+               "r"(value.x), "r"(value.y), "r"(remote_address(arrival, rank))
+               : "memory");
+}
+
+__device__ __forceinline__ void make_arrival(u64* arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(local_address(arrival)) : "memory");
+}
+
+__device__ __forceinline__ void publish_arrivals() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Say how many bytes complete the next phase; by one thread a phase.
+__device__ __forceinline__ void expect(u64* arrival, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(local_address(arrival)), "r"(bytes)
+               : "memory");
+}
+
+// Whether a phase is complete, the first one of parity 0; then what was sent can be read. All lanes of a warp ask. The
+// scope is the block, as in CUTLASS's barriers for stores of other blocks: a wider one would empty the L1 cache.
+__device__ __forceinline__ bool arrived(u64* arrival, u32 parity) {
+  u32 complete;
+  asm volatile(
+      "{.reg .pred complete;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, complete;}"
+      : "=r"(complete)
+      : "r"(local_address(arrival)), "r"(parity)
+      : "memory");
+  return __all_sync(0xFFFFFFFFu, complete);
+}
+
+// sums = rows [16, 16] times columns [16, 8], plus `to`.
+__device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&to)[4]) {
 #if HALF
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
 #endif
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(to[0]), "f"(to[1]), "f"(to[2]), "f"(to[3]));
 }
 
 // Two numbers in the dictionary's precision, the first in the low bits; and back.
@@ -97,6 +136,8 @@ constexpr int LANE_WORDS = D / 64;            // of a row dealt out to 32 lanes 
 constexpr int ROW_BYTES = 2 * D;
 constexpr int PITCH = MAX_S <= 16 ? 17 : 33;  // of inner products; odd, so that columns meet no bank twice
 constexpr int STEPS_PADDED = MAX_S <= 16 ? 16 : 32;
+constexpr int UNIT = 32, UNITS = (TILE + UNIT - 1) / UNIT;  // of vectors that are correlated at a time
+constexpr u32 BESTS_BYTES = CLUSTER * WARPS * 4;  // of one vector
 constexpr int WINDOW = 4 * THREADS;           // entries that are looked through at a time
 // A float that is not negative orders like an integer, and its low bits can hold an atom's number (N <= 4096).
 constexpr u32 INDEX_BITS = 0xFFF, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
@@ -119,6 +160,7 @@ struct alignas(16) Shared {
   float coefficients[OWNED][32];
   int chosen[OWNED][32];
   float norm[OWNED], energy[OWNED];            // of the vector, of its residual at unit length
+  u64 residuals_here[UNITS], bests_here[OWNED];  // arrivals of a unit's residuals, of a vector's bests
   int counts[4 * WARPS];
   u16 list[WINDOW];                            // entries of the window to be coded here
 };
@@ -167,13 +209,14 @@ __device__ __forceinline__ float lane_max(float x) {  // of numbers that are not
   return __uint_as_float(__reduce_max_sync(EVERY_LANE, __float_as_uint(x)));
 }
 
-// This block's atoms, as the left operand of products: lane (g, q) of a warp has its chunks' eight numbers q of rows g
-// and g + 8 of two sixteens. Which atom is in which row is free; so the four of a lane are neighbours.
+// This block's atoms, as the left operand of products: a warp has 32, as two sixteens of rows. Which atom is in which
+// row is free, and so is the order of dimensions, if both operands have the same: lane (g, q) has of each 32 dimensions
+// eight neighbours of four neighbouring atoms, which it loads 16 bytes at a time.
 struct Atoms {
-  uint4 chunks[2][2][CHUNKS];
+  u32 fragments[2][2 * CHUNKS][4];
 };
 
-__device__ __forceinline__ void load_atoms(Atoms& own, const u16* atoms, int count, int first) {
+__device__ __forceinline__ void load_atoms(Atoms& own, const u16* atoms, int count, int first, u32 zero) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int base = first + warp * WARP_ATOMS + lane / 4 * 4;
 #pragma unroll
@@ -183,7 +226,11 @@ __device__ __forceinline__ void load_atoms(Atoms& own, const u16* atoms, int cou
       uint4 numbers = make_uint4(0, 0, 0, 0);
       if (base + at < count)
         numbers = *reinterpret_cast<const uint4*>(atoms + i64(base + at) * D + 32 * chunk + 8 * (lane % 4));
-      own.chunks[at / 2][at % 2][chunk] = numbers;
+      // Products want their four registers side by side, loads theirs. Without an operation between the two, which
+      // `zero` is, the compiler keeps the loads' order and moves registers before every product.
+      u32 (&even)[4] = own.fragments[at / 2][2 * chunk], (&odd)[4] = own.fragments[at / 2][2 * chunk + 1];
+      even[at % 2] = numbers.x ^ zero, even[2 + at % 2] = numbers.y ^ zero;
+      odd[at % 2] = numbers.z ^ zero, odd[2 + at % 2] = numbers.w ^ zero;
     }
 }
 
@@ -196,9 +243,8 @@ __device__ __forceinline__ void correlate_eight(const Atoms& own, const u8* resi
     const uint4 b = load_chunk(residuals, first + lane / 4, chunk, lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 low = own.chunks[i][0][chunk], high = own.chunks[i][1][chunk];
-      multiply(sums[i], low.x, high.x, low.y, high.y, b.x, b.y);
-      multiply(sums[i], low.z, high.z, low.w, high.w, b.z, b.w);
+      multiply(sums[i], own.fragments[i][2 * chunk], b.x, b.y, sums[i]);
+      multiply(sums[i], own.fragments[i][2 * chunk + 1], b.z, b.w, sums[i]);
     }
   }
 #pragma unroll
@@ -212,36 +258,46 @@ __device__ __forceinline__ void correlate_eight(const Atoms& own, const u8* resi
   }
 }
 
-// Correlate this block's atoms with the tile's residuals, and send each warp's best to the vector's owner.
-__device__ __forceinline__ void correlate(Shared& s, const Atoms& own, int count, u32 rank) {
+// Correlate this warp's atoms with a unit's residuals and send each vector's best to its owner. count: of the tile.
+__device__ __forceinline__ void correlate(Shared& s, const Atoms& own, int first, int count, u32 rank) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const u32 number = rank * BLOCK_ATOMS + warp * WARP_ATOMS + lane / 4 * 4;
-  for (int first = 0; first < count; first += 32) {
-    u32 best[4][2] = {};
+  u32 best[4][2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (first + 8 * i < count) {
-        correlate_eight(own, s.residuals, first + 8 * i, best[i]);
-        best[i][0] |= number, best[i][1] |= number;
-      }
-    // Lanes that have other atoms of the same residuals halve what they hold until each has one residual.
-    const bool high = lane & 16, middle = lane & 8, low = lane & 4;
-    u32 half[2][2], last[2];
-#pragma unroll
-    for (int at = 0; at < 4; ++at) {
-      const u32 kept = high ? best[2 + at / 2][at % 2] : best[at / 2][at % 2];
-      const u32 given = high ? best[at / 2][at % 2] : best[2 + at / 2][at % 2];
-      half[at / 2][at % 2] = max(kept, __shfl_xor_sync(EVERY_LANE, given, 16));
+  for (int i = 0; i < 4; ++i)
+    if (first + 8 * i < count) {
+      correlate_eight(own, s.residuals, first + 8 * i, best[i]);
+      best[i][0] |= number, best[i][1] |= number;
     }
+  // Lanes that have other atoms of the same residuals halve what they hold until each has one residual.
+  const bool high = lane & 16, middle = lane & 8, low = lane & 4;
+  u32 half[2][2], last[2];
 #pragma unroll
-    for (int at = 0; at < 2; ++at)
-      last[at] = max(middle ? half[1][at] : half[0][at],
-                     __shfl_xor_sync(EVERY_LANE, middle ? half[0][at] : half[1][at], 8));
-    const u32 winner = max(low ? last[1] : last[0], __shfl_xor_sync(EVERY_LANE, low ? last[0] : last[1], 4));
-    const int vector = first + 16 * high + 8 * middle + 2 * (lane % 4) + low;
-    if (vector < count)
-      remote_store(&s.best[vector / CLUSTER][rank * WARPS + warp], vector % CLUSTER, winner);
+  for (int at = 0; at < 4; ++at) {
+    const u32 kept = high ? best[2 + at / 2][at % 2] : best[at / 2][at % 2];
+    const u32 given = high ? best[at / 2][at % 2] : best[2 + at / 2][at % 2];
+    half[at / 2][at % 2] = max(kept, __shfl_xor_sync(EVERY_LANE, given, 16));
   }
+#pragma unroll
+  for (int at = 0; at < 2; ++at)
+    last[at] = max(middle ? half[1][at] : half[0][at],
+                   __shfl_xor_sync(EVERY_LANE, middle ? half[0][at] : half[1][at], 8));
+  const u32 winner = max(low ? last[1] : last[0], __shfl_xor_sync(EVERY_LANE, low ? last[0] : last[1], 4));
+  const int vector = first + 16 * high + 8 * middle + 2 * (lane % 4) + low, owned = vector / CLUSTER;
+  if (vector < count)
+    send(&s.best[owned][rank * WARPS + warp], &s.bests_here[owned], vector % CLUSTER, winner);
+}
+
+// Send a vector's residual to every block of the cluster.
+__device__ __forceinline__ void send_residual(Shared& s, int vector, const Piece& piece) {
+  u8* to = s.residuals + row_at(vector, threadIdx.x % 32 * 4 * LANE_WORDS);
+#pragma unroll
+  for (u32 block = 0; block < CLUSTER; ++block)
+#if D == 128
+    send(to, &s.residuals_here[vector / UNIT], block, make_uint2(piece.words[0], piece.words[1]));
+#else
+    send(to, &s.residuals_here[vector / UNIT], block, piece.words[0]);
+#endif
 }
 
 // The residual of one vector, at unit length: keep it, and send what products need to every block of the cluster.
@@ -260,14 +316,7 @@ __device__ __forceinline__ void keep_residual(Shared& s, int owned, int vector, 
     s.exact[owned][lane * 2 * LANE_WORDS + 2 * i] = first;
     s.exact[owned][lane * 2 * LANE_WORDS + 2 * i + 1] = second;
   }
-  u8* local = s.residuals + row_at(vector, byte);
-#pragma unroll
-  for (u32 to = 0; to < CLUSTER; ++to)
-#if D == 128
-    remote_store(local, to, make_uint2(piece.words[0], piece.words[1]));
-#else
-    remote_store(local, to, piece.words[0]);
-#endif
+  send_residual(s, vector, piece);
   store_piece(s.rests + row_at(2 * owned, byte), rest);
   store_piece(s.rests + row_at(2 * owned + 1, byte), last);
   float energy = 0;
@@ -302,7 +351,10 @@ __device__ __forceinline__ void begin_vector(Shared& s, int owned, int vector, c
   for (int i = 0; i < 2 * LANE_WORDS; ++i) x[i] = usable ? x[i] / length : 0.0f;
   s.coefficients[owned][lane] = 0;
   s.chosen[owned][lane] = 0;
-  if (lane == 0) s.norm[owned] = usable ? peak * length : 0.0f;
+  if (lane == 0) {
+    s.norm[owned] = usable ? peak * length : 0.0f;
+    expect(&s.bests_here[owned], BESTS_BYTES);
+  }
   keep_residual(s, owned, vector, x);
 }
 
@@ -314,7 +366,7 @@ __device__ __forceinline__ void inner_products(const Shared& s, int owned, int v
   const int column = row % 4;
   const u8* rows = column == 0 ? s.rows : column == 1 ? s.residuals : s.rests;
   const int at = column == 0 ? base + step : column == 1 ? vector : 2 * owned + column - 2;
-  float sums[STEPS_PADDED / 16][2][4] = {};
+  float sums[STEPS_PADDED / 16][2][4] = {};  // in two chains, each half as long
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const uint4 b = load_chunk(rows, at, chunk, quarter);
@@ -323,8 +375,9 @@ __device__ __forceinline__ void inner_products(const Shared& s, int owned, int v
       if (16 * i <= step) {
         const uint4 low = load_chunk(s.rows, base + 16 * i + row, chunk, quarter);
         const uint4 high = load_chunk(s.rows, base + 16 * i + 8 + row, chunk, quarter);
-        multiply(sums[i][0], low.x, high.x, low.y, high.y, b.x, b.y);
-        multiply(sums[i][1], low.z, high.z, low.w, high.w, b.z, b.w);
+        const u32 even[4] = {low.x, high.x, low.y, high.y}, odd[4] = {low.z, high.z, low.w, high.w};
+        multiply(sums[i][0], even, b.x, b.y, sums[i][0]);
+        multiply(sums[i][1], odd, b.z, b.w, sums[i][1]);
       }
   }
 #pragma unroll
@@ -341,8 +394,8 @@ __device__ __forceinline__ void inner_products(const Shared& s, int owned, int v
         residuals[eight] = __shfl_sync(EVERY_LANE, pieces, lane % 8 * 4);
       }
       if (lane / 16 == i) {
-        with_newest = products[lane / 8 % 2];
-        with_residual = residuals[lane / 8 % 2];
+        with_newest = lane & 8 ? products[1] : products[0];
+        with_residual = lane & 8 ? residuals[1] : residuals[0];
       }
     }
 }
@@ -365,7 +418,11 @@ __device__ __forceinline__ float descend(const float* gram, int step, int sweeps
 __device__ __forceinline__ void solve(Shared& s, const u16* atoms, int owned, int vector, int step, int sparsity,
                                       float min_energy) {
   const int lane = threadIdx.x % 32, byte = lane * 4 * LANE_WORDS, base = owned * MAX_S;
-  if (!(s.energy[owned] > min_energy)) return;  // the same in all lanes
+  if (lane == 0 && step + 1 < sparsity) expect(&s.bests_here[owned], BESTS_BYTES);
+  if (!(s.energy[owned] > min_energy)) {  // the same in all lanes
+    if (step + 1 < sparsity) send_residual(s, vector, load_piece(s.residuals + row_at(vector, byte)));
+    return;
+  }
   u32 best = 0;
 #pragma unroll
   for (int at = 0; at < CLUSTER * WARPS; at += 32)
@@ -402,7 +459,35 @@ __device__ __forceinline__ void solve(Shared& s, const u16* atoms, int owned, in
       x[2 * i + 1] -= weight * second;
     }
   }
-  keep_residual(s, owned, vector, x);
+  if (step + 1 < sparsity) keep_residual(s, owned, vector, x);
+}
+
+// All passes over a tile. A warp solves its own vectors as soon as their bests are there and correlates meanwhile.
+// parity: of the next phase of the units' residuals (bit u), and of the bests of this warp's vectors (bit 16 + i).
+__device__ __forceinline__ void pursue(Shared& s, const Atoms& own, const u16* atoms, int count, u32 rank, int sparsity,
+                                       float min_energy, u32& parity) {
+  const int warp = threadIdx.x / 32, units = (count + UNIT - 1) / UNIT;
+  auto expect_unit = [&](int unit) {
+    if (threadIdx.x == 0) expect(&s.residuals_here[unit], min(count - unit * UNIT, UNIT) * ROW_BYTES);
+  };
+  for (int unit = 0; unit < units; ++unit) expect_unit(unit);
+  int step = 0, unit = 0;            // to be correlated next
+  int solved = 0, owned = warp;      // passes; the vector to be solved next
+  const bool owner = owned * CLUSTER + rank < count;
+  while (step < sparsity || (owner && solved < sparsity)) {
+    const int place = 16 + owned / WARPS;
+    if (owner && solved < sparsity && arrived(&s.bests_here[owned], parity >> place & 1)) {
+      parity ^= 1u << place;
+      solve(s, atoms, owned, owned * CLUSTER + rank, solved, sparsity, min_energy);
+      owned += WARPS;
+      if (owned * CLUSTER + rank >= count) owned = warp, ++solved;
+    } else if (step < sparsity && arrived(&s.residuals_here[unit], parity >> unit & 1)) {
+      parity ^= 1u << unit;
+      if (step + 1 < sparsity) expect_unit(unit);
+      correlate(s, own, unit * UNIT, count, rank);
+      if (++unit == units) unit = 0, ++step;
+    }
+  }
 }
 
 // Quantise and store one vector's record; see `reference.encode_vectors`.
@@ -488,13 +573,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const float* levels = is_value ? value_levels : key_levels;
   const float* mean = (is_value ? value_mean : key_mean) + head * D;
   Atoms own;
+  u32 parity = 0;
   bool begun = false;
   int seen = 0;
   for (int window = 0; window < M; window += WINDOW) {
     const int listed = list_entries(s, destination, window, M, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, seen);
     if (listed && !begun) {
-      load_atoms(own, atoms, part.atoms, rank * BLOCK_ATOMS);
-      cluster_sync();  // every block runs, and its memory can be written
+      load_atoms(own, atoms, part.atoms, rank * BLOCK_ATOMS, M >> 31);
+      if (threadIdx.x < UNITS) make_arrival(&s.residuals_here[threadIdx.x]);
+      if (threadIdx.x < OWNED) make_arrival(&s.bests_here[threadIdx.x]);
+      publish_arrivals();
+      cluster_sync();  // every block runs and can be sent to
       begun = true;
     }
     for (int first = 0; first < listed; first += TILE) {
@@ -505,14 +594,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                                   : tail + slot / R * tail_page_stride + ((head * R + slot % R) * 2 + is_value) * D;
         begin_vector(s, owned, vector, from, mean);
       }
-      cluster_sync();
-      for (int step = 0; step < part.sparsity; ++step) {
-        correlate(s, own, count, rank);
-        cluster_sync();
-        for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS)
-          solve(s, atoms, owned, vector, step, part.sparsity, min_energy);
-        cluster_sync();
-      }
+      pursue(s, own, atoms, count, rank, part.sparsity, min_energy, parity);
       for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {
         const i64 to = destination[window + s.list[first + vector]];
         u8* page = codes + to / P * code_page_stride + i64(head) * HEAD_BYTES;
