@@ -15,7 +15,7 @@ from lexico_kernels.cache import LayerCache
 from lexico_kernels.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS
 from lexico_kernels.layout import PARTS, CodeLayout
 
-FILE, NAME = "cluster_omp.cu", "cluster_omp"
+FILES, NAME = ("cluster_primitives.cu", "cluster_omp.cu"), "cluster_omp"
 MIN_CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -112,7 +112,12 @@ def _kernel(
     device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
 ) -> nvrtc.Kernel:
     macros = defines(layout, atoms, strides, half)
-    return nvrtc.kernel(FILE, NAME, device, macros["SHARED_BYTES"], **macros)
+    return nvrtc._load(source_text(), NAME, device, macros["SHARED_BYTES"], macros)
+
+
+def source_text() -> str:
+    """The kernel's translation unit."""
+    return "\n".join((nvrtc.SOURCES / file).read_text(encoding="utf-8") for file in FILES)
 
 
 def omp_encode(

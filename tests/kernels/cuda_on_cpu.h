@@ -2,7 +2,7 @@
 // at whatever its warp, block or cluster does together. Which of the threads that can go on does so is random, from a
 // seed, so that what a missing barrier breaks has a chance to show. Memory of blocks starts as NaN.
 //
-// A kernel's source is included after this; it must take its primitives from here when __CUDACC__ is not defined.
+// A kernel's source is included after this, without the file of its primitives, whose functions are here.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -22,9 +22,11 @@
 #define __cluster_dims__(...)
 #define __launch_bounds__(...)
 
-struct dim3 {
-  unsigned x, y, z;
-};
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
 struct uint2 {
   unsigned x, y;
 };

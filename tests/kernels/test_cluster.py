@@ -26,7 +26,7 @@ class OnCpu:
     def __init__(self, folder, macros):
         flags = [f"-D{name}={value}" for name, value in sorted(macros.items())]
         flags += [
-            f'-DSOURCE="{nvrtc.SOURCES / cluster.FILE}"',
+            f'-DSOURCE="{nvrtc.SOURCES / cluster.FILES[-1]}"',
             "-std=c++17",
             "-O2",
             "-U_FORTIFY_SOURCE",
@@ -250,5 +250,4 @@ def test_compiles_for_an_h100(D, S, atoms, half, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     macros = cluster.defines(CodeLayout(D, 8, S, S), (atoms, atoms), (atoms * D, 0), half)
     assert macros["SHARED_BYTES"] <= 232448
-    source = (nvrtc.SOURCES / cluster.FILE).read_text()
-    assert cluster.NAME.encode() in nvrtc.compile_source(source, "sm_90a", macros)
+    assert cluster.NAME.encode() in nvrtc.compile_source(cluster.source_text(), "sm_90a", macros)
