@@ -467,14 +467,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   int seen = 0;
   for (int window = 0; window < M; window += WINDOW) {
     const int listed = list_entries(s, destination, window, M, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, seen);
-    if (listed && !begun) {
+    if (!listed) continue;  // in every block of the cluster
+    if (!begun) {
       load_atoms(own, atoms, part.atoms, rank * BLOCK_ATOMS, M >> 31);
       if (threadIdx.x < UNITS) make_arrival(&s.residuals_here[threadIdx.x]);
       if (threadIdx.x < OWNED) make_arrival(&s.bests_here[threadIdx.x]);
       publish_arrivals();
-      cluster_sync();  // every block runs and can be sent to
       begun = true;
     }
+    // Every block can be sent to. After a window too: its last tile may have been small, and who owned nothing of it must
+    // not be ahead, since what he sends would count for the phase that others are still in. Tiles of a window never grow.
+    cluster_sync();
     for (int first = 0; first < listed; first += TILE) {
       const int count = min(listed - first, TILE);
       for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {
