@@ -21,12 +21,25 @@ class PursuitLaunch(NamedTuple):
     num_stages: int
 
 
+class ClusterLaunch(NamedTuple):
+    """Vectors of a tile that each block of a cluster solves, by the sparsity that shared memory has room for."""
+
+    max_sparsity: int
+    owned: int
+
+
 UNLIMITED = 1 << 62
 
 PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
     PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
+
+CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
+# Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).
+CLUSTER_BLOCKS = 128
+# Vectors, entries that may be skipped included, up to which `omp_encode` uses clusters.
+CLUSTER_VECTORS = 32768
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)

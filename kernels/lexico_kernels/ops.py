@@ -1,6 +1,6 @@
-"""The public operations: Triton kernels on CUDA tensors, torch twins elsewhere.
+"""The public operations: kernels in Triton or CUDA C++ on CUDA tensors, torch twins elsewhere.
 
-Triton is imported when a CUDA tensor first asks for it, so that machines without it can use the rest. What the
+Kernels are imported when a CUDA tensor first asks for them, so that machines without Triton can use the rest. What the
 arguments mean is said in `reference.py`, which has the same names and signatures.
 """
 
@@ -16,13 +16,13 @@ from lexico_kernels.launch import DECODE_SPLITS
 
 
 @once
-def _triton(module: str) -> ModuleType:
+def _module(module: str) -> ModuleType:
     return import_module(f"lexico_kernels.{module}")
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
     """Store raw tokens in the tail pages; see `reference.write_tail`."""
-    module = _triton("tail") if key.is_cuda else reference
+    module = _module("tail") if key.is_cuda else reference
     module.write_tail(key, value, cache, tail_slot_mapping)
 
 
@@ -30,7 +30,10 @@ def omp_encode(
     key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
 ) -> None:
     """Code tokens of this batch or of the tail into the code pages; see `reference.omp_encode`."""
-    module = _triton("omp") if key.is_cuda else reference
+    module: ModuleType = reference
+    if key.is_cuda:
+        cluster = _module("cluster")
+        module = cluster if cluster.takes(key, value, cache, len(source)) else _module("omp")
     module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
 
 
@@ -45,7 +48,7 @@ def sparse_decode(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
-    module = _triton("decode") if query.is_cuda else reference
+    module = _module("decode") if query.is_cuda else reference
     return module.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
 
 
@@ -58,7 +61,7 @@ def reconstruct(
     out_value: Tensor,
 ) -> None:
     """Write tokens of any requests as dense K and V; see `reference.reconstruct`."""
-    module = _triton("history") if cache.code_pages.is_cuda else reference
+    module = _module("history") if cache.code_pages.is_cuda else reference
     module.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
 
 
@@ -71,5 +74,5 @@ def pursue(
     vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of many vectors over several dictionaries; see `reference.pursue`."""
-    module = _triton("pursuit") if vectors.is_cuda else reference
+    module = _module("pursuit") if vectors.is_cuda else reference
     return module.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)

@@ -1,7 +1,7 @@
 """The torch twins: each public operation in the plainest vectorised code that is right, on any device.
 
 They serve an engine without a GPU, so they loop over requests and OMP passes but never over vectors or tokens. All
-arithmetic is float32.
+arithmetic is float32, but for `omp` of float64 vectors, which benchmarks compare with.
 """
 
 import torch
@@ -285,16 +285,17 @@ def omp(vectors: Tensor, atoms: Tensor, sparsity: int, relative_error: float = 0
     is left, or when no atom outside the span of its chosen ones helps.
 
     Args:
-        vectors: [M, D]; rows with NaN or infinity get no atoms.
+        vectors: [M, D]; rows with NaN or infinity get no atoms. float64 is computed in float64, all else in float32.
         atoms: [N, D]; row 0 is the null atom and never chosen.
         sparsity: S, passes.
         relative_error: stop at norm(residual) <= relative_error * norm(vector).
 
-    Returns indices int64 [M, S], 0 where nothing was chosen, and coefficients float32 [M, S], 0 there.
+    Returns indices int64 [M, S], 0 where nothing was chosen, and coefficients [M, S] as computed, 0 there.
     """
-    atoms = atoms.float()
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    atoms = atoms.to(dtype)
     rows = max(1, CHUNK_FLOATS // atoms.shape[0])
-    pieces = [_omp(chunk.float(), atoms, sparsity, relative_error) for chunk in vectors.split(rows)]
+    pieces = [_omp(chunk.to(dtype), atoms, sparsity, relative_error) for chunk in vectors.split(rows)]
     return torch.cat([indices for indices, _ in pieces]), torch.cat([coefficients for _, coefficients in pieces])
 
 

@@ -3,7 +3,7 @@
 import lexico_kernels as ops
 import pytest
 import torch
-from lexico_kernels import CodeLayout, reference
+from lexico_kernels import CodeLayout, cluster, omp, reference
 from lexico_kernels.testing import OMP_ENERGY_RATIO, assert_close, poisoned_cache, random_problem
 
 pytestmark = pytest.mark.gpu
@@ -51,14 +51,15 @@ def energies(cache, destination, key, value):
 
 @pytest.mark.parametrize("count", [1, 3, 63, P, 5 * P + 1])
 @pytest.mark.parametrize(("codec", "S"), CODES)
-def test_omp_encode(codec, S, count):
+@pytest.mark.parametrize("encode", ["product", "triton"])  # the product's choice may be the cluster kernel
+def test_omp_encode(encode, codec, S, count):
     it = layout(codec, S)
     caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     key, value = vectors_like_the_dictionary(count, caches[0])
     source = torch.arange(count, device="cuda", dtype=torch.int32)
     destination = torch.arange(count, device="cuda") + P
     reference.omp_encode(key, value, caches[0], source, destination)
-    ops.omp_encode(key, value, caches[1], source, destination)
+    (ops if encode == "product" else omp).omp_encode(key, value, caches[1], source, destination)
     want, got = (energies(cache, destination, key, value) for cache in caches)
     for mine, twins in zip(got, want, strict=True):
         # One token has eight vectors, where near ties that fall the other way do not average out.
@@ -68,9 +69,18 @@ def test_omp_encode(codec, S, count):
         assert (view[beyond // P, :, beyond % P] == 0xFF).all()
 
 
-@pytest.mark.parametrize(("head_dim", "atoms", "dtype"), [(64, 1024, torch.float16), (128, 4096, torch.float32)])
-def test_omp_encode_shapes(head_dim, atoms, dtype):
-    it = layout("packed16", 15, dtype, Hk=2, head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("head_dim", "atoms", "S", "dtype"),
+    [
+        (64, 1024, 15, torch.float16),
+        (128, 4096, 15, torch.float32),
+        (128, 1024, 1, torch.bfloat16),
+        (128, 3000, 7, torch.bfloat16),  # a cluster of six
+        (64, 4096, 31, torch.bfloat16),
+    ],
+)
+def test_omp_encode_shapes(head_dim, atoms, S, dtype):
+    it = layout("packed16", S, dtype, Hk=2, head_dim=head_dim)
     caches = [poisoned_cache(it, 4, atoms=atoms, dtype=dtype, device="cuda") for _ in range(2)]
     key, value = vectors_like_the_dictionary(200, caches[0])
     source, destination = torch.arange(200, device="cuda", dtype=torch.int32), torch.arange(200, device="cuda") + P
@@ -78,6 +88,26 @@ def test_omp_encode_shapes(head_dim, atoms, dtype):
     ops.omp_encode(key, value, caches[1], source, destination)
     want, got = (energies(cache, destination, key, value) for cache in caches)
     assert all(mine <= OMP_ENERGY_RATIO["many"] * twins for mine, twins in zip(got, want, strict=True)), (got, want)
+
+
+def test_a_vector_has_the_same_code_alone_and_among_many():
+    """By clusters, whichever is dealt what and whoever waits for whom; at once, and again from a graph that skips."""
+    it, count = layout(), 5 * P
+    caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    key, value = vectors_like_the_dictionary(count, caches[0])
+    if not cluster.takes(key, value, caches[0], count):
+        pytest.skip("this GPU has no clusters of thread blocks")
+    source, destination = torch.arange(count, device="cuda", dtype=torch.int32), torch.arange(count, device="cuda") + P
+    ops.omp_encode(key, value, caches[0], source, destination)
+    some = torch.full_like(destination, -1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.omp_encode(key, value, caches[1], source, some)
+    for rows in (range(1), range(1, 40), range(40, count)):
+        some.fill_(-1)
+        some[rows.start : rows.stop] = destination[rows.start : rows.stop]
+        graph.replay()
+    assert torch.equal(caches[0].code_pages, caches[1].code_pages)
 
 
 def test_omp_encode_from_the_tail_is_the_same_code():

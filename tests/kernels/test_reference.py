@@ -74,6 +74,16 @@ def test_residual_energy_is_scikit_learns(atoms, dim, sparsity):
     )
 
 
+def test_float64_stays_float64():
+    """Of three atoms exactly float64 leaves what float32 cannot."""
+    rows = dictionary(100, 64).double()
+    rows[1:] = normalize(rows[1:], dim=1)
+    x = 3 * rows[[5]] - rows[[7]] + 0.5 * rows[[9]]
+    indices, coefficients = reference.omp(x, rows, 4)
+    assert coefficients.dtype == torch.float64
+    assert (x - rebuilt(rows, indices, coefficients)).norm() < 1e-9
+
+
 def test_early_stop_leaves_null_atoms():
     x = torch.zeros(2, 16)
     x[0, :3] = torch.tensor([10.0, 1.0, 0.1])

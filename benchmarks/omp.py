@@ -1,0 +1,203 @@
+"""How good and how fast the pursuit is, on vectors captured from a model and its trained dictionary.
+
+    python benchmarks/omp.py --model DIR --data DIR --dictionary FILE --save VECTORS   # capture, then measure
+    python benchmarks/omp.py --vectors VECTORS --authors DIR --omp-gpu DIR             # needs no model
+
+Through `omp_encode` into real pages, and `pursue`. Quality comes first and a run that fails it stops: residual energy
+over that of OMP in float64 with as many atoms, ours quantized and not against theirs quantized and not. Then rates
+beside cuBLAS, ratios to the authors' `omp_v0` and to the package orthogonal-matching-pursuit-gpu, and the latency of
+one launch. Rows go to benchmarks/results/omp.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lexico_kernels import PARTS, omp_encode, pursue, reference
+from lexico_kernels.cache import LayerCache
+from lexico_kernels.timing import milliseconds
+from omp_latency import record_latencies
+from omp_peers import Authors, OmpGpu, float64_energies
+from omp_vectors import CapturedLayer, capture_vectors, load_vectors
+from record import RESULTS, record
+from torch import Tensor
+
+SOURCES = ("books", "textbooks", "docs", "math", "code")
+MATMUL = 8192
+MOST_ENERGY = 1.05  # over float64's; more is a fault, not a measurement
+DECODED_TOKENS = 8192  # at once, to bound memory
+
+
+def matmul_tflops() -> float:
+    """TFLOP/s of cuBLAS, 8,192 cubed in bf16."""
+    a, b = torch.randn(2, MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16)
+    return 2 * MATMUL**3 / milliseconds(lambda: a @ b) / 1e9
+
+
+def encoding(layer: CapturedLayer, sparsity: int) -> tuple[LayerCache, Callable[[], None]]:
+    """Pages, and a call that codes all of the layer's vectors into them."""
+    cache, tokens = layer.cache(sparsity), layer.vectors.shape[1]
+    source = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    destination = source.long() + cache.layout.block_tokens
+    key, value = layer.vectors
+    return cache, lambda: omp_encode(key, value, cache, source, destination)
+
+
+def stored_energy(layer: CapturedLayer, cache: LayerCache, part: str) -> float:
+    """Residual energy of a part's records in the pages."""
+    it, vectors, lost = cache.layout, layer.vectors[PARTS.index(part)], 0.0
+    views = [view for _, view in reference.field_views(cache.code_pages, it, part)]
+    for tokens in torch.arange(len(vectors), device="cuda").split(DECODED_TOKENS):
+        at = tokens + it.block_tokens
+        records = torch.cat([view[at // it.block_tokens, :, at % it.block_tokens] for view in views], -1)
+        back = reference.decode_heads(records, cache.codebook(part), it, part, vectors.dtype)
+        lost += float((back.double() - vectors[tokens].double()).square().sum())
+    return lost
+
+
+def groups(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
+    """Centred vectors [2 Hk, T, D] float32 and atoms [2 Hk, N, D], keys' heads first."""
+    vectors: list[Tensor] = []
+    atoms: list[Tensor] = []
+    for own, part in zip(layer.vectors, PARTS, strict=True):
+        vectors += (own.float() - layer.means[part]).unbind(1)
+        atoms += layer.atoms[part].expand(own.shape[1], -1, -1).unbind(0)
+    return torch.stack(vectors), torch.stack(atoms)
+
+
+def measure_quality(layer: CapturedLayer, sparsity: int, case: dict[str, Any], out: Path) -> None:
+    """Energy ratios of each part, printed and recorded; AssertionError if one is far off."""
+    cache, encode = encoding(layer, sparsity)
+    encode()
+    vectors, atoms = groups(layer)
+    _, _, residual = pursue(vectors, atoms, sparsity)
+    heads = layer.vectors.shape[2]
+    for at, part in enumerate(PARTS):
+        rows = range(at * heads, (at + 1) * heads)
+        levels = cache.codebook(part).levels
+        # As the pages' vectors are: what the model's precision keeps of them, less the mean in float64.
+        centred = layer.vectors[at].double() - layer.means[part].double()
+        pairs = [float64_energies(centred[:, row - rows[0]], atoms[row], sparsity, levels) for row in rows]
+        exact, quantized = (sum(energies) for energies in zip(*pairs, strict=True))
+        own = {
+            "quantized": stored_energy(layer, cache, part),
+            "unquantized": float(residual[rows[0] : rows[-1] + 1].double().square().sum()),
+        }
+        energy = float(centred.square().sum())
+        compared = (("quantized", "quantized"), ("quantized", "unquantized"), ("unquantized", "unquantized"))
+        for ours, theirs in compared:
+            value, peer = own[ours] / energy, (quantized if theirs == "quantized" else exact) / energy
+            words = {"part": part, "ours": ours, "float64": theirs}
+            row = record("omp", case | words, "residual_energy", value, "OMP in float64", peer, folder=out)
+            print(f"S {sparsity} {part}: {ours} over float64 {theirs} {row['ratio']:.5f}, energy lost {value:.4f}")
+            # Quantizing costs a few percent; like with like must agree.
+            assert ours != theirs or row["ratio"] < MOST_ENERGY, "the pursuit is not right"
+
+
+def measure_rates(layer: CapturedLayer, sparsity: int, case: dict[str, Any], out: Path) -> float:
+    """Vectors a second of both operations, recorded with cuBLAS's rate; returns that of omp_encode."""
+    matmul = matmul_tflops()
+    record("omp", case | {"size": MATMUL}, "matmul_tflops", matmul, folder=out)
+    _, encode = encoding(layer, sparsity)
+    vectors, atoms = groups(layer)
+    count, flops = vectors.shape[0] * vectors.shape[1], 2 * atoms.shape[1] * atoms.shape[2] * sparsity
+    rates = {}
+    for name, call in (("omp_encode", encode), ("pursue", lambda: pursue(vectors, atoms, sparsity))):
+        rates[name] = count / milliseconds(call) * 1e3
+        words = case | {"operation": name}
+        record("omp", words, "vectors_per_second", rates[name], folder=out)
+        row = record("omp", words, "correlation_tflops", rates[name] * flops / 1e12, "cuBLAS bf16", matmul, folder=out)
+        print(f"S {sparsity} {name}: {rates[name] / 1e6:.2f} M vectors/s, {row['value']:.0f} TFLOP/s of correlations, "
+              f"{row['ratio']:.1%} of cuBLAS's {matmul:.0f}")  # fmt: skip
+    return rates["omp_encode"]
+
+
+def measure_peer(peer: Any, layer: CapturedLayer, sparsity: int, case: dict[str, Any], rate: float, args: Any) -> None:
+    """Our rate over a peer's on the same vectors, or as many of each head as were asked for."""
+    vectors, atoms = groups(layer)
+    vectors = vectors[:, : -(-args.peer_vectors // len(vectors))]
+    books = [peer.prepare(own) for own in atoms]
+    codes = [peer.code(book, own, sparsity) for book, own in zip(books, vectors, strict=True)]
+    lost = sum(
+        float((own - peer.rebuild(book, code)).double().square().sum())
+        for own, book, code in zip(vectors, atoms, codes, strict=True)
+    ) / float(vectors.double().square().sum())
+    del codes
+
+    def run() -> None:
+        for book, own in zip(books, vectors, strict=True):
+            peer.code(book, own, sparsity)
+
+    count = vectors.shape[0] * vectors.shape[1]
+    theirs = count / milliseconds(run, repeats=3) * 1e3
+    words = case | {"peer_vectors": count, "peer_energy_lost": round(lost, 5)}
+    record("omp", words, "vectors_per_second", rate, peer.name, theirs, folder=args.out)
+    record("omp", words | {"peer": peer.name}, "speedup", rate / theirs, folder=args.out)
+    print(f"S {sparsity} {peer.name}: {theirs / 1e3:.1f} k vectors/s on {count} vectors, energy lost {lost:.4f}; "
+          f"ours is {rate / theirs:.0f} times as fast")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """All of it."""
+    if args.vectors:
+        layer = load_vectors(args.vectors)
+    else:
+        files = [args.data / f"train_{name}.jsonl.xz" for name in SOURCES]
+        layer = capture_vectors(args.model, files, args.dictionary, args.layer, args.count, "cuda")
+        if args.save:
+            layer.save(args.save)
+    layer = layer.to("cuda")
+    T, Hk, D = layer.vectors.shape[1:]
+    atoms = layer.atoms["key"]
+    common = layer.words | {
+        "vectors": 2 * T * Hk, "head_dim": D, "atoms": atoms.shape[1], "shared": len(atoms) == 1,
+        "dtype": str(layer.vectors.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    peers: list[Any] = [Authors(args.authors)] if args.authors else []
+    peers += [OmpGpu(args.omp_gpu)] if args.omp_gpu else []
+    for sparsity in args.sparsities:
+        case = common | {"sparsity": sparsity}
+        measure_quality(layer, sparsity, case, args.out)
+        rate = measure_rates(layer, sparsity, case, args.out)
+        for peer in peers:
+            try:
+                measure_peer(peer, layer, sparsity, case, rate, args)
+            except (RuntimeError, ValueError) as error:  # a peer's failure is its own
+                print(f"S {sparsity} {peer.name} failed: {error}", file=sys.stderr)
+            torch.cuda.empty_cache()
+        record_latencies(layer, sparsity, common | {"sparsity": sparsity}, args.out)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--vectors", type=Path, help="a file that --save wrote; instead of the next three")
+    parser.add_argument("--model", help="a checkpoint's folder or hub id")
+    parser.add_argument("--data", type=Path, help=f"folder of train_*.jsonl.xz: {', '.join(SOURCES)}")
+    parser.add_argument("--dictionary", type=Path, help="the model's, from `vllm-lexico train`")
+    parser.add_argument("--layer", type=int, default=14, help="(default: %(default)s)")
+    parser.add_argument("--count", type=int, default=131_072, help="vectors, K and V together (default: %(default)s)")
+    parser.add_argument("--save", type=Path, help="file to keep the captured vectors and dictionary in")
+    parser.add_argument("--sparsities", type=int, nargs="+", default=[15, 7])
+    parser.add_argument("--authors", type=Path, metavar="DIR", help="checkout of krafton-ai/lexico")
+    parser.add_argument("--omp-gpu", type=Path, metavar="DIR", help="source of orthogonal-matching-pursuit-gpu")
+    parser.add_argument("--peer-vectors", type=int, default=131_072, help="for the peers (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="of results (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.vectors and not (args.model and args.data and args.dictionary):
+        parser.error("give --vectors, or --model, --data and --dictionary")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        run(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"omp.py: {error}")

@@ -1,0 +1,152 @@
+"""omp_encode of few vectors on CUDA devices with thread block clusters: the whole of a dictionary stays on chip.
+
+A launch in Triton (`omp.py`) streams the dictionary from L2 in every pass of every tile, and a pass of few vectors
+takes as long as one of thousands. Here the blocks of a cluster hold the dictionary in parts and every vector meets all
+of them; `cuda/cluster_omp.cu` says how. What it does not take, `omp.py` does.
+"""
+
+from functools import cache as once
+
+import torch
+from torch import Tensor
+
+from lexico_kernels import nvrtc, reference
+from lexico_kernels.cache import LayerCache
+from lexico_kernels.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS
+from lexico_kernels.layout import PARTS, CodeLayout
+
+FILES, NAME = ("cluster_primitives.cu", "cluster_omp.cu"), "cluster_omp"
+MIN_CAPABILITY = (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+THREADS, WARPS = 512, 16
+BLOCK_ATOMS = 512  # in the registers of a block; so a cluster has at most eight, and more would not be portable
+WINDOW = 2048  # entries looked through at a time
+UNIT = 32  # vectors that are correlated at a time
+DEALT = 8  # vectors that a cluster gets at a time, as many as one product has columns
+
+
+def takes(key: Tensor, value: Tensor, cache: LayerCache, entries: int) -> bool:
+    """Whether `omp_encode` here can code `entries` tokens of such a cache, and should."""
+    vectors = 2 * entries * cache.layout.num_kv_heads
+    return vectors <= CLUSTER_VECTORS and fits(key, value, cache) and _on_device(key.get_device())
+
+
+def fits(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether the kernel is made for such a cache and such tokens."""
+    tensors = (key, value, cache.tail_pages, cache.key.atoms, cache.value.atoms)
+    if cache.layout.codec != "packed16" or cache.layout.head_dim not in HEAD_DIMS:
+        return False
+    if key.dtype not in DTYPES or any(tensor.dtype != key.dtype for tensor in tensors):
+        return False
+    # A lane loads 8 bytes of a row of 128 numbers at once, and 16 of an atom.
+    strides = [stride for tokens in (key, value) for stride in tokens.stride()[:2]] + [cache.tail_pages.stride(0)]
+    return (
+        key.stride(2) == value.stride(2) == 1
+        and all(stride % 4 == 0 for stride in strides)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors[3:])
+        and all(tensor.data_ptr() % 8 == 0 for tensor in tensors[:3])
+    )
+
+
+@once
+def _on_device(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY and nvrtc.available(device)
+
+
+def cluster_blocks(atoms: int) -> int:
+    """Blocks of a cluster that hold so many atoms."""
+    return -(-atoms // BLOCK_ATOMS)
+
+
+def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool) -> dict[str, int]:
+    """The kernel's macros.
+
+    Args:
+        layout: of the pages, "packed16".
+        atoms: N of keys and values.
+        strides: numbers from one head's atoms to the next one's, of keys and values.
+        half: whether atoms and tokens are float16, not bfloat16.
+    """
+    sparsity = max(layout.key_sparsity, layout.value_sparsity)
+    blocks = cluster_blocks(max(atoms))
+    owned = next(row.owned for row in CLUSTER if sparsity <= row.max_sparsity)
+    macros = {
+        "D": layout.head_dim,
+        "HALF": int(half),
+        "CLUSTER": blocks,
+        "OWNED": owned,
+        "MAX_S": sparsity,
+        "P": layout.block_tokens,
+        "R": layout.tail_tokens,
+        "HEAD_BYTES": layout.head_bytes,
+        "SHARED_BYTES": shared_bytes(layout.head_dim, blocks, owned, sparsity),
+    }
+    for part, count, stride in zip(PARTS, atoms, strides, strict=True):
+        address = layout.address(part)
+        fields = {
+            "SPARSITY": address.sparsity,
+            "ATOMS": count,
+            "STRIDE": stride,
+            "SCALE_OFFSET": address.scale_offset,
+            "SCALE_STRIDE": address.scale_stride,
+            "INDEX_OFFSET": address.index_offset,
+            "INDEX_STRIDE": address.index_stride,
+        }
+        macros |= {f"{part.upper()}_{name}": number for name, number in fields.items()}
+    return macros
+
+
+def shared_bytes(head_dim: int, blocks: int, owned: int, sparsity: int) -> int:
+    """Shared memory of a block; the kernel asserts that it counts the same."""
+    row_bytes, padded = 2 * head_dim, 16 if sparsity <= 16 else 32
+    rows = blocks * owned + 2 * owned + owned * sparsity + padded - sparsity
+    words = owned * (blocks * WARPS + head_dim + sparsity * (padded + 1) + 64 + 2) + 32 + 4 * WARPS
+    arrivals = owned + -(-blocks * owned // UNIT)
+    unaligned = rows * row_bytes + 4 * words + 8 * arrivals + 2 * WINDOW
+    return -(-unaligned // 16) * 16
+
+
+@once
+def _kernel(
+    device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
+) -> nvrtc.Kernel:
+    macros = defines(layout, atoms, strides, half)
+    return nvrtc._load(source_text(), NAME, device, macros["SHARED_BYTES"], macros)
+
+
+def source_text() -> str:
+    """The kernel's translation unit."""
+    return "\n".join((nvrtc.SOURCES / file).read_text(encoding="utf-8") for file in FILES)
+
+
+def omp_encode(
+    key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
+) -> None:
+    """CUDA C++ version of `reference.omp_encode`, of what `fits`."""
+    layout, M = cache.layout, source.shape[0]
+    if M == 0:
+        return
+    books = (cache.key, cache.value)
+    atoms = (cache.key.num_atoms, cache.value.num_atoms)
+    strides = (cache.key.head_stride, cache.value.head_stride)
+    kernel = _kernel(key.get_device(), layout, atoms, strides, key.dtype == torch.float16)
+    rows, blocks = 2 * layout.num_kv_heads, cluster_blocks(max(atoms))
+    clusters = max(1, min(CLUSTER_BLOCKS // (rows * blocks), -(-M // DEALT)))
+    kernel.launch(
+        (clusters * blocks, rows, 1),
+        THREADS,
+        key,
+        *map(nvrtc.Int64, key.stride()[:2]),
+        value,
+        *map(nvrtc.Int64, value.stride()[:2]),
+        cache.tail_pages,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        *(tensor for book in books for tensor in (book.atoms, book.levels, book.mean)),
+        cache.code_pages,
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        M,
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+    )

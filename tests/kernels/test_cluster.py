@@ -1,0 +1,253 @@
+"""omp_encode by clusters against its twin, in poisoned memory: compiled where there is a GPU, else run on the CPU.
+
+On a CPU `cuda_on_cpu.h` runs the kernel's source thread by thread, in random order.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lexico_kernels import CodeLayout, RequestTables, cluster, nvrtc, reference
+from lexico_kernels.testing import OMP_ENERGY_RATIO, poisoned_cache
+from torch import Tensor
+
+P = 32
+FOLDER = Path(__file__).parent
+SEED = 1  # of the order in which threads go on
+
+
+class OnCpu:
+    """Stands in for `nvrtc.Kernel`: the same source, compiled by g++."""
+
+    def __init__(self, folder, macros):
+        flags = [f"-D{name}={value}" for name, value in sorted(macros.items())]
+        flags += [
+            f'-DSOURCE="{nvrtc.SOURCES / cluster.FILES[-1]}"',
+            "-std=c++17",
+            "-O2",
+            "-U_FORTIFY_SOURCE",
+            "-w",
+            "-shared",
+            "-fPIC",
+        ]
+        path = folder / f"{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            subprocess.run(["g++", *flags, FOLDER / "cluster_omp_on_cpu.cpp", "-o", path], check=True)
+        self.library = ctypes.CDLL(str(path))
+
+    def launch(self, grid, threads, *arguments):
+        kinds = {nvrtc.Int64: ctypes.c_longlong, int: ctypes.c_int, float: ctypes.c_float}
+        values = [
+            ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments
+        ]  # fmt: skip
+        self.library.launch(grid[0], grid[1], SEED, *values)
+
+
+@pytest.fixture(autouse=True)
+def kernel(device, monkeypatch, tmp_path_factory):
+    """Without a GPU, the kernel on the CPU."""
+    if device == "cuda":
+        if not cluster._on_device(0):
+            pytest.skip("this GPU has no clusters of thread blocks")
+        return
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(cluster, "_kernel", lambda device, *shape: OnCpu(folder, cluster.defines(*shape)))
+
+
+def layout(D=64, Hk=2, S=(5, 4), **kwargs):
+    return CodeLayout(D, Hk, *S, block_tokens=P, **kwargs)
+
+
+def tokens(count, it, dtype, device, seed=0):
+    """K and V as rows of a wider buffer, as a fused QKV projection leaves them."""
+    wide = torch.randn(count, 3 * it.num_kv_heads, it.head_dim, generator=torch.Generator().manual_seed(seed))
+    wide = wide.to(device, dtype)
+    return wide[:, : it.num_kv_heads], wide[:, it.num_kv_heads : 2 * it.num_kv_heads]
+
+
+def records(cache, slots, part):
+    return [view[slots // P, :, slots % P] for _, view in reference.field_views(cache.code_pages, cache.layout, part)]
+
+
+def residual_energy(cache, slots, vectors, part):
+    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D]."""
+    fields = torch.cat(records(cache, slots, part), -1)
+    back = reference.decode_heads(fields, cache.codebook(part), cache.layout, part, cache.tail_pages.dtype)
+    return (back - vectors.float()).square().sum(-1)
+
+
+def check_encode(it, count, device, dtype=torch.float16, atoms=200, relative_error=0.0, pages=10):
+    """Some entries come from the tail, some are skipped; all other bytes must stay poison."""
+    caches = [poisoned_cache(it, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
+    key, value = tokens(count, it, dtype, device)
+    assert cluster.fits(key, value, caches[1])
+    source = torch.arange(count, dtype=torch.int32)
+    from_tail = source[::3][: 6 * it.tail_tokens]
+    slots = torch.arange(len(from_tail)) + it.tail_tokens
+    destination = torch.arange(count) + 2 * P + 3
+    destination[1::7] = torch.tensor([-1, 0, P - 1]).repeat(count)[: len(destination[1::7])]
+    for cache in caches:
+        reference.write_tail(key[from_tail.long()], value[from_tail.long()], cache, slots.to(device))
+    source[from_tail.long()] = (-1 - slots).int()
+    entries = source.to(device), destination.to(device)
+    reference.omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
+    cluster.omp_encode(key, value, caches[1], *entries, relative_error=relative_error)
+    kept = (destination >= P).to(device)
+    for part, vectors in (("key", key), ("value", value)):
+        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
+        assert got.isfinite().all()
+        assert float(got.sum()) <= OMP_ENERGY_RATIO["few"] * float(want.sum())
+        assert float(want.sum()) <= OMP_ENERGY_RATIO["few"] * float(got.sum())
+    assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
+    skipped = torch.arange(2 * P, pages * P)
+    skipped = skipped[~torch.isin(skipped, destination)].to(device)
+    for part in ("key", "value"):
+        assert all((record == 0xFF).all() for record in records(caches[1], skipped, part))
+    assert (caches[1].code_pages[:, it.page_bytes :] == 0xFF).all()
+    return caches
+
+
+@pytest.mark.parametrize("count", [1, 63, P - 1, P, P + 1])
+def test_sizes(count, device):
+    check_encode(layout(), count, device)
+
+
+@pytest.mark.parametrize(
+    ("D", "S", "dtype", "atoms"),
+    [
+        (128, (7, 3), torch.bfloat16, 513),  # a cluster of two blocks, the second with one atom
+        (128, (15, 15), torch.bfloat16, 256),
+        (64, (1, 1), torch.float16, 64),
+        (64, (9, 17), torch.bfloat16, 130),
+        (128, (31, 2), torch.float16, 300),
+        (64, (3, 3), torch.float16, 1),  # the null atom alone
+    ],
+)
+def test_shapes(D, S, dtype, atoms, device):
+    check_encode(layout(D, 1, S), 60, device, dtype, atoms)
+
+
+def test_several_tiles_and_clusters(device, monkeypatch):
+    """More tokens than a tile has, from several clusters, over more than one window of entries."""
+    monkeypatch.setattr(cluster, "CLUSTER_BLOCKS", 4)
+    it = layout(64, 1, (2, 2))
+    assert min(4 // 2, 70 // cluster.DEALT) == 2
+    check_encode(it, 70, device)
+    cache = poisoned_cache(it, 4, atoms=64, dtype=torch.float16, device=device)
+    key, value = tokens(3, it, torch.float16, device)
+    destination = torch.full((2 * cluster.WINDOW + 5,), -1, device=device)
+    source = torch.full_like(destination, -9999, dtype=torch.int32)
+    for row, entry in enumerate((7, cluster.WINDOW + 600, 2 * cluster.WINDOW + 4)):
+        destination[entry], source[entry] = P + row, row
+    cluster.omp_encode(key, value, cache, source, destination)
+    alone = poisoned_cache(it, 4, atoms=64, dtype=torch.float16, device=device)
+    cluster.omp_encode(key, value, alone, source[source >= 0], destination[destination > 0])
+    assert torch.equal(cache.code_pages, alone.code_pages)
+
+
+def test_a_vector_has_the_same_code_in_every_batch(device):
+    it = layout(64, 2, (4, 4))
+    caches = [poisoned_cache(it, 4, atoms=100, dtype=torch.float16, device=device) for _ in range(2)]
+    key, value = tokens(40, it, torch.float16, device)
+    at = torch.arange(40, device=device)
+    cluster.omp_encode(key, value, caches[0], at.int(), at + P)
+    cluster.omp_encode(key, value, caches[1], at[17:18].int(), at[17:18] + P)
+    for part in ("key", "value"):
+        both = [torch.cat(records(cache, at[17:18] + P, part), -1) for cache in caches]
+        assert torch.equal(*both)
+
+
+def test_stops_early(device):
+    it = layout(64, 2, (12, 12))
+    caches = check_encode(it, 20, device, relative_error=0.6)
+    used = [int((records(c, torch.tensor([2 * P + 5], device=device), "key")[1].view(torch.int16) != 0).sum())
+            for c in caches]  # fmt: skip
+    assert 0 < used[1] < 2 * 12
+    assert abs(used[0] - used[1]) <= 2
+
+
+def test_odd_vectors(device):
+    """Zero, NaN, infinite, huge and tiny vectors, and some that a single atom describes."""
+    it = layout(64, 2, (6, 6))
+    cache = poisoned_cache(it, 4, atoms=64, dtype=torch.bfloat16, device=device)
+    key = torch.zeros(10, 2, 64, device=device, dtype=torch.bfloat16)
+    key[0, 0, 3], key[1, 0, 3], key[2, 0, 3] = float("nan"), float("inf"), float("-inf")
+    key[3], key[4] = 3e38, 1e30
+    key[5] = (2 * cache.key.atoms[:, 7].float() + cache.key.mean).bfloat16()
+    cache.key.mean.copy_(cache.key.mean.bfloat16())  # so that a vector can be the mean
+    key[6] = cache.key.mean.bfloat16()
+    at = torch.arange(10, device=device)
+    cluster.omp_encode(key, key, cache, at.int(), at + P)
+    tables = RequestTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in ([[1]], [[0] * P], [0], [P])))
+    out_key, out_value = torch.full((2, 10, 2, 64), float("nan"), device=device)
+    reference.reconstruct(cache, tables, 0, 0, 10, out_key, out_value)
+    for token, head in ((0, 0), (1, 0), (2, 0), (6, 0), (6, 1)):
+        torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
+    assert out_key.isfinite().all()
+    torch.testing.assert_close(out_key[5], key[5].float(), rtol=2e-2, atol=2e-2)
+
+
+def test_duplicate_atoms(device):
+    it = layout(64, 1, (16, 16))
+    cache = poisoned_cache(it, 4, atoms=65, dtype=torch.float16, device=device)
+    for book in (cache.key, cache.value):
+        book.atoms[:, 33:65] = book.atoms[:, 1:33]
+    key, value = tokens(20, it, torch.float16, device)
+    at = torch.arange(20, device=device)
+    cluster.omp_encode(key, value, cache, at.int(), at + P)
+    centred = key.float() - cache.key.mean
+    assert (residual_energy(cache, at + P, key, "key") <= centred.square().sum(-1) * 1.001).all()
+
+
+def test_skips_everything(device):
+    it = layout()
+    cache = poisoned_cache(it, 3, atoms=64, dtype=torch.float16, device=device)
+    key, value = tokens(5, it, torch.float16, device)
+    nowhere = torch.tensor([-1, 0, P - 1, -5, 3], device=device)
+    cluster.omp_encode(key, value, cache, torch.full((5,), -9999, dtype=torch.int32, device=device), nowhere)
+    cluster.omp_encode(key[:0], value[:0], cache, torch.zeros(0, dtype=torch.int32, device=device), nowhere[:0])
+    assert (cache.code_pages == 0xFF).all()
+
+
+def test_what_it_does_not_take(device):
+    """Then the Triton kernel codes: other codecs, precisions and head sizes, rows that 8 bytes do not divide."""
+    for it, dtype in (
+        (layout(codec="paper"), torch.float16),
+        (layout(96), torch.float16),
+        (layout(element_bytes=4), torch.float32),
+    ):
+        cache = poisoned_cache(it, 2, atoms=64, dtype=dtype, device=device)
+        assert not cluster.fits(*tokens(2, it, dtype, device), cache)
+    it = layout()
+    cache = poisoned_cache(it, 2, atoms=64, dtype=torch.float16, device=device)
+    key, value = tokens(2, it, torch.float16, device)
+    assert cluster.fits(key, value, cache) and not cluster.fits(key.bfloat16(), value, cache)
+    odd = torch.zeros(2, 2 * 64 + 1, device=device, dtype=torch.float16)[:, :128].view(2, 2, 64)
+    assert not cluster.fits(odd, value, cache)
+
+
+@pytest.mark.parametrize(
+    ("D", "S", "atoms", "half"),
+    [
+        (128, 15, 4096, False),
+        (128, 7, 4096, True),
+        (128, 31, 4096, False),
+        (128, 1, 1024, False),
+        (64, 15, 1024, True),
+        (64, 31, 3000, False),
+    ],
+)
+def test_compiles_for_an_h100(D, S, atoms, half, monkeypatch, tmp_path):
+    """By the compiler that serving uses, which needs no GPU; and with shared memory that a block can have."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = cluster.defines(CodeLayout(D, 8, S, S), (atoms, atoms), (atoms * D, 0), half)
+    assert macros["SHARED_BYTES"] <= 232448
+    assert cluster.NAME.encode() in nvrtc.compile_source(cluster.source_text(), "sm_90a", macros)
