@@ -145,15 +145,15 @@ def multiply_bins(
         atom = first + tl.arange(0, TILE)
         bins = tl.zeros([TILE, COLUMNS], tl.float32)
         for first_part in range(0, most, PARTS_AT_ONCE):
-            part = first_part + several
-            exists = (part[:, None] < parts[None, :]) & (g < G)[None, :]
-            place = (row * PARTS)[None, :] + part[:, None]
-            at = stats_ptr + place * ROW + g[None, :]
-            worth = tl.load(at + 2 * stats_stride, mask=exists, other=0.0)
-            worth *= tl.where(exists, tl.exp2(tl.load(at, mask=exists, other=0.0) - top[None, :]), 0.0)
+            some = first_part + several
+            used = (some[:, None] < parts[None, :]) & (g < G)[None, :]
+            place = (row * PARTS)[None, :] + some[:, None]
+            stat = stats_ptr + place * ROW + g[None, :]
+            worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
+            worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top[None, :]), 0.0)
             worth = worth / tl.where(unit > 0, unit, 1.0)[None, :] * BIN_SHRINK
             source = bins_ptr + (place[:, None, :] * N + atom[None, :, None]) * ROW + g[None, None, :]
-            values = tl.load(source, mask=exists[:, None, :] & (atom < N)[None, :, None], other=0.0)
+            values = tl.load(source, mask=used[:, None, :] & (atom < N)[None, :, None], other=0.0)
             bins += tl.sum(values.to(tl.float32) * worth[:, None, :], 0)
         mask = (dims < D)[:, None] & (atom < N)[None, :]
         atoms = tl.load(
