@@ -152,4 +152,6 @@ def constants(shape: Shape, launch: TableLaunch, page_alignment: int, limit_byte
 def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_tokens: int) -> int:
     """Most scratch that a step of that many tokens takes, whatever its dictionaries; contexts reach `max_tokens`."""
     shape = shape_for(layout, num_heads, MAX_ATOMS, MAX_ATOMS, max_tokens, NO_LIMIT_BYTES)
-    return min(num_tokens, shape.slice_tokens()) * shape.token_bytes() if shape else 0
+    if shape is None:
+        return 0
+    return min(num_tokens * shape.token_bytes(), max(TABLE_SCRATCH_BYTES, shape.token_bytes()))

@@ -183,3 +183,13 @@ def test_the_kernel_compiles(case, arch):
 
 def test_columns_hold_whole_tokens():
     assert TABLE_MATMUL.columns % table_shape.MAX_GROUP == 0
+
+
+def test_scratch_is_bounded_and_covers_what_is_taken():
+    it = CodeLayout(128, 8, 15, 15)
+    for tokens in (1, 16, 1024):
+        for context in (2048, 131072, 1 << 20):
+            reserved = table_shape.scratch_bytes(it, 32, tokens, context)
+            shape = table_shape.shape_for(it, 32, 4096, 1024, context, SHARED_BYTES)
+            assert min(tokens, shape.slice_tokens()) * shape.token_bytes() <= reserved
+            assert reserved <= max(table_shape.TABLE_SCRATCH_BYTES, table_shape.scratch_bytes(it, 32, 1, context))

@@ -28,6 +28,7 @@ constexpr int TABLE_BYTES = (KEY_ATOMS * ROW * 2 + 15) / 16 * 16;
 constexpr float NO_SCORE = -1e30f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
 constexpr float FULL_SCALE = 2.1e9f;
+constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
 constexpr float BIN_TO_HALF = 1.0f / 32768;
 
 template <int S>
@@ -317,15 +318,17 @@ __device__ void store_bins(const int* bins, char* out) {
       ((u16*)out)[atom] = (u16)floats_to_halves(value[0], 0.0f);
     } else {
 #pragma unroll
-      for (int p = 0; p < ROW / 2; p++) ((u32*)out)[atom * (ROW / 2) + p] = floats_to_halves(value[2 * p], value[2 * p + 1]);
+      for (int p = 0; p < ROW / 2; p++) {
+        ((u32*)out)[atom * (ROW / 2) + p] = floats_to_halves(value[2 * p], value[2 * p + 1]);
+      }
     }
   }
 }
 
 // grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
-// table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score in
-// base 2. Per part as well: bins_out halves [VALUE_ATOMS][ROW]; stats [3][...][ROW]: largest score, sum of weights relative to
-// it, and the worth of a unit of bins_out.
+// table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
+// in base 2. Per part as well: bins_out halves [VALUE_ATOMS][ROW]; stats [3][...][ROW]: largest score, sum of weights
+// relative to it, and the worth of a unit of bins_out.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
                  const char* code_pages, long long page_stride, const char* table, const float* query_scale,
@@ -407,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
   block_reduce<false>(total, scratch);
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, 1e-30f);
+  for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
   keep_levels(levels, level_words[1], lane);
   ValueRecord value = load_value(tokens, LANES == 1 ? thread : tokens.count);
