@@ -11,6 +11,7 @@ from lexico_kernels.layout import MAX_ATOMS, PARTS, CodeLayout
 
 MAX_GROUP = 8  # query heads that one pass over the codes can serve
 NO_LIMIT_BYTES = 1 << 30
+MAX_GRID_ROWS = 65535  # CUDA's limit on a grid's second axis
 
 
 def divide_up(count: int, size: int) -> int:
@@ -84,7 +85,7 @@ class Shape:
 
     def slice_tokens(self) -> int:
         """Tokens that are done at a time."""
-        return max(1, TABLE_SCRATCH_BYTES // self.token_bytes())
+        return max(1, min(TABLE_SCRATCH_BYTES // self.token_bytes(), MAX_GRID_ROWS // self.blocks))
 
 
 def max_parts(max_tokens: int) -> int:

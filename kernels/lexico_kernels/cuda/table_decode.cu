@@ -28,6 +28,7 @@ constexpr int TABLE_BYTES = (KEY_ATOMS * ROW * 2 + 15) / 16 * 16;
 constexpr float NO_SCORE = -1e30f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
 constexpr float FULL_SCALE = 2.1e9f;
+constexpr float FULL_LEVEL = 32767;
 constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
 constexpr float BIN_TO_HALF = 1.0f / 32768;
 
@@ -79,8 +80,7 @@ __device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
 
 __device__ float half_to_float(u32 pair, int which) {
   float out;
-  asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, %2;}"
-      : "=f"(out) : "r"(pair), "h"((u16)(which ? pair >> 16 : pair & 0xffff)));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"((u16)(which ? pair >> 16 : pair & 0xffff)));
   return out;
 }
 
@@ -366,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   for (int i = 0; i < NUM_LEVELS; i++) largest_level = fmaxf(largest_level, fabsf(value_levels[i]));
   if (thread < NUM_LEVELS) {
     const u32 half = floats_to_halves(key_levels[thread], key_levels[thread]);
-    const int fixed = __float2int_rn(value_levels[thread] / largest_level * 32767);
+    const int fixed = __float2int_rn(value_levels[thread] / largest_level * FULL_LEVEL);
     level_words[0][thread] = half;
     level_words[1][thread] = (u32)fixed << 16;
   }
@@ -435,6 +435,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     float* out = stats + place_out * ROW + g;
     out[0] = top[g];
     out[statistics] = total[g];
-    out[2 * statistics] = 2 * largest_level / (scale[g] * BIN_TO_HALF);
+    out[2 * statistics] = 65536 / FULL_LEVEL * largest_level / (scale[g] * BIN_TO_HALF);
   }
 }
