@@ -49,23 +49,23 @@ def encoding(layer: CapturedLayer, sparsity: int) -> tuple[LayerCache, Callable[
 
 
 def stored_energy(layer: CapturedLayer, cache: LayerCache, part: str) -> float:
-    """Residual energy of a part's records in the pages."""
+    """Residual energy of a part's records in the pages, stretch taken off."""
     it, vectors, lost = cache.layout, layer.vectors[PARTS.index(part)], 0.0
     views = [view for _, view in reference.field_views(cache.code_pages, it, part)]
     for tokens in torch.arange(len(vectors), device="cuda").split(DECODED_TOKENS):
         at = tokens + it.block_tokens
         records = torch.cat([view[at // it.block_tokens, :, at % it.block_tokens] for view in views], -1)
         back = reference.decode_heads(records, cache.codebook(part), it, part, vectors.dtype)
-        lost += float((back.double() - vectors[tokens].double()).square().sum())
+        lost += float(((back.double() - vectors[tokens].double()) / layer.stretches[part]).square().sum())
     return lost
 
 
 def groups(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
-    """Centred vectors [2 Hk, T, D] float32 and atoms [2 Hk, N, D], keys' heads first."""
+    """Centred and stretched vectors [2 Hk, T, D] float32 and atoms [2 Hk, N, D], keys' heads first."""
     vectors: list[Tensor] = []
     atoms: list[Tensor] = []
     for own, part in zip(layer.vectors, PARTS, strict=True):
-        vectors += (own.float() - layer.means[part]).unbind(1)
+        vectors += ((own.float() - layer.means[part]) / layer.stretches[part]).unbind(1)
         atoms += layer.atoms[part].expand(own.shape[1], -1, -1).unbind(0)
     return torch.stack(vectors), torch.stack(atoms)
 
@@ -81,7 +81,7 @@ def measure_quality(layer: CapturedLayer, sparsity: int, case: dict[str, Any], o
         rows = range(at * heads, (at + 1) * heads)
         levels = cache.codebook(part).levels
         # As the pages' vectors are: what the model's precision keeps of them, less the mean in float64.
-        centred = layer.vectors[at].double() - layer.means[part].double()
+        centred = (layer.vectors[at].double() - layer.means[part].double()) / layer.stretches[part].double()
         pairs = [float64_energies(centred[:, row - rows[0]], atoms[row], sparsity, levels) for row in rows]
         exact, quantized = (sum(energies) for energies in zip(*pairs, strict=True))
         own = {

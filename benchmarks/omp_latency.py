@@ -50,7 +50,7 @@ def record_latencies(captured: CapturedLayer, sparsity: int, case: dict[str, Any
     for shared in (False, True):
         for dictionary, copies in COPIES.items():
             few = CapturedLayer(captured.vectors[:, : max(VECTORS)], captured.atoms, captured.means,
-                                captured.levels, captured.words)  # fmt: skip
+                                captured.stretches, captured.levels, captured.words)  # fmt: skip
             layers = [few.spread(HEADS, shared, copy) for copy in range(copies)]
             for vectors in VECTORS:
                 tokens = vectors // (2 * HEADS)

@@ -24,7 +24,7 @@ class CapturedLayer:
     Attributes:
         vectors: [2, T, Hk, D] in the model's dtype: K after RoPE, and V.
         atoms: [H, N, D] in the same dtype, by part; H is Hk, or 1 for shared ones.
-        means: float32 [Hk, D] by part.
+        means, stretches: float32 [Hk, D] by part.
         levels: float32 [32, 16] by part; row s serves sparsity s.
         words: where they come from, for the rows of results.
     """
@@ -32,20 +32,22 @@ class CapturedLayer:
     vectors: Tensor
     atoms: dict[str, Tensor]
     means: dict[str, Tensor]
+    stretches: dict[str, Tensor]
     levels: dict[str, Tensor]
     words: dict[str, str]
 
     def book(self, part: str, sparsity: int) -> Codebook:
         """The codebook of "key" or "value"."""
-        return Codebook(self.atoms[part], self.levels[part][sparsity].contiguous(), self.means[part])
+        levels = self.levels[part][sparsity].contiguous()
+        return Codebook(self.atoms[part], levels, self.means[part], self.stretches[part])
 
     def to(self, device: str) -> CapturedLayer:
         """The same on a device."""
-        atoms, means, levels = (
+        atoms, means, stretches, levels = (
             {part: tensor.to(device) for part, tensor in tensors.items()}
-            for tensors in (self.atoms, self.means, self.levels)
+            for tensors in (self.atoms, self.means, self.stretches, self.levels)
         )
-        return CapturedLayer(self.vectors.to(device), atoms, means, levels, self.words)
+        return CapturedLayer(self.vectors.to(device), atoms, means, stretches, levels, self.words)
 
     def spread(self, num_kv_heads: int, shared: bool, layer: int = 0) -> CapturedLayer:
         """The same vectors as those of a layer of `num_kv_heads` heads, each with a copy of a head's dictionary.
@@ -63,7 +65,8 @@ class CapturedLayer:
             part: (own[:1] if shared else own[heads % len(own)]).clone() for part, own in self.atoms.items()
         }  # fmt: skip
         means = {part: own[heads].clone() for part, own in self.means.items()}
-        return CapturedLayer(vectors, atoms, means, self.levels, self.words | {"copy": str(layer)})
+        stretches = {part: own[heads].clone() for part, own in self.stretches.items()}
+        return CapturedLayer(vectors, atoms, means, stretches, self.levels, self.words | {"copy": str(layer)})
 
     def cache(self, sparsity: int, codec: str = "packed16") -> LayerCache:
         """Empty pages for all tokens, page 0 aside."""
@@ -79,7 +82,7 @@ class CapturedLayer:
         tensors = {"vectors": self.vectors}
         for part in PARTS:
             tensors |= {f"{part}_atoms": self.atoms[part], f"{part}_mean": self.means[part]}
-            tensors[f"{part}_levels"] = self.levels[part]
+            tensors |= {f"{part}_stretch": self.stretches[part], f"{part}_levels": self.levels[part]}
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(path), metadata=self.words)
 
 
@@ -87,8 +90,9 @@ def load_vectors(path: Path) -> CapturedLayer:
     """What `CapturedLayer.save` wrote; KeyError or SafetensorError where it did not."""
     with safe_open(str(path), framework="pt") as file:
         tensors, words = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    atoms, means, levels = ({part: tensors[f"{part}_{name}"] for part in PARTS} for name in ("atoms", "mean", "levels"))
-    return CapturedLayer(tensors["vectors"], atoms, means, levels, words)
+    names = ("atoms", "mean", "stretch", "levels")
+    fields = [{part: tensors[f"{part}_{name}"] for part in PARTS} for name in names]
+    return CapturedLayer(tensors["vectors"], *fields, words)
 
 
 def capture_vectors(
@@ -120,6 +124,7 @@ def capture_vectors(
         store[0, :, :tokens].contiguous(),
         {part: book.atoms for part, book in books.items()},
         {part: book.mean for part, book in books.items()},
+        {part: book.stretch for part, book in books.items()},
         {part: dictionary.tensors[f"{part}_levels"][layer].to(device) for part in PARTS},
         {
             "model": Path(model).name,

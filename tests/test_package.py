@@ -67,6 +67,15 @@ def test_every_package_is_installed(root: Path):
     assert set(declared) == found | {"vllm_lexico.bundled"}
 
 
+def test_every_cuda_source_is_installed(root: Path):
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "package-data"
+    ]
+    package = root / "kernels" / "lexico_kernels"
+    installed = {path for pattern in declared["lexico_kernels"] for path in package.glob(pattern)}
+    assert installed == {*package.rglob("*.cu")} != set()
+
+
 def test_bundled_dictionaries_are_found():
     names = {entry.name for entry in resources.files("vllm_lexico.bundled").iterdir()}
     assert "README.md" in names

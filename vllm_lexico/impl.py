@@ -192,8 +192,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
         num_decodes = min(query.shape[0], decode_tokens)
-        floats = kernels.decode_scratch_floats(num_decodes, self.num_heads, self.head_size)
-        query.new_empty(floats, dtype=torch.float32)
+        block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
+        scratch = kernels.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
+        query.new_empty(scratch, dtype=torch.uint8)
 
     def _tail_metadata(self) -> LexicoTailMetadata:
         by_layer = get_forward_context().attn_metadata

@@ -2,7 +2,7 @@
 
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import PARTS, CodeLayout
-from lexico_kernels.ops import decode_scratch_floats, omp_encode, pursue, reconstruct, sparse_decode, write_tail
+from lexico_kernels.ops import decode_scratch_bytes, omp_encode, pursue, reconstruct, sparse_decode, write_tail
 
 __all__ = [
     "PARTS",
@@ -10,7 +10,7 @@ __all__ = [
     "Codebook",
     "LayerCache",
     "RequestTables",
-    "decode_scratch_floats",
+    "decode_scratch_bytes",
     "omp_encode",
     "pursue",
     "reconstruct",

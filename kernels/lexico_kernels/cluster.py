@@ -26,9 +26,13 @@ UNIT = 32  # vectors that are correlated at a time
 DEALT = 8  # vectors that a cluster gets at a time, as many as one product has columns
 
 
-def takes(key: Tensor, value: Tensor, cache: LayerCache, entries: int) -> bool:
-    """Whether `omp_encode` here can code `entries` tokens of such a cache, and should."""
-    vectors = 2 * entries * cache.layout.num_kv_heads
+def takes(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether `omp_encode` here can code what a step with these tokens [T, Hk, D] codes, and should.
+
+    A step codes as many tokens as it has, on average: each once. What a launch is told to go through says less, since
+    in decode nearly all of it is skipped.
+    """
+    vectors = 2 * key.shape[0] * cache.layout.num_kv_heads
     return vectors <= CLUSTER_VECTORS and fits(key, value, cache) and _on_device(key.get_device())
 
 
@@ -142,7 +146,7 @@ def omp_encode(
         *map(nvrtc.Int64, value.stride()[:2]),
         cache.tail_pages,
         nvrtc.Int64(cache.tail_pages.stride(0)),
-        *(tensor for book in books for tensor in (book.atoms, book.levels, book.mean)),
+        *(tensor for book in books for tensor in vars(book).values()),
         cache.code_pages,
         nvrtc.Int64(cache.code_pages.stride(0)),
         source,

@@ -38,8 +38,8 @@ PURSUIT = (
 CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 # Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).
 CLUSTER_BLOCKS = 128
-# Vectors, entries that may be skipped included, up to which `omp_encode` uses clusters.
-CLUSTER_VECTORS = 32768
+# Vectors of a step's tokens up to which `omp_encode` uses clusters; more are faster in Triton (docs/log.md).
+CLUSTER_VECTORS = 4096
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)
@@ -59,3 +59,57 @@ def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> Pursuit
     """The row for that many vectors; atoms of more than 256 bytes are taken in smaller chunks, to fit shared memory."""
     row = next(row for row in PURSUIT if vectors <= row.max_vectors)
     return row._replace(atoms=min(row.atoms, 128 * 256 // (padded_dim * element_bytes)))
+
+
+class TableSpans(NamedTuple):
+    """How `table_decode` cuts contexts."""
+
+    span: int  # tokens of a part at most; a multiple of every launch's threads
+    short_tokens: int  # coded tokens up to which a context is cut finer, for more blocks than it would have
+    short_span: int
+    static_bytes: int  # bound on the shared memory that the kernel declares by itself, and what the driver takes
+
+
+class TableLaunch(NamedTuple):
+    """How `attend_codes` is launched for up to `max_group` query heads a KV head; see its macros."""
+
+    max_group: int
+    threads: int
+    lanes: int
+    unroll: int
+    lookup: int
+    max_blocks: int  # a processor, for the compiler's budget of registers
+
+
+class TableMatmul(NamedTuple):
+    """How the products with the atoms are launched."""
+
+    columns: int  # heads of tokens in a program
+    table_tile: int  # atoms
+    bins_tile: int  # atoms
+    chunk: int  # atoms that one program goes through
+    parts_at_once: int
+    num_warps: int
+
+
+class TableTail(NamedTuple):
+    """How the raw tail is attended and merged."""
+
+    parts: int
+    tile: int
+    num_warps: int
+
+
+TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=4096)
+TABLE_ATTEND = (
+    TableLaunch(max_group=4, threads=256, lanes=1, unroll=1, lookup=0, max_blocks=2),
+    TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),
+)
+TABLE_MATMUL = TableMatmul(columns=32, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4)
+TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
+TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
+
+
+def table_launch(group: int) -> TableLaunch:
+    """The row for that many query heads a KV head."""
+    return next(row for row in TABLE_ATTEND if group <= row.max_group)

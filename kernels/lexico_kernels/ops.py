@@ -13,6 +13,8 @@ from torch import Tensor
 from lexico_kernels import reference
 from lexico_kernels.cache import LayerCache, RequestTables
 from lexico_kernels.launch import DECODE_SPLITS
+from lexico_kernels.layout import CodeLayout
+from lexico_kernels.table_shape import scratch_bytes
 
 
 @once
@@ -33,7 +35,7 @@ def omp_encode(
     module: ModuleType = reference
     if key.is_cuda:
         cluster = _module("cluster")
-        module = cluster if cluster.takes(key, value, cache, len(source)) else _module("omp")
+        module = cluster if cluster.takes(key, value, cache) else _module("omp")
     module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
 
 
@@ -48,8 +50,17 @@ def sparse_decode(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
-    module = _module("decode") if query.is_cuda else reference
-    return module.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
+    return _decode(query, cache, tables).sparse_decode(
+        query, cache, tables, token_request, token_seq_len, scale=scale, out=out
+    )
+
+
+def _decode(query: Tensor, cache: LayerCache, tables: RequestTables) -> ModuleType:
+    """Which decode serves these: through tables where that can be, else the portable kernel, else the twin."""
+    if not query.is_cuda:
+        return reference
+    through_tables = _module("table_decode")
+    return through_tables if through_tables.supports(query, cache, tables) else _module("decode")
 
 
 def reconstruct(
@@ -65,9 +76,17 @@ def reconstruct(
     module.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
 
 
-def decode_scratch_floats(num_tokens: int, num_heads: int, head_dim: int) -> int:
-    """Float32 numbers that `sparse_decode` on CUDA allocates for that many tokens, for reserving memory."""
-    return num_tokens * num_heads * DECODE_SPLITS * (head_dim + 1)
+def decode_scratch_bytes(layout: CodeLayout, num_tokens: int, num_heads: int, max_tokens: int) -> int:
+    """Most memory that `sparse_decode` on CUDA allocates besides its results, for reserving it.
+
+    Args:
+        layout: of the pages.
+        num_tokens: T.
+        num_heads: Hq.
+        max_tokens: what a row of the block table can hold.
+    """
+    portable = 4 * num_tokens * num_heads * DECODE_SPLITS * (layout.head_dim + 1)
+    return max(portable, scratch_bytes(layout, num_heads, num_tokens, max_tokens))
 
 
 def pursue(

@@ -4,12 +4,13 @@
 
 extern "C" void launch(int x, int y, unsigned seed, const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value,
                        i64 value_stride_t, i64 value_stride_h, const u16* tail, i64 tail_page_stride,
-                       const u16* key_atoms, const float* key_levels, const float* key_mean, const u16* value_atoms,
-                       const float* value_levels, const float* value_mean, u8* codes, i64 code_page_stride,
-                       const int* source, const i64* destination, int M, float min_energy) {
+                       const u16* key_atoms, const float* key_levels, const float* key_mean, const float* key_stretch,
+                       const u16* value_atoms, const float* value_levels, const float* value_mean,
+                       const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
+                       const i64* destination, int M, float min_energy) {
   cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, CLUSTER, SHARED_BYTES, seed, [=] {
     cluster_omp(key, key_stride_t, key_stride_h, value, value_stride_t, value_stride_h, tail, tail_page_stride, key_atoms,
-                key_levels, key_mean, value_atoms, value_levels, value_mean, codes, code_page_stride, source, destination,
-                M, min_energy);
+                key_levels, key_mean, key_stretch, value_atoms, value_levels, value_mean, value_stretch, codes,
+                code_page_stride, source, destination, M, min_energy);
   });
 }

@@ -26,6 +26,7 @@ if DEVICE == "cpu":
         import lexico_kernels.history
         import lexico_kernels.omp
         import lexico_kernels.pursuit
+        import lexico_kernels.table_decode
         import lexico_kernels.tail  # noqa: F401
 
         # The interpreter's first launch would import this, which looks at the switch again.

@@ -77,10 +77,10 @@ def records(cache, slots, part):
 
 
 def residual_energy(cache, slots, vectors, part):
-    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D]."""
-    fields = torch.cat(records(cache, slots, part), -1)
-    back = reference.decode_heads(fields, cache.codebook(part), cache.layout, part, cache.tail_pages.dtype)
-    return (back - vectors.float()).square().sum(-1)
+    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
+    fields, book = torch.cat(records(cache, slots, part), -1), cache.codebook(part)
+    back = reference.decode_heads(fields, book, cache.layout, part, cache.tail_pages.dtype)
+    return ((back - vectors.float()) / book.stretch).square().sum(-1)
 
 
 def check_encode(it, count, device, dtype=torch.float16, atoms=200, relative_error=0.0, pages=10):
@@ -180,7 +180,7 @@ def test_odd_vectors(device):
     key = torch.zeros(10, 2, 64, device=device, dtype=torch.bfloat16)
     key[0, 0, 3], key[1, 0, 3], key[2, 0, 3] = float("nan"), float("inf"), float("-inf")
     key[3], key[4] = 3e38, 1e30
-    key[5] = (2 * cache.key.atoms[:, 7].float() + cache.key.mean).bfloat16()
+    key[5] = (2 * cache.key.atoms[:, 7].float() * cache.key.stretch + cache.key.mean).bfloat16()
     cache.key.mean.copy_(cache.key.mean.bfloat16())  # so that a vector can be the mean
     key[6] = cache.key.mean.bfloat16()
     at = torch.arange(10, device=device)
@@ -202,7 +202,7 @@ def test_duplicate_atoms(device):
     key, value = tokens(20, it, torch.float16, device)
     at = torch.arange(20, device=device)
     cluster.omp_encode(key, value, cache, at.int(), at + P)
-    centred = key.float() - cache.key.mean
+    centred = (key.float() - cache.key.mean) / cache.key.stretch
     assert (residual_energy(cache, at + P, key, "key") <= centred.square().sum(-1) * 1.001).all()
 
 

@@ -3,7 +3,7 @@
 import lexico_kernels as ops
 import pytest
 import torch
-from lexico_kernels import CodeLayout, cluster, omp, reference
+from lexico_kernels import CodeLayout, cluster, decode, nvrtc, omp, reference, table_decode, table_shape
 from lexico_kernels.testing import OMP_ENERGY_RATIO, assert_close, poisoned_cache, random_problem
 
 pytestmark = pytest.mark.gpu
@@ -92,10 +92,10 @@ def test_omp_encode_shapes(head_dim, atoms, S, dtype):
 
 def test_a_vector_has_the_same_code_alone_and_among_many():
     """By clusters, whichever is dealt what and whoever waits for whom; at once, and again from a graph that skips."""
-    it, count = layout(), 5 * P
+    it, count = layout(), 2 * P
     caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     key, value = vectors_like_the_dictionary(count, caches[0])
-    if not cluster.takes(key, value, caches[0], count):
+    if not cluster.takes(key, value, caches[0]):
         pytest.skip("this GPU has no clusters of thread blocks")
     source, destination = torch.arange(count, device="cuda", dtype=torch.int32), torch.arange(count, device="cuda") + P
     ops.omp_encode(key, value, caches[0], source, destination)
@@ -150,9 +150,79 @@ def test_sparse_decode(codec, S, dtype):
     query = torch.randn(len(lengths), HQ, D, device="cuda", dtype=dtype)
     args = (query, problem.cache, problem.tables, cuda(range(len(lengths))), cuda(lengths))
     want, want_lse = reference.sparse_decode(*args, scale=SCALE)
-    out, lse = ops.sparse_decode(*args, scale=SCALE, out=torch.full_like(query, torch.nan))
-    assert_close(out, want, "attention", dtype)
-    assert_close(lse, want_lse, "lse", dtype)
+    for module in (ops, decode):
+        out, lse = module.sparse_decode(*args, scale=SCALE, out=torch.full_like(query, torch.nan))
+        assert_close(out, want, "attention", dtype)
+        assert_close(lse, want_lse, "lse", dtype)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "S", "atoms", "block_tokens"),
+    [
+        (1, 128, (15, 7), 1024, 64),
+        (2, 64, (11, 11), 4096, 128),
+        (4, 128, (15, 15), 4096, 128),
+        (4, 96, (10, 9), 1000, 128),  # records that only 2-byte loads can read
+        (3, 64, (5, 6), 333, 16),
+        (6, 128, (7, 7), 4096, 128),
+        (7, 64, (15, 15), 4096, 128),
+        (8, 128, (23, 31), 4096, 256),
+        (12, 128, (15, 15), 4096, 128),  # more heads than one pass serves
+    ],
+)
+def test_decode_through_tables(group, head_dim, S, atoms, block_tokens):
+    """Every shape of the CUDA C++ kernel, contexts of one and of several parts; alone and in a batch, the same bits."""
+    it = CodeLayout(head_dim, 2, *S, block_tokens=block_tokens)
+    lengths = [1, 63, block_tokens - 1, block_tokens, block_tokens + 1, 1000, 4300, 9000, 0]
+    problem = random_problem(it, lengths, atoms=atoms, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
+    query = 3 * torch.randn(len(lengths), 2 * group, head_dim, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda(range(len(lengths))), cuda(lengths))
+    assert table_decode.supports(*args[:3])
+    scale = head_dim**-0.5
+    want, want_lse = reference.sparse_decode(*args, scale=scale)
+    out, lse = table_decode.sparse_decode(*args, scale=scale, out=torch.full_like(query, torch.nan))
+    assert_close(out, want, "attention", torch.bfloat16)
+    assert_close(lse, want_lse, "lse", torch.bfloat16)
+    for t in (5, 7):
+        rows = slice(t, t + 1)
+        alone = table_decode.sparse_decode(query[rows], *args[1:3], args[3][rows], args[4][rows], scale=scale)
+        assert all(torch.equal(one, many[rows]) for one, many in zip(alone, (out, lse), strict=True))
+
+
+def test_decode_through_tables_in_slices(monkeypatch):
+    lengths = [5000, 300, 9000]
+    problem = random_problem(layout(), lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
+    query = torch.randn(3, HQ, D, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda(range(3)), cuda(lengths))
+    whole = table_decode.sparse_decode(*args, scale=SCALE)
+    monkeypatch.setattr(table_shape, "TABLE_SCRATCH_BYTES", 1)
+    sliced = table_decode.sparse_decode(*args, scale=SCALE)
+    assert all(torch.equal(one, other) for one, other in zip(whole, sliced, strict=True))
+
+
+@pytest.mark.parametrize("peak", [1.0, 1e-30, 1e30])
+def test_decode_through_tables_of_any_scale(peak):
+    """Fixed point adapts to the values, and one token that takes all the weight is as exact as many that share it."""
+    problem = random_problem(layout(), [6000], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=64)
+    views = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")]
+    values = (peak * torch.rand(views[0].shape[:-1], device="cuda")).bfloat16()
+    views[0].copy_(values[..., None].view(torch.uint8))
+    query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)
+    args = (problem.cache, problem.tables, cuda([0]), cuda([6000]))
+    for size in (0.0, 1.0, 100.0):
+        want, want_lse = reference.sparse_decode(size * query, *args, scale=SCALE)
+        out, lse = table_decode.sparse_decode(size * query, *args, scale=SCALE)
+        assert_close(out, want, "attention", torch.bfloat16)
+        assert_close(lse / max(size, 1), want_lse / max(size, 1), "lse", torch.bfloat16)
+
+
+def test_decode_falls_back(monkeypatch):
+    problem = random_problem(layout(), [777], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
+    query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda([0]), cuda([777]))
+    portable = decode.sparse_decode(*args, scale=SCALE)
+    monkeypatch.setattr(nvrtc, "available", lambda _: False)
+    assert all(torch.equal(*pair) for pair in zip(ops.sparse_decode(*args, scale=SCALE), portable, strict=True))
 
 
 @pytest.mark.parametrize("group", [1, 3, 7])

@@ -215,8 +215,9 @@ __device__ __forceinline__ void keep_residual(Shared& s, int owned, int vector, 
   if (lane == 0) s.energy[owned] = energy;
 }
 
-// Load a vector, take its head's mean off and bring it to unit length; no finite norm or none at all makes it 0.
-__device__ __forceinline__ void begin_vector(Shared& s, int owned, int vector, const u16* from, const float* mean) {
+// Load a vector, centre and stretch it and bring it to unit length; no finite norm or none at all makes it 0.
+__device__ __forceinline__ void begin_vector(Shared& s, int owned, int vector, const u16* from, const float* mean,
+                                             const float* stretch) {
   const int lane = threadIdx.x % 32;
   const Piece piece = load_piece(from + lane * 2 * LANE_WORDS);
   float x[2 * LANE_WORDS], peak = 0, square = 0;
@@ -224,7 +225,7 @@ __device__ __forceinline__ void begin_vector(Shared& s, int owned, int vector, c
   for (int i = 0; i < LANE_WORDS; ++i) unpack(piece.words[i], x[2 * i], x[2 * i + 1]);
 #pragma unroll
   for (int i = 0; i < 2 * LANE_WORDS; ++i) {
-    x[i] -= mean[lane * 2 * LANE_WORDS + i];
+    x[i] = (x[i] - mean[lane * 2 * LANE_WORDS + i]) / stretch[lane * 2 * LANE_WORDS + i];
     peak = fmaxf(peak, x[i] == x[i] ? fabsf(x[i]) : infinity());
   }
   peak = lane_max(peak);
@@ -448,8 +449,8 @@ __device__ __forceinline__ int list_entries(Shared& s, const i64* destination, i
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     cluster_omp(const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value, i64 value_stride_t,
                 i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u16* key_atoms, const float* key_levels,
-                const float* key_mean, const u16* value_atoms, const float* value_levels, const float* value_mean,
-                u8* codes, i64 code_page_stride, const int* source, const i64* destination, int M, float min_energy) {
+                const float* key_mean, const float* key_stretch, const u16* value_atoms, const float* value_levels,
+                const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source, const i64* destination, int M, float min_energy) {
   SHARED_MEMORY(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32;
@@ -461,6 +462,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const u16* atoms = (is_value ? value_atoms : key_atoms) + i64(head) * part.stride;
   const float* levels = is_value ? value_levels : key_levels;
   const float* mean = (is_value ? value_mean : key_mean) + head * D;
+  const float* stretch = (is_value ? value_stretch : key_stretch) + head * D;
   Atoms own;
   u32 parity = 0;
   bool begun = false;
@@ -484,7 +486,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int at = source[window + s.list[first + vector]], slot = -1 - at;
         const u16* from = at >= 0 ? tokens + at * stride_t + head * stride_h
                                   : tail + slot / R * tail_page_stride + ((head * R + slot % R) * 2 + is_value) * D;
-        begin_vector(s, owned, vector, from, mean);
+        begin_vector(s, owned, vector, from, mean, stretch);
       }
       pursue(s, own, atoms, count, rank, part.sparsity, min_energy, parity);
       for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {

@@ -1,0 +1,239 @@
+"""A decode step's attention from codes, LEXICO against what vLLM reads dense or quantized history with.
+
+    python benchmarks/decode.py                   # every case, one GPU with vLLM
+    python benchmarks/decode.py --cases 0 1 --no-record
+
+First the results are checked: LEXICO's error against float64 must be no more than that of bf16 FlashAttention on the
+cache that the codes stand for. Then each is timed as a CUDA graph, everything included. Writes `decode_ms` of each case
+and `speedup` over each peer to benchmarks/results/decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import decode_peers as peers
+import lexico_kernels as kernels
+import torch
+from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
+from lexico_kernels.testing import random_codebook
+from record import record
+from torch import Tensor
+
+ATOMS, BLOCK_TOKENS, DTYPE = 4096, 128, torch.bfloat16
+RAW_TOKENS = 160  # of the window, on average: 128 and half a group of 32, in whole pages
+# Codes of random atoms make keys about this many times too small for scores that differ as real ones do (deviation 1).
+KEY_SCALE = 8.0
+PEAK_BYTES_S = 3.35e12  # of an H100's memory
+CHUNK = 8192  # tokens that are rebuilt at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one step."""
+
+    batch: int
+    context: int
+    sparsity: int
+    kv_heads: int = 8
+    heads: int = 32
+    head_dim: int = 128
+
+    @property
+    def layout(self) -> CodeLayout:
+        """Of the pages."""
+        return CodeLayout(self.head_dim, self.kv_heads, self.sparsity, self.sparsity, block_tokens=BLOCK_TOKENS)
+
+
+CASES = [
+    Case(16, 32768, 15),
+    Case(16, 32768, 7),
+    Case(1, 131072, 15),
+    Case(1, 131072, 7),
+    Case(64, 2048, 15),
+    Case(8, 32768, 15),
+    Case(16, 8192, 15),
+    Case(16, 32768, 15, 2, 12),  # Qwen2.5-Coder-1.5B
+    Case(16, 32768, 7, 2, 12),
+    Case(16, 32768, 15, 2, 14, 64),  # Qwen2.5-Coder-0.5B
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step over random codes on the device: the arguments of `sparse_decode`."""
+
+    query: Tensor
+    cache: LayerCache
+    tables: RequestTables
+    request: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def random(cls, case: Case, device: str = "cuda") -> Step:
+        """Codes with any atom and level, scales alike, atoms of each head's own; sinks of a page, a raw window."""
+        layout, batch, context = case.layout, case.batch, case.context
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        pages, tails, R = -(-context // BLOCK_TOKENS), -(-context // layout.tail_tokens), layout.tail_tokens
+        codes = torch.randint(-(1 << 62), 1 << 62, (1 + batch * pages, layout.page_bytes // 8), device=device)
+        codes = codes.view(torch.uint8)
+        for part, size in (("key", KEY_SCALE), ("value", 1.0)):
+            (_, scales), _ = reference.field_views(codes, layout, part)
+            values = size * (0.5 + 0.5 * torch.rand(scales.shape[:-1], device=device))
+            scales.copy_(values.bfloat16()[..., None].view(torch.uint8))
+        raw_start = max(R, (context - RAW_TOKENS) // R * R)
+        raw_pages = [0, *range(raw_start // R, tails)]
+        tail_table = torch.zeros(batch, tails, dtype=torch.int32)
+        tail_table[:, raw_pages] = 1 + torch.arange(batch * len(raw_pages)).int().view(batch, -1)
+        tail = torch.randn(1 + batch * len(raw_pages), case.kv_heads, R, 2, case.head_dim, device=device).to(DTYPE)
+        table = 1 + torch.randperm(batch * pages, generator=generator).int().view(batch, pages)
+        key, value = (random_codebook(ATOMS, layout, generator, torch.device(device), DTYPE) for _ in range(2))
+        for book in (key, value):
+            book.mean.zero_()  # bf16 keys with large means, as some models have, would make the peer's error larger
+        tables = RequestTables(
+            table.to(device),
+            tail_table.to(device),
+            *(torch.full((batch,), where, dtype=torch.int32, device=device) for where in (R, raw_start)),
+        )
+        return cls(
+            torch.randn(batch, case.heads, case.head_dim, device=device).to(DTYPE),
+            LayerCache(codes, tail, key, value, layout),
+            tables,
+            torch.arange(batch, dtype=torch.int32, device=device),
+            torch.full((batch,), context, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.query.shape[2] ** -0.5
+
+    def attend(self) -> Tensor:
+        """The step by LEXICO."""
+        return kernels.sparse_decode(self.query, self.cache, self.tables, self.request, self.lengths, scale=self.scale)[
+            0
+        ]
+
+    def dense(self) -> peers.Dense:
+        """The history that the codes stand for, in bf16."""
+        batch, context = len(self.request), int(self.lengths[0])
+        shape = (batch, context, self.cache.layout.num_kv_heads, self.cache.layout.head_dim)
+        key, value = (torch.empty(shape, dtype=DTYPE, device=self.query.device) for _ in range(2))
+        for b in range(batch):
+            for first in range(0, context, CHUNK):
+                rows = slice(first, min(first + CHUNK, context))
+                kernels.reconstruct(self.cache, self.tables, b, rows.start, rows.stop, key[b, rows], value[b, rows])
+        return peers.Dense(self.query, key, value, self.scale)
+
+    def exact(self, request: int) -> Tensor:
+        """A request's attention in float64 [Hq, D], from the codes themselves."""
+        Hk = self.cache.layout.num_kv_heads
+        q = self.query[request].double().view(Hk, -1, self.query.shape[2])
+        scores, tops = [], []
+        context = int(self.lengths[request])
+        for first in range(0, context, CHUNK):
+            keys, values = reference.history(self.cache, self.tables, request, first, min(first + CHUNK, context))
+            s = torch.einsum("hgd,nhd->hgn", q, keys.double()) * self.scale
+            scores.append(torch.einsum("hgn,nhd->hgd", s.softmax(-1), values.double()))
+            tops.append(s.logsumexp(-1))
+        weights = torch.stack(tops).softmax(0)
+        return (weights[..., None] * torch.stack(scores)).sum(0).flatten(0, 1)
+
+
+def graph_ms(call: Callable[[], object], inner: int = 5, repeats: int = 9) -> float:
+    """Median time of a call in a replayed CUDA graph of several."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / inner)
+    return sorted(times)[repeats // 2]
+
+
+def error(result: Tensor, step: Step) -> float:
+    """Root mean square error of the first and the last request against float64, as a share of the result's."""
+    requests = sorted({0, len(step.request) - 1})
+    exact = torch.stack([step.exact(request) for request in requests])
+    return float((result[requests].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def measure_peers(dense: peers.Dense, step: Step) -> dict[str, tuple[float, float]]:
+    """Time in ms and error of each peer that runs; FlashAttention with the better of two block sizes."""
+    makers: dict[str, list[Callable[[], Callable[[], Tensor]]]] = {
+        "FLASH_ATTN": [partial(peers.flash_attention, dense, block_tokens=size) for size in (16, 128)],
+        "fp8": [partial(peers.flash_attention, dense, fp8=True)],
+        "turboquant_3bit_nc": [partial(peers.turboquant, dense)],
+    }
+    measured = {}
+    for name, ways in makers.items():
+        try:
+            results = []
+            for make in ways:
+                call = make()
+                results.append((graph_ms(call), error(call(), step)))
+            measured[name] = min(results)
+        except Exception as problem:  # a peer that this vLLM or this GPU does not run
+            print(f"  {name} is left out: {type(problem).__name__}: {str(problem).splitlines()[:1]}", flush=True)
+        torch.cuda.empty_cache()
+    return measured
+
+
+def run(case: Case, *, keep: bool) -> None:
+    """Check and time one case against every peer."""
+    step = Step.random(case)
+    wrong = error(step.attend(), step)
+    took = graph_ms(step.attend)
+    layout = case.layout
+    vectors = case.batch * case.context * case.kv_heads
+    share = vectors * layout.token_bytes / (took * 1e-3) / PEAK_BYTES_S
+    print(
+        f"{case}: {took * 1e3:.1f} us, {vectors / took / 1e6:.1f} G token-heads/s, its codes at {share:.1%} of the "
+        f"memory's peak, error {wrong:.2e}",
+        flush=True,
+    )
+    described = asdict(case) | {"bytes_percent": 100 * layout.ratio, "atoms": ATOMS, "error": wrong}
+    if keep:
+        record("decode", described, "decode_ms", took)
+    for name, (peer_ms, peer_error) in measure_peers(step.dense(), step).items():
+        print(
+            f"  {name}: {peer_ms * 1e3:.1f} us, error {peer_error:.2e}: {peer_ms / took:.2f} times as long", flush=True
+        )
+        if name == "FLASH_ATTN":
+            assert wrong <= peer_error, f"error {wrong:.2e} is more than bf16 FlashAttention's {peer_error:.2e}"
+        if keep:
+            described["peer_error"] = peer_error
+            record("decode", described, "speedup", peer_ms / took, peer=name, peer_value=1.0)
+
+
+def main() -> None:
+    """Run the chosen cases."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))], help="by number (default: all)")
+    parser.add_argument("--no-record", action="store_true", help="only print")
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name())
+    for index in args.cases:
+        run(CASES[index], keep=not args.no_record)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

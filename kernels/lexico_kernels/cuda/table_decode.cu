@@ -1,0 +1,440 @@
+// Attention of one token over a part of its codes, for the query heads that share a KV head, without rebuilding a vector.
+//
+// Scores: a record's key is scale * sum of level * atom, so its score is scale * sum of level * (q . atom). The products
+// q . atom of all heads lie in shared memory, a row of halves an atom: one gather an entry serves every head.
+// Values: weight * scale * level is added to the atom's bin of each head, in fixed point: integer additions in shared
+// memory are native and their order does not matter, so results are the same bits every time. What is left for later is
+// one product of bins and atoms.
+//
+// Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), LANES that share a token
+// while values are added, THREADS, ROUNDS of tokens a thread, UNROLL of rounds (all: scores stay in registers),
+// MIN_BLOCKS a processor, LOOKUP of levels (below), PAGE_TOKENS, HEAD_BYTES, HEAD_GROUPS blocks that share a KV head,
+// and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, OFFSET of the records in a head, ALIGN bytes of any record.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+enum { FROM_SHARED = 0, FROM_LANES = 1, FROM_BYTES = 2 };  // where an entry's level is looked up
+
+constexpr int WARPS = THREADS / 32;
+constexpr int HEADS = (GROUP + LANES - 1) / LANES;  // of a lane
+constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
+constexpr int ROUNDS_AT_ONCE = UNROLL;
+constexpr int NUM_LEVELS = 16;
+constexpr int REDUCED = GROUP + 1;
+constexpr int BINS = HEADS * LANES * VALUE_ATOMS;
+constexpr int TABLE_BYTES = (KEY_ATOMS * ROW * 2 + 15) / 16 * 16;
+constexpr float NO_SCORE = -1e30f;
+// All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
+constexpr float FULL_SCALE = 2.1e9f;
+constexpr float FULL_LEVEL = 32767;
+constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
+constexpr float BIN_TO_HALF = 1.0f / 32768;
+
+template <int S>
+struct Record {
+  static constexpr int BYTES = 2 * (S + 1);
+  static constexpr int WORDS = (BYTES + 3) / 4;
+  u32 word[WORDS];
+
+  __device__ float scale() const { return __uint_as_float(word[0] << 16); }  // bf16
+};
+
+// A record is used once, so it need not stay near.
+template <int ALIGN, int S>
+__device__ Record<S> load_record(const char* at, bool valid) {
+  Record<S> record;
+#pragma unroll
+  for (int i = 0; i < Record<S>::WORDS; i++) record.word[i] = 0;
+  if (!valid) return record;
+  constexpr int BYTES = Record<S>::BYTES;
+  if constexpr (ALIGN == 16) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 16; i++) {
+      u32* w = record.word + 4 * i;
+      asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+          : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at + 16 * i));
+    }
+  } else if constexpr (ALIGN == 8) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 8; i++) {
+      u32* w = record.word + 2 * i;
+      asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at + 8 * i));
+    }
+  } else if constexpr (ALIGN == 4) {
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i++) asm("ld.global.nc.u32 %0, [%1];" : "=r"(record.word[i]) : "l"(at + 4 * i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < BYTES / 2; i++) record.word[i / 2] |= (u32)((const u16*)at)[i] << (16 * (i & 1));
+  }
+  return record;
+}
+
+__device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
+  u32 out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
+__device__ float half_to_float(u32 pair, int which) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"((u16)(which ? pair >> 16 : pair & 0xffff)));
+  return out;
+}
+
+__device__ u32 floats_to_halves(float low, float high) {
+  u32 out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+__device__ float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// Entry i of a record (0 .. S - 1) as it lies in the low half of a word; the halfword before entry 0 is the scale.
+template <int S>
+__device__ u32 entry_of(const Record<S>& record, int i) {
+  const u32 word = record.word[(i + 1) / 2];
+  return (i + 1) & 1 ? word >> 16 : word & 0xffff;
+}
+
+// Byte offset of an atom's row of `row_bytes`.
+template <int ROW_BYTES, int ATOMS>
+__device__ u32 row_offset(u32 entry) {
+  if constexpr (ATOMS == 4096) {  // every atom's number is one of the dictionary
+    if constexpr (ROW_BYTES <= 16) return (entry / (16 / ROW_BYTES)) & (4095u * ROW_BYTES);
+    return (entry * (ROW_BYTES / 16)) & (4095u * ROW_BYTES);
+  } else {  // whatever the bytes are, stay within the dictionary
+    return min(entry >> 4, ATOMS - 1u) * ROW_BYTES;
+  }
+}
+
+// Sixteen levels of 16 bits: in shared memory a word each, one word a lane, or as bytes that instructions select from.
+struct Levels {
+  u32 shared;  // address of 16 words
+  u32 mine;    // the word of level `lane % 16`
+  u32 low[4], high[4];
+};
+
+// The levels of all halfwords of two words, at the halfwords' places.
+__device__ void select_levels(const Levels& levels, u32 first, u32 second, u32& first_out, u32& second_out) {
+  const u32 nibbles = (first & 0x000f000f) | ((second << 4) & 0x00f000f0);
+  const u32 all = __byte_perm(nibbles, 0, 0x4420);  // first low, second low, first high, second high
+  const u32 upper = __byte_perm(0x0000ff00, 0, (all >> 3) & 0x1111);  // bytes of ones where the level is 8 or more
+  const u32 index = all & 0x7777;
+  const u32 low = (__byte_perm(levels.low[0], levels.low[1], index) & ~upper) |
+                  (__byte_perm(levels.low[2], levels.low[3], index) & upper);
+  const u32 high = (__byte_perm(levels.high[0], levels.high[1], index) & ~upper) |
+                   (__byte_perm(levels.high[2], levels.high[3], index) & upper);
+  first_out = __byte_perm(low, high, 0x6240);
+  second_out = __byte_perm(low, high, 0x7351);
+}
+
+// The level words of a record's entries. A word has the level in its high half; PAIRED: in both.
+template <int S, bool PAIRED>
+__device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (&out)[S]) {
+  if constexpr (LOOKUP == FROM_BYTES) {
+    constexpr int WORDS = Record<S>::WORDS;
+    u32 pair[WORDS + 1];
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 2) {
+      const u32 second = i + 1 < WORDS ? record.word[i + 1] : 0;
+      select_levels(levels, record.word[i], second, pair[i], pair[i + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < S; i++) {
+      const u32 both = pair[(i + 1) / 2];
+      const bool high = (i + 1) & 1;
+      if constexpr (PAIRED) out[i] = __byte_perm(both, 0, high ? 0x3232 : 0x1010);
+      else out[i] = high ? both : both << 16;  // what is left in the low half is 2^-16 of a level
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < S; i++) {
+      const u32 entry = entry_of(record, i);
+      if constexpr (LOOKUP == FROM_LANES) out[i] = __shfl_sync(~0u, levels.mine, entry, NUM_LEVELS);
+      else asm("ld.shared.u32 %0, [%1];" : "=r"(out[i]) : "r"(levels.shared + (entry & 15) * 4));
+    }
+  }
+}
+
+__device__ void keep_levels(Levels& levels, u32* words, int lane) {
+  levels.shared = (u32)__cvta_generic_to_shared(words);
+  levels.mine = words[lane % NUM_LEVELS];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 a = words[4 * i], b = words[4 * i + 1], c = words[4 * i + 2], d = words[4 * i + 3];
+    const u32 first = __byte_perm(a, b, 0x7632), second = __byte_perm(c, d, 0x7632);  // high halves
+    levels.low[i] = __byte_perm(first, second, 0x6420);
+    levels.high[i] = __byte_perm(first, second, 0x7531);
+  }
+}
+
+// Sums of level times table row of a record, for each head.
+template <int S>
+__device__ void table_sums(const Levels& levels, const Record<S>& record, u32 table, float (&sum)[GROUP]) {
+  u32 level[S];
+  find_levels<S, true>(levels, record, level);
+  constexpr int PAIRS = (ROW + 1) / 2;
+  u32 acc[2][PAIRS] = {};  // two chains: half the rounding, and half the waiting
+#pragma unroll
+  for (int i = 0; i < S; i++) {
+    const u32 at = table + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
+    u32 row[PAIRS];
+    if constexpr (ROW == 1) {
+      u16 one;
+      asm("ld.shared.u16 %0, [%1];" : "=h"(one) : "r"(at));
+      row[0] = one;
+    } else if constexpr (ROW == 2) {
+      asm("ld.shared.u32 %0, [%1];" : "=r"(row[0]) : "r"(at));
+    } else if constexpr (ROW == 4) {
+      asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(row[0]), "=r"(row[1]) : "r"(at));
+    } else {
+      asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+          : "=r"(row[0]), "=r"(row[1]), "=r"(row[2]), "=r"(row[3]) : "r"(at));
+    }
+#pragma unroll
+    for (int p = 0; p < (GROUP + 1) / 2; p++) acc[i & 1][p] = multiply_add_halves(row[p], level[i], acc[i & 1][p]);
+  }
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
+}
+
+// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of its column.
+template <int S>
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, u32 bins, const int (&weight)[HEADS]) {
+  u32 level[S];
+  find_levels<S, false>(levels, record, level);
+#pragma unroll
+  for (int i = 0; i < S; i++) {
+    const u32 at = bins + row_offset<4 * LANES, VALUE_ATOMS>(entry_of(record, i));
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+      const int amount = __mulhi(weight[h], (int)level[i]);
+      asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at + h * (VALUE_ATOMS * LANES * 4)), "r"(amount) : "memory");
+    }
+  }
+}
+
+template <bool MAXIMUM, int COUNT>
+__device__ void block_reduce(float (&value)[COUNT], float* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    for (int offset = 16; offset; offset >>= 1) {
+      const float other = __shfl_xor_sync(~0u, value[i], offset);
+      value[i] = MAXIMUM ? fmaxf(value[i], other) : value[i] + other;
+    }
+    if (lane == 0) scratch[warp * REDUCED + i] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    value[i] = scratch[i];
+    for (int w = 1; w < WARPS; w++) {
+      const float other = scratch[w * REDUCED + i];
+      value[i] = MAXIMUM ? fmaxf(value[i], other) : value[i] + other;
+    }
+  }
+  __syncthreads();
+}
+
+// Where the tokens of a part lie.
+struct Tokens {
+  const char* head;  // this head in page 0
+  long long page_stride;
+  const int* pages;  // in shared memory, from the part's first page on
+  int first;         // position of token 0, counted from the start of its page
+  int count;
+
+  __device__ const char* slot(int index, int offset, int bytes) const {
+    const int at = first + index;
+    return head + pages[at / PAGE_TOKENS] * page_stride + offset + (at % PAGE_TOKENS) * bytes;
+  }
+};
+
+using KeyRecord = Record<KEY_SPARSITY>;
+using ValueRecord = Record<VALUE_SPARSITY>;
+
+__device__ KeyRecord load_key(const Tokens& tokens, int index) {
+  const bool valid = index < tokens.count;
+  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(valid ? index : 0, KEY_OFFSET, KeyRecord::BYTES), valid);
+}
+
+__device__ ValueRecord load_value(const Tokens& tokens, int index) {
+  const bool valid = index < tokens.count;
+  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(
+      tokens.slot(valid ? index : 0, VALUE_OFFSET, ValueRecord::BYTES), valid);
+}
+
+// Add a warp's 32 tokens of a round to the bins. weight: of this lane's token; share: 32 rows of ROW in shared memory.
+__device__ void add_round(const Levels& levels, const Tokens& tokens, int index, const float (&weight)[GROUP], u32 bins,
+                          float* share, const ValueRecord& own) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (LANES == 1) {
+    int fixed[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) fixed[h] = __float2int_rn(weight[h] * own.scale());
+    add_to_bins(levels, own, bins, fixed);
+  } else {
+    __syncwarp();
+#pragma unroll
+    for (int g = 0; g < ROW; g++) share[lane * ROW + g] = g < GROUP ? weight[g] : 0;
+    __syncwarp();
+    ValueRecord records[LANES];
+#pragma unroll
+    for (int set = 0; set < LANES; set++) {
+      records[set] = load_value(tokens, index - lane + set * (32 / LANES) + lane / LANES);
+    }
+#pragma unroll
+    for (int set = 0; set < LANES; set++) {
+      const int token = set * (32 / LANES) + lane / LANES;
+      const ValueRecord& record = records[set];
+      int fixed[HEADS];
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) {
+        const int g = h * LANES + lane % LANES;
+        fixed[h] = g < GROUP ? __float2int_rn(share[token * ROW + g] * record.scale()) : 0;
+      }
+      add_to_bins(levels, record, bins + (lane % LANES) * 4, fixed);
+    }
+  }
+}
+
+// The bins of a part as halves [VALUE_ATOMS][ROW], each worth 32768 units.
+__device__ void store_bins(const int* bins, char* out) {
+  for (int atom = threadIdx.x; atom < VALUE_ATOMS; atom += THREADS) {
+    float value[ROW];
+#pragma unroll
+    for (int g = 0; g < ROW; g++) {
+      value[g] = g < GROUP ? bins[(g / LANES * VALUE_ATOMS + atom) * LANES + g % LANES] * BIN_TO_HALF : 0.0f;
+    }
+    if constexpr (ROW == 1) {
+      ((u16*)out)[atom] = (u16)floats_to_halves(value[0], 0.0f);
+    } else {
+#pragma unroll
+      for (int p = 0; p < ROW / 2; p++) {
+        ((u32*)out)[atom * (ROW / 2) + p] = floats_to_halves(value[2 * p], value[2 * p + 1]);
+      }
+    }
+  }
+}
+
+// grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
+// table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
+// in base 2. Per part as well: bins_out halves [VALUE_ATOMS][ROW]; stats [3][...][ROW]: largest score, sum of weights
+// relative to it, and the worth of a unit of bins_out.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
+                 const char* code_pages, long long page_stride, const char* table, const float* query_scale,
+                 const float* key_levels, const float* value_levels, char* bins_out, float* stats, int blocks_a_token) {
+  extern __shared__ __align__(16) char memory[];
+  __shared__ u32 level_words[2][NUM_LEVELS];
+  __shared__ float scratch[WARPS * REDUCED];
+  __shared__ int pages[MAX_PAGES];
+  int* const bins = (int*)(memory + TABLE_BYTES);
+  float* const share = (float*)(bins + BINS) + threadIdx.x / 32 * 32 * ROW;
+
+  const int part = blockIdx.x, row = blockIdx.y, token = row / blocks_a_token;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int4 place = plan[token];
+  if (part >= place.w) return;
+  const int start = place.x + part * place.z;
+  Tokens tokens;
+  tokens.head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
+  tokens.page_stride = page_stride;
+  tokens.pages = pages;
+  tokens.first = start % PAGE_TOKENS;
+  tokens.count = min(place.z, place.y - start);
+
+  const int* own_pages = block_table + request[token] * (long long)block_table_stride + start / PAGE_TOKENS;
+  for (int i = thread; i <= (tokens.first + tokens.count - 1) / PAGE_TOKENS; i += THREADS) pages[i] = own_pages[i];
+  const char* own_table = table + row * (long long)(KEY_ATOMS * ROW * 2);
+  if constexpr (KEY_ATOMS * ROW % 8 == 0) {
+    for (int i = thread; i < KEY_ATOMS * ROW / 8; i += THREADS) ((uint4*)memory)[i] = ((const uint4*)own_table)[i];
+  } else {
+    for (int i = thread; i < KEY_ATOMS * ROW; i += THREADS) ((u16*)memory)[i] = ((const u16*)own_table)[i];
+  }
+  for (int i = thread; i < BINS / 4; i += THREADS) ((int4*)bins)[i] = make_int4(0, 0, 0, 0);
+  if (thread < BINS % 4) bins[BINS / 4 * 4 + thread] = 0;
+  float largest_level = 1e-30f;
+  for (int i = 0; i < NUM_LEVELS; i++) largest_level = fmaxf(largest_level, fabsf(value_levels[i]));
+  if (thread < NUM_LEVELS) {
+    const u32 half = floats_to_halves(key_levels[thread], key_levels[thread]);
+    const int fixed = __float2int_rn(value_levels[thread] / largest_level * FULL_LEVEL);
+    level_words[0][thread] = half;
+    level_words[1][thread] = (u32)fixed << 16;
+  }
+  __syncthreads();
+  Levels levels;
+  keep_levels(levels, level_words[0], lane);
+
+  float score[ROUNDS][GROUP], factor[GROUP], top[REDUCED];
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
+  float& largest_scale = top[GROUP];  // of the values, found in the same reduction
+  largest_scale = 0;
+  const u32 table_at = (u32)__cvta_generic_to_shared(memory), bins_at = (u32)__cvta_generic_to_shared(bins);
+  KeyRecord key = load_key(tokens, thread);
+#pragma unroll ROUNDS_AT_ONCE
+  for (int r = 0; r < ROUNDS; r++) {
+    const int index = r * THREADS + thread;
+    if (r * THREADS >= tokens.count) break;
+    const KeyRecord next = load_key(tokens, index + THREADS);
+    if (index < tokens.count) {
+      const u32 bits = *(const u16*)tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES);
+      largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(bits << 16)));
+    }
+    float sum[GROUP];
+    table_sums(levels, key, table_at, sum);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      score[r][g] = index < tokens.count ? sum[g] * (key.scale() * factor[g]) : NO_SCORE;
+      top[g] = fmaxf(top[g], score[r][g]);
+    }
+    key = next;
+  }
+  block_reduce<true>(top, scratch);
+
+  float total[GROUP] = {}, scale[GROUP];
+#pragma unroll ROUNDS_AT_ONCE
+  for (int r = 0; r < ROUNDS; r++) {
+    if (r * THREADS >= tokens.count) break;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) total[g] += score[r][g] = power_of_two(score[r][g] - top[g]);
+  }
+  block_reduce<false>(total, scratch);
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
+
+  keep_levels(levels, level_words[1], lane);
+  ValueRecord value = load_value(tokens, LANES == 1 ? thread : tokens.count);
+#pragma unroll ROUNDS_AT_ONCE
+  for (int r = 0; r < ROUNDS; r++) {
+    const int index = r * THREADS + thread;
+    if (r * THREADS >= tokens.count) break;
+    const ValueRecord next = load_value(tokens, LANES == 1 ? index + THREADS : tokens.count);
+    float weight[GROUP];
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) weight[g] = score[r][g] * scale[g];
+    add_round(levels, tokens, index, weight, bins_at, share, value);
+    value = next;
+  }
+  __syncthreads();
+
+  const long long place_out = (long long)row * gridDim.x + part, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  store_bins(bins, bins_out + place_out * (VALUE_ATOMS * ROW * 2));
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+    if (thread != g) continue;
+    float* out = stats + place_out * ROW + g;
+    out[0] = top[g];
+    out[statistics] = total[g];
+    out[2 * statistics] = 65536 / FULL_LEVEL * largest_level / (scale[g] * BIN_TO_HALF);
+  }
+}

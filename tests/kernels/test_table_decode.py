@@ -1,0 +1,195 @@
+"""The decode path through tables: its Triton steps against the twin, with the CUDA C++ step in torch where there is no
+GPU, and that step's compilation."""
+
+import pytest
+import torch
+from lexico_kernels import CodeLayout, nvrtc, reference, table_decode, table_shape
+from lexico_kernels.launch import TABLE_ATTEND, TABLE_MATMUL
+from lexico_kernels.testing import assert_close, random_problem
+
+P = 32
+SHARED_BYTES = 232448  # of a thread block on sm_90
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
+
+
+def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
+    """What the CUDA C++ kernel leaves in the scratch memory, in float32 and without fixed point."""
+    T, H, row, group, layout = len(token_request), shape.blocks, shape.row, shape.group, cache.layout
+    plan = scratch["plan"].view(-1, 4)[:T].tolist()
+    table = scratch["table"][: T * H * shape.key_atoms * row].view(T, H, shape.key_atoms, row).float()
+    query_scale = scratch["query_scale"].view(-1, H, row)
+    bins = scratch["bins"][: T * H * shape.max_parts * shape.value_atoms * row]
+    bins = bins.view(T, H, shape.max_parts, shape.value_atoms, row)
+    stats = scratch["stats"][: 3 * T * H * shape.max_parts * row].view(3, T, H, shape.max_parts, row)
+    scratch["bins"].fill_(torch.nan)
+    scratch["stats"].fill_(torch.nan)
+    for t, (first, end, span, parts) in enumerate(plan):
+        for part in range(parts):
+            at = torch.arange(first + part * span, min(end, first + (part + 1) * span))
+            pages = tables.block_table[token_request[t]][at // layout.block_tokens].long()
+            for h in range(H):
+                decoded = []
+                for name in ("key", "value"):
+                    views = dict(reference.field_views(cache.code_pages, layout, name))
+                    scale, entries = (
+                        view[pages, h // shape.head_groups, at % layout.block_tokens].contiguous()
+                        for view in views.values()
+                    )
+                    entries = entries.view(torch.int16).int() & 0xFFFF
+                    coefficients = cache.codebook(name).levels[entries & 15] * scale.view(torch.bfloat16).float()
+                    decoded.append(((entries >> 4).long(), coefficients))
+                (key_atoms, keys), (value_atoms, values) = decoded
+                scores = torch.einsum("ns,nsg->ng", keys, table[t, h][key_atoms]) * query_scale[t, h]
+                top = scores[:, :group].amax(0)
+                weights = torch.exp2(scores[:, :group] - top)
+                added = torch.zeros(shape.value_atoms, group)
+                amounts = values[:, :, None] * weights[:, None]
+                added.index_add_(0, value_atoms.flatten(), amounts.flatten(0, 1))
+                unit = added.abs().amax(0).clamp(min=1e-30) / 3e4
+                bins[t, h, part, :, :group] = (added / unit).half()
+                stats[:, t, h, part, :group] = torch.stack((top, weights.sum(0), unit))
+
+
+@pytest.fixture
+def on_any_device(monkeypatch, device):
+    if device == "cpu":
+        monkeypatch.setattr(table_decode, "attend_codes", attend_codes_in_torch)
+        monkeypatch.setattr(table_decode, "shared_limit_bytes", lambda _: SHARED_BYTES)
+
+
+def short_spans(monkeypatch):
+    """So that small contexts have several parts; a multiple of the threads is needed on a GPU only."""
+    spans = table_shape.TABLE._replace(span=64, short_tokens=64, short_span=32)
+    for module in (table_shape, table_decode):
+        monkeypatch.setattr(module, "TABLE", spans)
+    table_shape.shape_for.cache_clear()
+
+
+def check(problem, request, lengths, heads, device, dtype=torch.float16):
+    request = torch.tensor(request, dtype=torch.int32, device=device)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(9)
+    query = torch.randn(len(lengths), heads, problem.cache.layout.head_dim, generator=generator).to(device, dtype)
+    args = (query, problem.cache, problem.tables, request, lengths)
+    want, want_lse = reference.sparse_decode(*args, scale=0.1)
+    out = torch.full((*query.shape[:2], 2 * query.shape[2]), torch.nan, dtype=dtype, device=device)
+    out = out[..., : query.shape[2]]
+    given, lse = table_decode.sparse_decode(*args, scale=0.1, out=out)
+    assert given is out
+    assert_close(out, want, "attention", dtype)
+    assert_close(lse, want_lse, "lse", dtype)
+    return out, lse
+
+
+def layout(D=64, Hk=2, S=(5, 4)):
+    return CodeLayout(D, Hk, *S, block_tokens=P)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+def test_lengths(group, device, on_any_device):
+    lengths = [1, P - 1, P, P + 1, 63, 0]
+    problem = random_problem(layout(), lengths, atoms=40, device=device)
+    check(problem, range(6), lengths, 2 * group, device)
+
+
+def test_several_parts(device, on_any_device, monkeypatch):
+    if device == "cpu":
+        short_spans(monkeypatch)
+    lengths = [333, 40, 90]
+    problem = random_problem(layout(), lengths, atoms=64, device=device, raw_tokens=40)
+    check(problem, range(3), lengths, 4, device)
+    table_shape.shape_for.cache_clear()
+
+
+@pytest.mark.parametrize(("D", "S"), [(128, (7, 3)), (96, (4, 15))])
+def test_shapes(D, S, device, on_any_device):
+    problem = random_problem(layout(D, 1, S), [70], atoms=100, device=device)
+    check(problem, [0], [70], 2, device)
+
+
+def test_more_query_heads_than_one_pass_serves(device, on_any_device):
+    problem = random_problem(layout(), [63], atoms=64, device=device)
+    assert table_shape.head_groups(12, 64, 64, SHARED_BYTES) == 2
+    check(problem, [0], [63], 24, device)
+
+
+@pytest.mark.parametrize(("sink_pages", "raw_tokens"), [(0, 0), (0, 500), (3, 0), (50, 0)])
+def test_ranges(sink_pages, raw_tokens, device, on_any_device):
+    """No sinks, no tail, nothing coded, everything a sink; and several tokens of a request."""
+    problem = random_problem(layout(), [63, 33], atoms=64, device=device, sink_pages=sink_pages, raw_tokens=raw_tokens)
+    check(problem, [0, 0, 1, 1], [62, 63, 33, 0], 4, device)
+
+
+def test_slices_give_the_same_bits(device, on_any_device, monkeypatch):
+    problem = random_problem(layout(), [63, 40, 33], atoms=64, device=device)
+    whole = check(problem, range(3), [63, 40, 33], 4, device)
+    monkeypatch.setattr(table_shape, "TABLE_SCRATCH_BYTES", 1)
+    sliced = check(problem, range(3), [63, 40, 33], 4, device)
+    assert all(torch.equal(one, other) for one, other in zip(whole, sliced, strict=True))
+
+
+def test_without_tokens(device, on_any_device):
+    problem = random_problem(layout(), [5], atoms=64, device=device)
+    empty = torch.zeros(0, dtype=torch.int32, device=device)
+    query = torch.zeros(0, 4, 64, dtype=torch.float16, device=device)
+    out, lse = table_decode.sparse_decode(query, problem.cache, problem.tables, empty, empty, scale=1.0)
+    assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
+
+
+def test_parts_are_never_more_than_the_grid_has():
+    for tokens in [*range(1, 9000, 97), 8192, 8193, 131072, 1 << 20]:
+        parts = table_shape.max_parts(tokens)
+        span = table_shape.TABLE.short_span if tokens <= table_shape.TABLE.short_tokens else table_shape.TABLE.span
+        assert -(-tokens // span) <= parts
+
+
+def test_head_groups_fit_shared_memory():
+    assert table_shape.head_groups(4, 4096, 4096, SHARED_BYTES) == 1
+    assert table_shape.head_groups(8, 4096, 4096, SHARED_BYTES) == 1
+    assert table_shape.head_groups(8, 4096, 4096, 163 << 10) == 2
+    assert table_shape.head_groups(16, 4096, 4096, SHARED_BYTES) == 2
+    assert table_shape.head_groups(1, 4096, 4096, 1 << 10) == 0
+
+
+CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
+    (1, 128, (15, 15), (4096, 4096), 16),
+    (2, 128, (15, 7), (4096, 4096), 16),
+    (3, 128, (11, 11), (4096, 4096), 16),
+    (4, 128, (15, 15), (4096, 4096), 16),
+    (4, 128, (7, 7), (4096, 1024), 16),
+    (4, 64, (10, 9), (1000, 333), 2),
+    (5, 128, (23, 31), (4096, 4096), 16),
+    (6, 128, (15, 15), (4096, 4096), 16),
+    (7, 64, (15, 15), (4096, 4096), 16),
+    (8, 128, (3, 1), (1, 40), 4),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_compiles(case, arch):
+    """To machine code, without a GPU."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    group, D, S, atoms, alignment = case
+    it = CodeLayout(D, 2, *S)
+    limit = SHARED_BYTES if arch == "sm_90a" else 163 << 10
+    shape = table_shape.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
+    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)
+    macros = table_shape.constants(shape, launch, alignment, limit)
+    source = (nvrtc.SOURCES / "table_decode.cu").read_text(encoding="utf-8")
+    assert nvrtc.compile_source(source, arch, macros).startswith(b"\x7fELF")
+
+
+def test_columns_hold_whole_tokens():
+    assert TABLE_MATMUL.columns % table_shape.MAX_GROUP == 0
+
+
+def test_scratch_is_bounded_and_covers_what_is_taken():
+    it = CodeLayout(128, 8, 15, 15)
+    for tokens in (1, 16, 1024):
+        for context in (2048, 131072, 1 << 20):
+            reserved = table_shape.scratch_bytes(it, 32, tokens, context)
+            shape = table_shape.shape_for(it, 32, 4096, 1024, context, SHARED_BYTES)
+            assert min(tokens, shape.slice_tokens()) * shape.token_bytes() <= reserved
+            assert reserved <= max(table_shape.TABLE_SCRATCH_BYTES, table_shape.scratch_bytes(it, 32, 1, context))
