@@ -53,8 +53,18 @@ class Engine:
         self.meter = PoolMeter(self.scheduler, kv_cache_config)
         self.token_bytes = token_bytes(kv_cache_config)
         self.plain_token_bytes = plain_token_bytes(self.vllm_config)
+        self._check_cache(cache)
         # How far a running task is, and of how many sequences; the worker shows it.
         self.expect: Callable[[int], None] = lambda _total: None
+
+    def _check_cache(self, cache: Cache) -> None:
+        """Refuse figures of a cache that is not there: vLLM's CPU backend takes TurboQuant's names and ignores them."""
+        compressed = cache.engine.get("kv_cache_dtype", "auto") != "auto"
+        if compressed and self.token_bytes >= self.plain_token_bytes:
+            raise RuntimeError(
+                f"vLLM started with {cache.name}, but a token takes {self.token_bytes:.0f} bytes, no fewer than in 16 "
+                f"bits; the platform does not have this cache"
+            )
 
     @property
     def vllm_config(self) -> Any:

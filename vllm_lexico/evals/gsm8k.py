@@ -88,16 +88,16 @@ def task_config(folder: Path, shots: int) -> dict[str, Any]:
 def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each problem with the answer, its tokens and both scores, and what the sequences held."""
     from lm_eval import evaluator
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.tasks import TaskManager
 
     config = task_config(Path(settings.data), settings.gsm8k.shots)
-    task = TaskManager(include_defaults=False).load([config])
+    tasks = TaskManager(include_defaults=False).load([config])
+    tasks["tasks"][TASK].set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # as the harness's own command does
     limit = settings.gsm8k.limit
     total = len(read_problems(Path(settings.data) / DATA_FILES[0]))
     engine.expect(total if limit is None else min(limit, total))
-    results = evaluator.simple_evaluate(
-        engine.harness.lm, tasks=list(task["tasks"].values()), limit=limit, bootstrap_iters=0, log_samples=True
-    )
+    results = evaluator.evaluate(engine.harness.lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
     rows = prediction_rows(results["samples"][TASK], engine.harness.lm, engine.harness.answers)
     return rows, {"all": engine.meter.take()}

@@ -27,9 +27,9 @@ VOCABULARY = 4000  # words that keys and values are drawn from
 POOL_SHARE = 3  # documents that are worked on at a time take this part of the pool at most
 
 OPENING = "Read the text below. A question about it follows at its end.\n\n"
-NEEDLE = "Note: the password of {key} is {value}."
+NEEDLE = 'Note: the password of "{key}" is "{value}".'
 QUESTION = (
-    "\n\nThe text above says in a note what the password of {key} is. Which is it? Answer with the password alone."
+    '\n\nThe text above says in a note what the password of "{key}" is. Which is it? Answer with the password alone.'
 )
 _MARK = "<|the document goes here|>"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vllm_lexico.evals.caches import Cache
-from vllm_lexico.evals.settings import EvalSettings, settle, write_json
+from vllm_lexico.evals.settings import TASKS, EvalSettings, settle, write_json
 from vllm_lexico.evals.summary import write_summary
 from vllm_lexico.evals.worker import PROGRESS_FILE, task_module, write_job
 
@@ -60,10 +60,11 @@ def run_evaluation(
     parallel: caches at a time. timeout_seconds: after which a cache's process is ended. start: starts a process for a
     job's file and its log.
 
-    Returns what failed, "CACHE TASK", and why. ValueError before anything runs if the folder has results of another
-    configuration or the tasks' data is not there.
+    Returns what failed, "CACHE TASK", and why. ValueError before anything runs if the folder has results of other
+    settings or the tasks' data is not there.
     """
     check_data(settings, tasks)
+    check_caches(out, caches)
     settle(out, settings, tasks)
     waiting = [(cache, missing) for cache in caches if (missing := missing_tasks(out / cache.folder, tasks))]
     kept = len(caches) * len(tasks) - sum(len(missing) for _, missing in waiting)
@@ -79,15 +80,17 @@ def run_evaluation(
                 time.sleep(POLL_SECONDS)
                 for one in list(running):
                     finished = len(one.tasks) - len(missing_tasks(one.folder, one.tasks))
-                    bar.update(finished - one.done)
-                    one.done = finished
+                    if finished != one.done:
+                        bar.update(finished - one.done)
+                        one.done = finished
                     timed_out = timeout_seconds is not None and time.monotonic() - one.since > timeout_seconds
                     if one.process.poll() is None and not timed_out:
                         continue
                     stop(one.process)
                     running.remove(one)
                     failures |= _report(one, f"ended after {timeout_seconds:g} s" if timed_out else None)
-                    write_summary(out)
+                    if waiting or running:
+                        write_summary(out)
                 words = "; ".join(map(_describe, running))
                 if words != bar.postfix:
                     bar.set_postfix_str(words)
@@ -103,6 +106,20 @@ def check_data(settings: EvalSettings, tasks: Sequence[str]) -> None:
     missing = [f for task in tasks for f in task_module(task).DATA_FILES if not (Path(settings.data) / f).is_file()]
     if missing:
         raise ValueError(f"--data {settings.data} lacks {', '.join(missing)}; name the folder that has them")
+
+
+def check_caches(out: Path, caches: Sequence[Cache]) -> None:
+    """Refuse results of a cache that had other settings under the same name, as another --dictionary."""
+    for cache in caches:
+        path = out / cache.folder / CACHE_FILE
+        if not path.exists() or missing_tasks(path.parent, TASKS) == TASKS:
+            continue
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != json.loads(json.dumps(asdict(cache))):
+            raise ValueError(
+                f"{path.parent} has results of {before['name']} with {before['engine']}, asked for is {cache.engine}; "
+                f"allowed: the same; give another --out, or what the results were made with"
+            )
 
 
 def missing_tasks(folder: Path, tasks: Sequence[str]) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def _cache_metrics(cache: Cache, folder: Path, reference: Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"family": cache.family, "bytes_a_token": None, "bytes_percent": None}
-    found |= {"tasks": {}, "failures": {}}
+    found: dict[str, Any] = {"family": cache.family, "engine": cache.engine, "tasks": {}, "failures": {}}
+    found |= {"bytes_a_token": None, "bytes_percent": None}
     for task in TASKS:
         result_path, error_path = folder / f"{task}.json", folder / f"{task}.error"
         if result_path.exists():
