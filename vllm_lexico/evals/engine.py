@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from vllm_lexico import register
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
 from vllm_lexico.evals.settings import EvalSettings
@@ -36,6 +37,7 @@ class Engine:
     def __init__(self, settings: EvalSettings, cache: Cache, tasks: Sequence[str]) -> None:
         # The scheduler and its pool are read and steered here, so they must not run in a process of their own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        register()  # a checkout that is only on the path has no entry point for vLLM to find
         arguments: dict[str, Any] = {"max_model_len": needed_tokens(settings, tasks), "seed": 0}
         arguments |= {**settings.engine, **cache.engine}
         self.harness: Any = None

@@ -40,7 +40,8 @@ class Running:
 
 def start_worker(job: Path, log: Path) -> subprocess.Popen:
     """Start a cache's process, in a session of its own so that what it starts can be ended with it."""
-    command = [sys.executable, "-m", "vllm_lexico.evals.worker", str(job)]
+    # -P: the folder that the user is in must not hide packages, as a checkout's `kernels` would.
+    command = [sys.executable, "-P", "-m", "vllm_lexico.evals.worker", str(job)]
     with log.open("w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -97,7 +98,7 @@ def run_evaluation(
         finally:
             for one in running:
                 stop(one.process)
-    write_summary(out)
+            write_summary(out)  # of what is finished, also when this was interrupted
     return failures
 
 
