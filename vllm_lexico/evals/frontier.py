@@ -70,19 +70,17 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
     xs = []
     for family, found in families.items():
         colour, marker = LOOKS_OF.get(family) or next(spare)
-        found = sorted(found, key=lambda point: point["x"])
-        x, y = [point["x"] for point in found], [point["y"] for point in found]
-        errors = [[p["y"] - p["bars"][0] for p in found], [p["bars"][1] - p["y"] for p in found]]
-        style = {"linestyle": "-" if len(found) > 1 else "", "linewidth": 1.4, "elinewidth": 1.2, "capsize": 3}
-        axes.errorbar(x, y, [[max(e, 0) for e in side] for side in errors], color=colour, marker=marker, **style)
+        # A line joins a family's caches by their bytes; those with options are variants of one and stand alone.
+        _mark(axes, [point for point in found if "+" not in point["name"]], "-", colour, marker)
+        _mark(axes, [point for point in found if "+" in point["name"]], "", colour, marker)
         for point in found:
             if point["held"]:
                 axes.plot([point["x"], point["held"]], [point["y"]] * 2, color=colour, linewidth=0.7, alpha=0.6)
             words = point["name"].removeprefix("turboquant_")
             axes.annotate(words, (point["x"], point["y"]), (4, 6), textcoords="offset points", fontsize=8, color=colour)
         if family == "bf16":
-            axes.axhline(y[0], color=colour, linewidth=0.9, linestyle=":")
-        xs += [*x, *(point["held"] for point in found if point["held"])]
+            axes.axhline(found[0]["y"], color=colour, linewidth=0.9, linestyle=":")
+        xs += [x for point in found for x in (point["x"], point["held"]) if x]
     axes.set_xscale("log")
     ticks = [tick for tick in TICKS if 0.8 * min(xs) <= tick <= 1.25 * max(xs)] or [round(xs[0], 2)]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -92,3 +90,13 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
     axes.margins(x=0.12, y=0.15)
     if less_is_better:
         axes.invert_yaxis()
+
+
+def _mark(axes: Any, found: list[dict[str, Any]], line: str, colour: str, marker: str) -> None:
+    """Points with their intervals, joined by a line from few to many bytes."""
+    found = sorted(found, key=lambda point: point["x"])
+    x, y = [point["x"] for point in found], [point["y"] for point in found]
+    below = [max(point["y"] - point["bars"][0], 0) for point in found]
+    above = [max(point["bars"][1] - point["y"], 0) for point in found]
+    style = {"linestyle": line, "linewidth": 1.4, "elinewidth": 1.2, "capsize": 3}
+    axes.errorbar(x, y, [below, above], color=colour, marker=marker, **style)
