@@ -95,6 +95,8 @@ def run_evaluation(
                 words = "; ".join(map(_describe, running))
                 if words != bar.postfix:
                     bar.set_postfix_str(words)
+                elif sys.stderr.isatty():
+                    bar.refresh()  # the clock; a file would only grow
         finally:
             for one in running:
                 stop(one.process)
@@ -157,6 +159,8 @@ def _describe(one: Running) -> str:
     try:
         progress = json.loads((one.folder / PROGRESS_FILE).read_text())
     except (OSError, json.JSONDecodeError):
+        progress = {"task": None}
+    if not progress["task"]:
         return f"{one.cache.name} starts"
     return f"{one.cache.name} {progress['task']} {progress['done']}/{progress['total']}"
 
