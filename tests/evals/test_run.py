@@ -1,9 +1,12 @@
 """Running caches with processes that only pretend: what is kept, refused, reported and given up."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -124,6 +127,22 @@ def test_a_cache_that_takes_too_long_is_given_up(settings, tmp_path, start):
     caches = parse_caches("int8_slow,lexico:15")
     failures = run_evaluation(settings, caches, TASKS, tmp_path / "out", timeout_seconds=2, start=start)
     assert set(failures.values()) == {"ended after 2 s"} and len(failures) == 2
+
+
+def test_ended_from_outside_it_ends_its_processes(settings, tmp_path, start):
+    processes = []
+
+    def start_slow_and_end(job, log):
+        processes.append(start(job, log))
+        # Comes while the run waits for the process that it has just begun.
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[0]
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(settings, parse_caches("int8_slow"), TASKS, tmp_path / "out", start=start_slow_and_end)
+    assert processes[0].poll() is not None and signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_last_lines(tmp_path):

@@ -73,6 +73,8 @@ def run_evaluation(
         print(f"{kept} of {len(caches) * len(tasks)} results are in {out} already and are kept", file=sys.stderr)
     failures: dict[str, str] = {}
     running: list[Running] = []
+    # Ended from outside, it must end its processes too: each is in a session of its own and would run on.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tqdm(total=len(caches) * len(tasks), initial=kept, unit="result", smoothing=0) as bar:
         try:
             while waiting or running:
@@ -100,6 +102,7 @@ def run_evaluation(
         finally:
             for one in running:
                 stop(one.process)
+            signal.signal(signal.SIGTERM, before)
             write_summary(out)  # of what is finished, also when this was interrupted
     return failures
 
