@@ -23,9 +23,9 @@ from lexico_kernels import PARTS, pursue
 from record import RESULTS, record
 from torch import Tensor
 from vector_codecs import RotationCodec, VectorCodec
-from windows import wikitext_windows
 
 from vllm_lexico.dictionary import ModelFingerprint
+from vllm_lexico.evals.windows import wikitext_windows
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layers import LayerLearners
 from vllm_lexico.train.learn import LearnSettings

@@ -24,9 +24,9 @@ from coded_model import CodedPerplexity, ratio
 from record import RESULTS, record
 from torch import Tensor
 from vector_codecs import DictionaryCodec, RotationCodec, VectorCodec, dictionary_means
-from windows import jsonl_windows, wikitext_windows
 
 from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.evals.windows import jsonl_windows, wikitext_windows
 
 TEXTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "wikitext": ("wikitext2_raw_test.txt.xz", wikitext_windows),

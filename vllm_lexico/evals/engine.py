@@ -1,0 +1,126 @@
+"""One vLLM engine with one cache, in this process, as the tasks use it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from vllm_lexico import register
+from vllm_lexico.evals.caches import Cache
+from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
+from vllm_lexico.evals.settings import EvalSettings
+
+MARGIN_TOKENS = 8  # beyond what a task asks for
+GSM8K_TOKENS = 4096  # five worked problems, the question and an answer of 256 tokens, with much room
+
+
+def needed_tokens(settings: EvalSettings, tasks: Sequence[str]) -> int:
+    """The longest sequence that the tasks will make."""
+    needs = {
+        "gsm8k": GSM8K_TOKENS,
+        "wikitext": settings.wikitext.length + MARGIN_TOKENS,
+        "needle": max(settings.needle.lengths, default=0),
+    }
+    return max(needs[task] for task in tasks)
+
+
+class Engine:
+    """A running engine; greedy.
+
+    llm: vLLM's own object.
+    meter: what sequences held, and how many have ended.
+    harness: lm-evaluation-harness's model around the engine, where the tasks need one.
+    """
+
+    def __init__(self, settings: EvalSettings, cache: Cache, tasks: Sequence[str]) -> None:
+        # The scheduler and its pool are read and steered here, so they must not run in a process of their own.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        register()  # a checkout that is only on the path has no entry point for vLLM to find
+        arguments: dict[str, Any] = {"max_model_len": needed_tokens(settings, tasks), "seed": 0}
+        arguments |= {**settings.engine, **cache.engine}
+        self.harness: Any = None
+        if "gsm8k" in tasks:
+            from vllm_lexico.evals.gsm8k import HarnessModel
+
+            self.harness = HarnessModel(settings.model, arguments)
+            self.llm = self.harness.llm
+        else:
+            from vllm import LLM
+
+            self.llm = LLM(settings.model, **arguments)
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        kv_cache_config = self.scheduler.kv_cache_config
+        self.meter = PoolMeter(self.scheduler, kv_cache_config)
+        self.token_bytes = token_bytes(kv_cache_config)
+        self.plain_token_bytes = plain_token_bytes(self.vllm_config)
+        self._check_cache(cache)
+        # How far a running task is, and of how many sequences; the worker shows it.
+        self.expect: Callable[[int], None] = lambda _total: None
+
+    def _check_cache(self, cache: Cache) -> None:
+        """Refuse figures of a cache that is not there: vLLM's CPU backend takes TurboQuant's names and ignores them."""
+        compressed = cache.engine.get("kv_cache_dtype", "auto") != "auto"
+        if compressed and self.token_bytes >= self.plain_token_bytes:
+            raise RuntimeError(
+                f"vLLM started with {cache.name}, but a token takes {self.token_bytes:.0f} bytes, no fewer than in 16 "
+                f"bits; the platform does not have this cache"
+            )
+
+    @property
+    def vllm_config(self) -> Any:
+        """The configuration that vLLM derived."""
+        return self.llm.llm_engine.vllm_config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.llm.get_tokenizer()
+
+    def capacity_tokens(self) -> int:
+        """Tokens that the pool holds, sequences' tails aside."""
+        config = self.scheduler.kv_cache_config
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        blocks_a_token = sum(1 / spec.block_size for spec in specs if not getattr(spec, "sliding_window", None))
+        return int(config.num_blocks / blocks_a_token)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Any]:
+        """Answers to prompts of token ids, all at once; `params` are those of vLLM's SamplingParams."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, **params)
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return self.llm.generate(inputs, sampling, use_tqdm=False)
+
+    def forget(self) -> None:
+        """Empty the prefix cache, so that no task finds what another left."""
+        self.llm.reset_prefix_cache()
+
+    @contextlib.contextmanager
+    def chunks_of(self, tokens: int, sequences: int) -> Iterator[None]:
+        """Compute prompts in chunks of at most `tokens`, those of `sequences` prompts of one length side by side.
+
+        vLLM's own limit, long_prefill_token_threshold, does not hold for a request that is alone. So the budget of a
+        step is limited too, to what the sequences take: they then advance in step and end in the same one. A step
+        that exceeds the limit all the same is an error: it would measure a cache that nothing was read from.
+        """
+        scheduler, config = self.scheduler, self.scheduler.scheduler_config
+        before = config.long_prefill_token_threshold, scheduler.max_num_scheduled_tokens
+        config.long_prefill_token_threshold = tokens
+        scheduler.max_num_scheduled_tokens = min(tokens * sequences, before[1])
+        schedule = scheduler.schedule
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            longest = max(output.num_scheduled_tokens.values(), default=0)
+            if longest > tokens:
+                raise RuntimeError(f"vLLM computed {longest} tokens of a prompt in one step; the limit was {tokens}")
+            return output
+
+        scheduler.schedule = checked
+        try:
+            yield
+        finally:
+            del scheduler.schedule  # the method of its class shows again
+            config.long_prefill_token_threshold, scheduler.max_num_scheduled_tokens = before
