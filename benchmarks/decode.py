@@ -124,9 +124,10 @@ class Step:
         shape = (batch, context, self.cache.layout.num_kv_heads, self.cache.layout.head_dim)
         key, value = (torch.empty(shape, dtype=DTYPE, device=self.query.device) for _ in range(2))
         for b in range(batch):
-            for first in range(0, context, CHUNK):
-                rows = slice(first, min(first + CHUNK, context))
-                kernels.reconstruct(self.cache, self.tables, b, rows.start, rows.stop, key[b, rows], value[b, rows])
+            for position in torch.arange(context, dtype=torch.int32, device=self.query.device).split(CHUNK):
+                rows = slice(int(position[0]), int(position[-1]) + 1)
+                request = torch.full_like(position, b)
+                kernels.reconstruct(self.cache, self.tables, request, position, key[b, rows], value[b, rows])
         return peers.Dense(self.query, key, value, self.scale)
 
     def exact(self, request: int) -> Tensor:
@@ -135,8 +136,8 @@ class Step:
         q = self.query[request].double().view(Hk, -1, self.query.shape[2])
         scores, tops = [], []
         context = int(self.lengths[request])
-        for first in range(0, context, CHUNK):
-            keys, values = reference.history(self.cache, self.tables, request, first, min(first + CHUNK, context))
+        for positions in torch.arange(context, device=self.query.device).split(CHUNK):
+            keys, values = reference.history(self.cache, self.tables, request, positions)
             s = torch.einsum("hgd,nhd->hgn", q, keys.double()) * self.scale
             scores.append(torch.einsum("hgn,nhd->hgd", s.softmax(-1), values.double()))
             tops.append(s.logsumexp(-1))

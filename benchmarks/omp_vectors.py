@@ -90,9 +90,10 @@ def load_vectors(path: Path) -> CapturedLayer:
     """What `CapturedLayer.save` wrote; KeyError or SafetensorError where it did not."""
     with safe_open(str(path), framework="pt") as file:
         tensors, words = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    names = ("atoms", "mean", "stretch", "levels")
-    fields = [{part: tensors[f"{part}_{name}"] for part in PARTS} for name in names]
-    return CapturedLayer(tensors["vectors"], *fields, words)
+    atoms, means, stretches, levels = (
+        {part: tensors[f"{part}_{name}"] for part in PARTS} for name in ("atoms", "mean", "stretch", "levels")
+    )
+    return CapturedLayer(tensors["vectors"], atoms, means, stretches, levels, words)
 
 
 def capture_vectors(

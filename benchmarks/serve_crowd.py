@@ -116,6 +116,12 @@ def page(name: str, prompts: list[str], answers: dict[str, list[dict[str, Any]]]
     return "\n".join(lines) + "\n"
 
 
+def keep(folder: Path, name: str, prompts: list[str], answers: dict[str, list[dict[str, Any]]]) -> None:
+    """Write all answers, and the page of some."""
+    (folder / f"{name}.json").write_text(json.dumps({"prompts": prompts, "answers": answers}))
+    (folder / f"{name}.md").write_text(page(name, prompts, answers, shown=8))
+
+
 def main() -> None:
     """Serve, ask, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -147,9 +153,8 @@ def main() -> None:
         case = {"model": args.name, "backend": backend, "requests": len(prompts), "seconds": round(seconds, 2)}
         case |= {"prompt_tokens": [min(lengths), max(lengths)]}
         record("engine", case, "requests_finished", finished)
+        keep(args.out, args.name, prompts, answers)  # after each, so that nothing is lost if the next does not start
         print(f"{args.name} {backend}: {finished} of {len(prompts)} finished in {seconds:.1f} s", file=sys.stderr)
-    (args.out / f"{args.name}.json").write_text(json.dumps({"prompts": prompts, "answers": answers}))
-    (args.out / f"{args.name}.md").write_text(page(args.name, prompts, answers, shown=8))
 
 
 if __name__ == "__main__":
