@@ -187,7 +187,7 @@ def test_odd_vectors(device):
     cluster.omp_encode(key, key, cache, at.int(), at + P)
     tables = RequestTables(*(torch.tensor(x, dtype=torch.int32, device=device) for x in ([[1]], [[0] * P], [0], [P])))
     out_key, out_value = torch.full((2, 10, 2, 64), float("nan"), device=device)
-    reference.reconstruct(cache, tables, 0, 0, 10, out_key, out_value)
+    reference.reconstruct(cache, tables, torch.zeros_like(at).int(), at.int(), out_key, out_value)
     for token, head in ((0, 0), (1, 0), (2, 0), (6, 0), (6, 1)):
         torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
     assert out_key.isfinite().all()
