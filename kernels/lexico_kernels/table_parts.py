@@ -118,7 +118,7 @@ def multiply_bins(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Merge the parts' bins of a chunk of atoms and multiply them with the atoms.
+    """Merge the parts' bins, halves [T, H, PARTS, G, N], of a chunk of atoms and multiply them with the atoms.
 
     chunk_out: float32 [chunks, T, H * G, D], to be added up; coded_lse: [T, H, ROW] in base 2, without the offset.
     """
@@ -152,7 +152,7 @@ def multiply_bins(
             worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
             worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top[None, :]), 0.0)
             worth = worth / tl.where(unit > 0, unit, 1.0)[None, :] * BIN_SHRINK
-            source = bins_ptr + (place[:, None, :] * N + atom[None, :, None]) * ROW + g[None, None, :]
+            source = bins_ptr + (place * G + g[None, :])[:, None, :] * N + atom[None, :, None]
             values = tl.load(source, mask=used[:, None, :] & (atom < N)[None, :, None], other=0.0)
             bins += tl.sum(values.to(tl.float32) * worth[:, None, :], 0)
         mask = (dims < D)[:, None] & (atom < N)[None, :]

@@ -19,8 +19,8 @@ def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
     plan = scratch["plan"].view(-1, 4)[:T].tolist()
     table = scratch["table"][: T * H * shape.key_atoms * row].view(T, H, shape.key_atoms, row).float()
     query_scale = scratch["query_scale"].view(-1, H, row)
-    bins = scratch["bins"][: T * H * shape.max_parts * shape.value_atoms * row]
-    bins = bins.view(T, H, shape.max_parts, shape.value_atoms, row)
+    bins = scratch["bins"][: T * H * shape.max_parts * group * shape.value_atoms]
+    bins = bins.view(T, H, shape.max_parts, group, shape.value_atoms)
     stats = scratch["stats"][: 3 * T * H * shape.max_parts * row].view(3, T, H, shape.max_parts, row)
     scratch["bins"].fill_(torch.nan)
     scratch["stats"].fill_(torch.nan)
@@ -47,7 +47,7 @@ def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
                 amounts = values[:, :, None] * weights[:, None]
                 added.index_add_(0, value_atoms.flatten(), amounts.flatten(0, 1))
                 unit = added.abs().amax(0).clamp(min=1e-30) / 3e4
-                bins[t, h, part, :, :group] = (added / unit).half()
+                bins[t, h, part] = (added / unit).half().T
                 stats[:, t, h, part, :group] = torch.stack((top, weights.sum(0), unit))
 
 
