@@ -66,7 +66,7 @@ class TableLaunch(NamedTuple):
     unroll: int
     lookup: int
     max_blocks: int  # a processor, for the compiler's budget of registers
-    rotate: int = 0
+    rotate: int = 0  # 1: an atom's bins side by side, where lanes is 1 and the heads are a power of two
 
 
 class TableMatmul(NamedTuple):
@@ -90,7 +90,7 @@ class TableTail(NamedTuple):
     num_warps: int
 
 
-TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=4096)
+TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=6144)
 TABLE_ATTEND = (
     TableLaunch(max_group=4, threads=256, lanes=1, unroll=1, lookup=0, max_blocks=2),
     TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),

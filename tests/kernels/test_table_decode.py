@@ -166,16 +166,20 @@ CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
 ]
 
 
+VARIANTS = [{}, {"rotate": 1, "lookup": 2}, {"lanes": 4, "lookup": 1}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_compiles(case, arch):
+def test_the_kernel_compiles(case, arch, variant):
     """To machine code, without a GPU."""
     pytest.importorskip("cuda.bindings.nvrtc")
     group, D, S, atoms, alignment = case
     it = CodeLayout(D, 2, *S)
     limit = SHARED_BYTES if arch == "sm_90a" else 163 << 10
     shape = table_shape.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
-    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)
+    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)._replace(**variant)
     macros = table_shape.constants(shape, launch, alignment, limit)
     source = (nvrtc.SOURCES / "table_decode.cu").read_text(encoding="utf-8")
     assert nvrtc.compile_source(source, arch, macros).startswith(b"\x7fELF")
@@ -183,6 +187,7 @@ def test_the_kernel_compiles(case, arch):
 
 def test_columns_hold_whole_tokens():
     assert TABLE_MATMUL.columns % table_shape.MAX_GROUP == 0
+    assert TABLE_MATMUL.bins_columns % table_shape.MAX_GROUP == 0
 
 
 def test_scratch_is_bounded_and_covers_what_is_taken():
