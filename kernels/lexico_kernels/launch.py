@@ -79,17 +79,20 @@ class TableLaunch(NamedTuple):
     unroll: int
     lookup: int
     max_blocks: int  # a processor, for the compiler's budget of registers
+    rotate: int = 0  # 1: an atom's bins side by side, where lanes is 1 and the heads are a power of two
 
 
 class TableMatmul(NamedTuple):
     """How the products with the atoms are launched."""
 
-    columns: int  # heads of tokens in a program
+    columns: int  # heads of tokens in a program of tables
+    bins_columns: int  # and of bins
     table_tile: int  # atoms
     bins_tile: int  # atoms
     chunk: int  # atoms that one program goes through
     parts_at_once: int
     num_warps: int
+    bins_warps: int
 
 
 class TableTail(NamedTuple):
@@ -100,12 +103,14 @@ class TableTail(NamedTuple):
     num_warps: int
 
 
-TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=4096)
+TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=6144)
 TABLE_ATTEND = (
     TableLaunch(max_group=4, threads=256, lanes=1, unroll=1, lookup=0, max_blocks=2),
     TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),
 )
-TABLE_MATMUL = TableMatmul(columns=32, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4)
+TABLE_MATMUL = TableMatmul(
+    columns=32, bins_columns=32, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4, bins_warps=4
+)
 TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
 TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
 

@@ -215,7 +215,7 @@ def attend_tail(
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    D, columns = shape.layout.head_dim, max(TABLE_MATMUL.columns, shape.row)
+    D, columns = shape.layout.head_dim, max(TABLE_MATMUL.bins_columns, shape.row)
     rows = num_tokens * shape.blocks * shape.row
     table_parts.multiply_bins[(shape.chunks, shape.blocks, triton.cdiv(num_tokens * shape.row, columns))](
         scratch["plan"],
@@ -239,7 +239,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         PARTS_AT_ONCE=TABLE_MATMUL.parts_at_once,
         CHUNK=TABLE_MATMUL.chunk,
         TILE=TABLE_MATMUL.bins_tile,
-        num_warps=TABLE_MATMUL.num_warps,
+        num_warps=TABLE_MATMUL.bins_warps,
     )
 
 

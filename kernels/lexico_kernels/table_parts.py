@@ -121,7 +121,7 @@ def multiply_bins(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Merge the parts' bins of a chunk of atoms and multiply them with the atoms.
+    """Merge the parts' bins, halves [T, H, PARTS, G, N], of a chunk of atoms and multiply them with the atoms.
 
     chunk_out: float32 [chunks, T, H * G, D], to be added up; coded_lse: [T, H, ROW] in base 2, without the offset.
     """
@@ -142,26 +142,26 @@ def multiply_bins(
     if chunk == 0:
         tl.store(coded_lse_ptr + row * ROW + g, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=there)
     most = tl.max(parts, 0)
-    several = tl.arange(0, PARTS_AT_ONCE)
     out = tl.zeros([D_PAD, COLUMNS], tl.float32)
     for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, N), TILE):
         atom = first + tl.arange(0, TILE)
-        bins = tl.zeros([TILE, COLUMNS], tl.float32)
-        for first_part in range(0, most, PARTS_AT_ONCE):
-            some = first_part + several
-            used = (some[:, None] < parts[None, :]) & (g < G)[None, :]
-            place = (row * PARTS)[None, :] + some[:, None]
-            stat = stats_ptr + place * ROW + g[None, :]
-            worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
-            worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top[None, :]), 0.0)
-            worth = worth / tl.where(unit > 0, unit, 1.0)[None, :] * BIN_SHRINK
-            source = bins_ptr + (place[:, None, :] * N + atom[None, :, None]) * ROW + g[None, None, :]
-            values = tl.load(source, mask=used[:, None, :] & (atom < N)[None, :, None], other=0.0)
-            bins += tl.sum(values.to(tl.float32) * worth[:, None, :], 0)
         mask = (dims < D)[:, None] & (atom < N)[None, :]
         atoms = tl.load(
             atoms_ptr + (head // HEAD_GROUPS) * HEAD_STRIDE + atom[None, :] * D + dims[:, None], mask=mask, other=0.0
         )
+        bins = tl.zeros([TILE, COLUMNS], tl.float32)
+        for first_part in range(0, most, PARTS_AT_ONCE):
+            for later in tl.static_range(PARTS_AT_ONCE):  # one by one: a sum over an axis would go through other lanes
+                some = first_part + later
+                used = (some < parts) & (g < G)
+                place = row * PARTS + some
+                stat = stats_ptr + place * ROW + g
+                worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
+                worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top), 0.0)
+                worth = worth / tl.where(unit > 0, unit, 1.0) * BIN_SHRINK
+                source = bins_ptr + (place * G + g)[None, :] * N + atom[:, None]
+                values = tl.load(source, mask=used[None, :] & (atom < N)[:, None], other=0.0)
+                bins += values.to(tl.float32) * worth[None, :]
         out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
     out *= (unit / tl.where(total > 0, total, 1.0) / BIN_SHRINK)[None, :]
     target = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g) * D

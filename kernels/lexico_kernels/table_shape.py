@@ -68,7 +68,7 @@ class Shape:
         heads = self.blocks * self.row
         return {
             "table": (heads * self.key_atoms, torch.float16),
-            "bins": (heads * self.max_parts * self.value_atoms, torch.float16),
+            "bins": (self.num_heads * self.max_parts * self.value_atoms, torch.float16),
             "stats": (3 * heads * self.max_parts, torch.float32),
             "query_scale": (heads, torch.float32),
             "offset": (heads, torch.float32),
@@ -95,11 +95,11 @@ def max_parts(max_tokens: int) -> int:
 
 
 def shared_bytes(launch: TableLaunch, group: int, key_atoms: int, value_atoms: int) -> int:
-    """Dynamic shared memory of a block of `attend_codes`: table, bins, and weights that lanes exchange."""
-    row = power_of_two(group)
+    """Dynamic shared memory of a block of `attend_codes`: table or weights, and scores or bins."""
+    tokens = divide_up(TABLE.span, launch.threads) * launch.threads
     heads = divide_up(group, launch.lanes) * launch.lanes
-    exchange = launch.threads * row * 4 if launch.lanes > 1 else 0
-    return divide_up(key_atoms * row * 2, 16) * 16 + heads * value_atoms * 4 + exchange
+    table = divide_up(max(key_atoms, tokens) * power_of_two(group) * 2, 16) * 16
+    return table + max(heads * value_atoms, group * tokens) * 4
 
 
 def head_groups(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> int:
@@ -130,6 +130,7 @@ def constants(shape: Shape, launch: TableLaunch, page_alignment: int, limit_byte
         "GROUP": group,
         "ROW": shape.row,
         "LANES": launch.lanes,
+        "ROTATE": launch.rotate if power_of_two(group) == group else 0,
         "THREADS": launch.threads,
         "ROUNDS": divide_up(TABLE.span, launch.threads),
         "UNROLL": launch.unroll,

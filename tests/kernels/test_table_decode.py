@@ -19,8 +19,8 @@ def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
     plan = scratch["plan"].view(-1, 4)[:T].tolist()
     table = scratch["table"][: T * H * shape.key_atoms * row].view(T, H, shape.key_atoms, row).float()
     query_scale = scratch["query_scale"].view(-1, H, row)
-    bins = scratch["bins"][: T * H * shape.max_parts * shape.value_atoms * row]
-    bins = bins.view(T, H, shape.max_parts, shape.value_atoms, row)
+    bins = scratch["bins"][: T * H * shape.max_parts * group * shape.value_atoms]
+    bins = bins.view(T, H, shape.max_parts, group, shape.value_atoms)
     stats = scratch["stats"][: 3 * T * H * shape.max_parts * row].view(3, T, H, shape.max_parts, row)
     scratch["bins"].fill_(torch.nan)
     scratch["stats"].fill_(torch.nan)
@@ -47,7 +47,7 @@ def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
                 amounts = values[:, :, None] * weights[:, None]
                 added.index_add_(0, value_atoms.flatten(), amounts.flatten(0, 1))
                 unit = added.abs().amax(0).clamp(min=1e-30) / 3e4
-                bins[t, h, part, :, :group] = (added / unit).half()
+                bins[t, h, part] = (added / unit).half().T
                 stats[:, t, h, part, :group] = torch.stack((top, weights.sum(0), unit))
 
 
@@ -166,16 +166,20 @@ CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
 ]
 
 
+VARIANTS = [{}, {"rotate": 1, "lookup": 2}, {"lanes": 4, "lookup": 1}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_compiles(case, arch):
+def test_the_kernel_compiles(case, arch, variant):
     """To machine code, without a GPU."""
     pytest.importorskip("cuda.bindings.nvrtc")
     group, D, S, atoms, alignment = case
     it = CodeLayout(D, 2, *S)
     limit = SHARED_BYTES if arch == "sm_90a" else 163 << 10
     shape = table_shape.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
-    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)
+    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)._replace(**variant)
     macros = table_shape.constants(shape, launch, alignment, limit)
     source = (nvrtc.SOURCES / "table_decode.cu").read_text(encoding="utf-8")
     assert nvrtc.compile_source(source, arch, macros).startswith(b"\x7fELF")
@@ -183,6 +187,7 @@ def test_the_kernel_compiles(case, arch):
 
 def test_columns_hold_whole_tokens():
     assert TABLE_MATMUL.columns % table_shape.MAX_GROUP == 0
+    assert TABLE_MATMUL.bins_columns % table_shape.MAX_GROUP == 0
 
 
 def test_scratch_is_bounded_and_covers_what_is_taken():

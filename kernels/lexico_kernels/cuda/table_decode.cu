@@ -6,10 +6,15 @@
 // memory are native and their order does not matter, so results are the same bits every time. What is left for later is
 // one product of bins and atoms.
 //
+// Shared memory is used twice: scores lie where the bins will be, and weights where the table was.
+//
 // Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), LANES that share a token
-// while values are added, THREADS, ROUNDS of tokens a thread, UNROLL of rounds (all: scores stay in registers),
-// MIN_BLOCKS a processor, LOOKUP of levels (below), PAGE_TOKENS, HEAD_BYTES, HEAD_GROUPS blocks that share a KV head,
-// and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, OFFSET of the records in a head, ALIGN bytes of any record.
+// while values are added, ROTATE (below), THREADS, ROUNDS of tokens a thread, UNROLL of rounds, MIN_BLOCKS a processor,
+// LOOKUP of levels (below), PAGE_TOKENS, HEAD_BYTES, HEAD_GROUPS blocks that share a KV head, and of both parts KEY_ and
+// VALUE_: SPARSITY, ATOMS, OFFSET of the records in a head, ALIGN bytes of any record.
+//
+// ROTATE (LANES 1, GROUP a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to
+// bins of different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -23,14 +28,20 @@ constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
 constexpr int ROUNDS_AT_ONCE = UNROLL;
 constexpr int NUM_LEVELS = 16;
 constexpr int REDUCED = GROUP + 1;
+constexpr int MAX_TOKENS = ROUNDS * THREADS;
 constexpr int BINS = HEADS * LANES * VALUE_ATOMS;
-constexpr int TABLE_BYTES = (KEY_ATOMS * ROW * 2 + 15) / 16 * 16;
+constexpr int SCORES = GROUP * MAX_TOKENS;  // as [GROUP][MAX_TOKENS]
+constexpr int TABLE_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
+constexpr int TABLE_BYTES = (TABLE_ROWS * ROW * 2 + 15) / 16 * 16;
+static_assert(!ROTATE || (LANES == 1 && (GROUP & (GROUP - 1)) == 0), "heads cannot be rotated");
 constexpr float NO_SCORE = -1e30f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
 constexpr float FULL_SCALE = 2.1e9f;
 constexpr float FULL_LEVEL = 32767;
 constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
 constexpr float BIN_TO_HALF = 1.0f / 32768;
+constexpr float WEIGHT_BITS = 15;  // weights are halves of at most 2^15, so that small ones are normal numbers
+constexpr float WEIGHT_UNIT = 1.0f / 32768;
 
 template <int S>
 struct Record {
@@ -43,11 +54,8 @@ struct Record {
 
 // A record is used once, so it need not stay near.
 template <int ALIGN, int S>
-__device__ Record<S> load_record(const char* at, bool valid) {
+__device__ Record<S> load_record(const char* at) {
   Record<S> record;
-#pragma unroll
-  for (int i = 0; i < Record<S>::WORDS; i++) record.word[i] = 0;
-  if (!valid) return record;
   constexpr int BYTES = Record<S>::BYTES;
   if constexpr (ALIGN == 16) {
 #pragma unroll
@@ -67,7 +75,10 @@ __device__ Record<S> load_record(const char* at, bool valid) {
     for (int i = 0; i < BYTES / 4; i++) asm("ld.global.nc.u32 %0, [%1];" : "=r"(record.word[i]) : "l"(at + 4 * i));
   } else {
 #pragma unroll
-    for (int i = 0; i < BYTES / 2; i++) record.word[i / 2] |= (u32)((const u16*)at)[i] << (16 * (i & 1));
+    for (int i = 0; i < BYTES / 2; i++) {
+      const u32 half = ((const u16*)at)[i];
+      record.word[i / 2] = i & 1 ? record.word[i / 2] | half << 16 : half;
+    }
   }
   return record;
 }
@@ -205,18 +216,23 @@ __device__ void table_sums(const Levels& levels, const Record<S>& record, u32 ta
   for (int g = 0; g < GROUP; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
 }
 
-// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of its column.
+__device__ int bin_of(int atom, int g) {
+  return ROTATE ? atom * GROUP + g : (g / LANES * VALUE_ATOMS + atom) * LANES + g % LANES;
+}
+
+// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of atom 0's bin for each.
 template <int S>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, u32 bins, const int (&weight)[HEADS]) {
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const u32 (&bins)[HEADS],
+                            const int (&weight)[HEADS]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 at = bins + row_offset<4 * LANES, VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4 * (ROTATE ? GROUP : LANES), VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
-      asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at + h * (VALUE_ATOMS * LANES * 4)), "r"(amount) : "memory");
+      asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(bins[h] + offset), "r"(amount) : "memory");
     }
   }
 }
@@ -246,15 +262,14 @@ __device__ void block_reduce(float (&value)[COUNT], float* scratch) {
 
 // Where the tokens of a part lie.
 struct Tokens {
-  const char* head;  // this head in page 0
-  long long page_stride;
-  const int* pages;  // in shared memory, from the part's first page on
-  int first;         // position of token 0, counted from the start of its page
+  const char* const* pages;  // this head's codes in each page, in shared memory, from the part's first page on
+  int first;                 // position of token 0, counted from the start of its page
   int count;
 
+  // Of a token, or of the last one instead of those after it.
   __device__ const char* slot(int index, int offset, int bytes) const {
-    const int at = first + index;
-    return head + pages[at / PAGE_TOKENS] * page_stride + offset + (at % PAGE_TOKENS) * bytes;
+    const u32 at = first + min(index, count - 1);
+    return pages[at / PAGE_TOKENS] + (offset + at % PAGE_TOKENS * bytes);
   }
 };
 
@@ -262,72 +277,144 @@ using KeyRecord = Record<KEY_SPARSITY>;
 using ValueRecord = Record<VALUE_SPARSITY>;
 
 __device__ KeyRecord load_key(const Tokens& tokens, int index) {
-  const bool valid = index < tokens.count;
-  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(valid ? index : 0, KEY_OFFSET, KeyRecord::BYTES), valid);
+  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KeyRecord::BYTES));
 }
 
 __device__ ValueRecord load_value(const Tokens& tokens, int index) {
-  const bool valid = index < tokens.count;
-  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(
-      tokens.slot(valid ? index : 0, VALUE_OFFSET, ValueRecord::BYTES), valid);
+  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
 }
 
-// Add a warp's 32 tokens of a round to the bins. weight: of this lane's token; share: 32 rows of ROW in shared memory.
-__device__ void add_round(const Levels& levels, const Tokens& tokens, int index, const float (&weight)[GROUP], u32 bins,
-                          float* share, const ValueRecord& own) {
+__device__ u32 load_value_scale(const Tokens& tokens, int index) {
+  u16 bits;
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES)));
+  return bits;
+}
+
+// A token's weights, as ROW halves.
+constexpr int WEIGHT_PAIRS = (ROW + 1) / 2;
+
+__device__ void store_weights(char* row, const u32 (&pair)[WEIGHT_PAIRS]) {
+  if constexpr (ROW == 1) *(u16*)row = (u16)pair[0];
+  else if constexpr (ROW == 2) *(u32*)row = pair[0];
+  else if constexpr (ROW == 4) *(uint2*)row = make_uint2(pair[0], pair[1]);
+  else *(uint4*)row = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+
+__device__ void load_weights(const char* row, float (&weight)[ROW]) {
+  alignas(16) u32 pair[4];
+  if constexpr (ROW == 1) pair[0] = *(const u16*)row;
+  else if constexpr (ROW == 2) pair[0] = *(const u32*)row;
+  else if constexpr (ROW == 4) *(uint2*)pair = *(const uint2*)row;
+  else *(uint4*)pair = *(const uint4*)row;
+#pragma unroll
+  for (int g = 0; g < ROW; g++) weight[g] = half_to_float(pair[g / 2], g & 1);
+}
+
+// Scores to weights relative to the largest, and zeros where scores were. total: of the weights as they are rounded.
+__device__ void make_weights(float* scores, char* weights, int count, const float (&top)[REDUCED], float (&total)[GROUP]) {
+#pragma unroll 2
+  for (int index = threadIdx.x; index < MAX_TOKENS; index += THREADS) {
+    float weight[2 * WEIGHT_PAIRS] = {};
+    u32 pair[WEIGHT_PAIRS];
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      if (index < count) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
+      scores[g * MAX_TOKENS + index] = 0;
+    }
+    if (index >= count) continue;
+#pragma unroll
+    for (int p = 0; p < WEIGHT_PAIRS; p++) pair[p] = floats_to_halves(weight[2 * p], weight[2 * p + 1]);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) total[g] += half_to_float(pair[g / 2], g & 1);
+    store_weights(weights + index * (2 * ROW), pair);
+  }
+}
+
+// Weight w at place (h + lane) % GROUP goes to place h.
+__device__ void rotate_heads(int (&value)[HEADS], int lane) {
+#pragma unroll
+  for (int by = 1; by < GROUP; by *= 2) {
+    int turned[HEADS];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) turned[h] = lane & by ? value[(h + by) % HEADS] : value[h];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) value[h] = turned[h];
+  }
+}
+
+// Add a warp's 32 tokens of a round to the bins. own: the record of this lane's token, for LANES 1.
+__device__ void add_round(const Levels& levels, const Tokens& tokens, int index, const char* weights,
+                          const float (&scale)[GROUP], const u32 (&bins)[HEADS], const ValueRecord& own) {
   const int lane = threadIdx.x % 32;
+  ValueRecord records[LANES];
   if constexpr (LANES == 1) {
-    int fixed[HEADS];
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) fixed[h] = __float2int_rn(weight[h] * own.scale());
-    add_to_bins(levels, own, bins, fixed);
+    records[0] = own;
   } else {
-    __syncwarp();
-#pragma unroll
-    for (int g = 0; g < ROW; g++) share[lane * ROW + g] = g < GROUP ? weight[g] : 0;
-    __syncwarp();
-    ValueRecord records[LANES];
 #pragma unroll
     for (int set = 0; set < LANES; set++) {
       records[set] = load_value(tokens, index - lane + set * (32 / LANES) + lane / LANES);
     }
+  }
 #pragma unroll
-    for (int set = 0; set < LANES; set++) {
-      const int token = set * (32 / LANES) + lane / LANES;
-      const ValueRecord& record = records[set];
-      int fixed[HEADS];
+  for (int set = 0; set < LANES; set++) {
+    const int token = index - lane + set * (32 / LANES) + lane / LANES;
+    float weight[ROW];
+    load_weights(weights + token * (2 * ROW), weight);
+    int fixed[HEADS] = {};
 #pragma unroll
-      for (int h = 0; h < HEADS; h++) {
-        const int g = h * LANES + lane % LANES;
-        fixed[h] = g < GROUP ? __float2int_rn(share[token * ROW + g] * record.scale()) : 0;
-      }
-      add_to_bins(levels, record, bins + (lane % LANES) * 4, fixed);
+    for (int g = 0; g < GROUP; g++) {
+      const int amount = __float2int_rn(weight[g] * scale[g] * records[set].scale());
+      if (LANES == 1 || g % LANES == lane % LANES) fixed[g / LANES] = amount;
+    }
+    if constexpr (ROTATE) rotate_heads(fixed, lane);
+    if constexpr (LOOKUP == FROM_LANES) {  // every lane takes part
+#pragma unroll
+      for (int h = 0; h < HEADS; h++) fixed[h] = token < tokens.count ? fixed[h] : 0;
+      add_to_bins(levels, records[set], bins, fixed);
+    } else if (token < tokens.count) {
+      add_to_bins(levels, records[set], bins, fixed);
     }
   }
 }
 
-// The bins of a part as halves [VALUE_ATOMS][ROW], each worth 32768 units.
+// The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units.
 __device__ void store_bins(const int* bins, char* out) {
-  for (int atom = threadIdx.x; atom < VALUE_ATOMS; atom += THREADS) {
-    float value[ROW];
+  constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
+#pragma unroll 2
+  for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
+    float value[2][GROUP] = {};
 #pragma unroll
-    for (int g = 0; g < ROW; g++) {
-      value[g] = g < GROUP ? bins[(g / LANES * VALUE_ATOMS + atom) * LANES + g % LANES] * BIN_TO_HALF : 0.0f;
+    for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) value[i][g] = bins[bin_of(atom + i, g)] * BIN_TO_HALF;
     }
-    if constexpr (ROW == 1) {
-      ((u16*)out)[atom] = (u16)floats_to_halves(value[0], 0.0f);
-    } else {
 #pragma unroll
-      for (int p = 0; p < ROW / 2; p++) {
-        ((u32*)out)[atom * (ROW / 2) + p] = floats_to_halves(value[2 * p], value[2 * p + 1]);
-      }
+    for (int g = 0; g < GROUP; g++) {
+      const u32 halves = floats_to_halves(value[0][g], value[1][g]);
+      if constexpr (AT_ONCE == 2) ((u32*)out)[(g * VALUE_ATOMS + atom) / 2] = halves;
+      else ((u16*)out)[g * VALUE_ATOMS + atom] = (u16)halves;
     }
   }
 }
+
+// Start copying a table to shared memory; finish_copies waits for this thread's share.
+__device__ void start_table(char* to, const char* from) {
+  constexpr int BYTES = KEY_ATOMS * ROW * 2;
+  if constexpr (BYTES % 16 == 0) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    for (int i = threadIdx.x * 16; i < BYTES; i += THREADS * 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + i), "l"(from + i) : "memory");
+    }
+  } else {
+    for (int i = threadIdx.x; i < BYTES / 2; i += THREADS) ((u16*)to)[i] = ((const u16*)from)[i];
+  }
+}
+
+__device__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
 // table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
-// in base 2. Per part as well: bins_out halves [VALUE_ATOMS][ROW]; stats [3][...][ROW]: largest score, sum of weights
+// in base 2. Per part as well: bins_out halves [GROUP][VALUE_ATOMS]; stats [3][...][ROW]: largest score, sum of weights
 // relative to it, and the worth of a unit of bins_out.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
@@ -336,105 +423,102 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   extern __shared__ __align__(16) char memory[];
   __shared__ u32 level_words[2][NUM_LEVELS];
   __shared__ float scratch[WARPS * REDUCED];
-  __shared__ int pages[MAX_PAGES];
-  int* const bins = (int*)(memory + TABLE_BYTES);
-  float* const share = (float*)(bins + BINS) + threadIdx.x / 32 * 32 * ROW;
+  __shared__ const char* pages[MAX_PAGES];
+  float* const scores = (float*)(memory + TABLE_BYTES);
+  int* const bins = (int*)scores;
 
   const int part = blockIdx.x, row = blockIdx.y, token = row / blocks_a_token;
   const int thread = threadIdx.x, lane = thread % 32;
   const int4 place = plan[token];
+  const int own_request = request[token];
   if (part >= place.w) return;
-  const int start = place.x + part * place.z;
-  Tokens tokens;
-  tokens.head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
-  tokens.page_stride = page_stride;
-  tokens.pages = pages;
-  tokens.first = start % PAGE_TOKENS;
-  tokens.count = min(place.z, place.y - start);
-
-  const int* own_pages = block_table + request[token] * (long long)block_table_stride + start / PAGE_TOKENS;
-  for (int i = thread; i <= (tokens.first + tokens.count - 1) / PAGE_TOKENS; i += THREADS) pages[i] = own_pages[i];
-  const char* own_table = table + row * (long long)(KEY_ATOMS * ROW * 2);
-  if constexpr (KEY_ATOMS * ROW % 8 == 0) {
-    for (int i = thread; i < KEY_ATOMS * ROW / 8; i += THREADS) ((uint4*)memory)[i] = ((const uint4*)own_table)[i];
-  } else {
-    for (int i = thread; i < KEY_ATOMS * ROW; i += THREADS) ((u16*)memory)[i] = ((const u16*)own_table)[i];
-  }
-  for (int i = thread; i < BINS / 4; i += THREADS) ((int4*)bins)[i] = make_int4(0, 0, 0, 0);
-  if (thread < BINS % 4) bins[BINS / 4 * 4 + thread] = 0;
-  float largest_level = 1e-30f;
-  for (int i = 0; i < NUM_LEVELS; i++) largest_level = fmaxf(largest_level, fabsf(value_levels[i]));
-  if (thread < NUM_LEVELS) {
-    const u32 half = floats_to_halves(key_levels[thread], key_levels[thread]);
-    const int fixed = __float2int_rn(value_levels[thread] / largest_level * FULL_LEVEL);
-    level_words[0][thread] = half;
-    level_words[1][thread] = (u32)fixed << 16;
-  }
-  __syncthreads();
-  Levels levels;
-  keep_levels(levels, level_words[0], lane);
-
-  float score[ROUNDS][GROUP], factor[GROUP], top[REDUCED];
+  start_table(memory, table + row * (long long)(KEY_ATOMS * ROW * 2));
+  float factor[GROUP], top[REDUCED];
 #pragma unroll
   for (int g = 0; g < GROUP; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
+  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
+  float largest_level = fmaxf(fabsf(value_level), 1e-30f);
+#pragma unroll
+  for (int by = NUM_LEVELS / 2; by; by /= 2) {
+    largest_level = fmaxf(largest_level, __shfl_xor_sync(~0u, largest_level, by));
+  }
+
+  const int start = place.x + part * place.z;
+  const char* head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
+  const Tokens tokens{pages, start % PAGE_TOKENS, min(place.z, place.y - start)};
+  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
+#pragma unroll 1
+  for (int i = thread; i <= (tokens.first + tokens.count - 1) / PAGE_TOKENS; i += THREADS) {
+    pages[i] = head + own_pages[i] * page_stride;
+  }
+  if (thread < NUM_LEVELS) {
+    level_words[0][thread] = floats_to_halves(key_level, key_level);
+    level_words[1][thread] = (u32)__float2int_rn(value_level / largest_level * FULL_LEVEL) << 16;
+  }
+  __syncthreads();
+  KeyRecord key = load_key(tokens, thread);
+  u32 value_scale = load_value_scale(tokens, thread);
+#pragma unroll 1
+  for (int i = SCORES + thread; i < BINS; i += THREADS) bins[i] = 0;  // the rest is set to zero when scores are read
+  Levels levels;
+  keep_levels(levels, level_words[0], lane);
+  finish_copies();
+  __syncthreads();
+
   float& largest_scale = top[GROUP];  // of the values, found in the same reduction
   largest_scale = 0;
   const u32 table_at = (u32)__cvta_generic_to_shared(memory), bins_at = (u32)__cvta_generic_to_shared(bins);
-  KeyRecord key = load_key(tokens, thread);
 #pragma unroll ROUNDS_AT_ONCE
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.count) break;
     const KeyRecord next = load_key(tokens, index + THREADS);
-    if (index < tokens.count) {
-      const u32 bits = *(const u16*)tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES);
-      largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(bits << 16)));
-    }
+    const u32 next_scale = load_value_scale(tokens, index + THREADS);
+    largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(value_scale << 16)));
     float sum[GROUP];
     table_sums(levels, key, table_at, sum);
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      score[r][g] = index < tokens.count ? sum[g] * (key.scale() * factor[g]) : NO_SCORE;
-      top[g] = fmaxf(top[g], score[r][g]);
+      const float score = sum[g] * (key.scale() * factor[g]);  // past the end, that of the last token once more
+      top[g] = fmaxf(top[g], score);
+      scores[g * MAX_TOKENS + index] = score;
     }
     key = next;
+    value_scale = next_scale;
   }
+  ValueRecord value = load_value(tokens, thread);
   block_reduce<true>(top, scratch);
 
   float total[GROUP] = {}, scale[GROUP];
-#pragma unroll ROUNDS_AT_ONCE
-  for (int r = 0; r < ROUNDS; r++) {
-    if (r * THREADS >= tokens.count) break;
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) total[g] += score[r][g] = power_of_two(score[r][g] - top[g]);
-  }
+  make_weights(scores, memory, tokens.count, top, total);
   block_reduce<false>(total, scratch);
 #pragma unroll
   for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
   keep_levels(levels, level_words[1], lane);
-  ValueRecord value = load_value(tokens, LANES == 1 ? thread : tokens.count);
+  u32 own_bins[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; h++) {
+    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h * LANES + lane % LANES));
+  }
 #pragma unroll ROUNDS_AT_ONCE
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.count) break;
-    const ValueRecord next = load_value(tokens, LANES == 1 ? index + THREADS : tokens.count);
-    float weight[GROUP];
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) weight[g] = score[r][g] * scale[g];
-    add_round(levels, tokens, index, weight, bins_at, share, value);
+    const ValueRecord next = load_value(tokens, index + THREADS);
+    add_round(levels, tokens, index, memory, scale, own_bins, value);
     value = next;
   }
   __syncthreads();
 
   const long long place_out = (long long)row * gridDim.x + part, statistics = (long long)gridDim.y * gridDim.x * ROW;
-  store_bins(bins, bins_out + place_out * (VALUE_ATOMS * ROW * 2));
+  store_bins(bins, bins_out + place_out * (VALUE_ATOMS * GROUP * 2));
 #pragma unroll
   for (int g = 0; g < GROUP; g++) {
     if (thread != g) continue;
     float* out = stats + place_out * ROW + g;
     out[0] = top[g];
-    out[statistics] = total[g];
-    out[2 * statistics] = 65536 / FULL_LEVEL * largest_level / (scale[g] * BIN_TO_HALF);
+    out[statistics] = total[g] * WEIGHT_UNIT;
+    out[2 * statistics] = 65536 / FULL_LEVEL * largest_level * WEIGHT_UNIT / (scale[g] * BIN_TO_HALF);
   }
 }
