@@ -105,11 +105,11 @@ class TableTail(NamedTuple):
 
 TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=6144)
 TABLE_ATTEND = (
-    TableLaunch(max_group=4, threads=256, lanes=1, unroll=1, lookup=0, max_blocks=2),
+    TableLaunch(max_group=4, threads=384, lanes=1, unroll=1, lookup=2, max_blocks=2, rotate=1),
     TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),
 )
 TABLE_MATMUL = TableMatmul(
-    columns=32, bins_columns=32, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4, bins_warps=4
+    columns=32, bins_columns=16, table_tile=128, bins_tile=64, chunk=256, parts_at_once=8, num_warps=4, bins_warps=4
 )
 TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
 TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
