@@ -109,7 +109,7 @@ TABLE_ATTEND = (
     TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),
 )
 TABLE_MATMUL = TableMatmul(
-    columns=32, bins_columns=16, table_tile=128, bins_tile=64, chunk=256, parts_at_once=8, num_warps=4, bins_warps=4
+    columns=32, bins_columns=16, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4, bins_warps=4
 )
 TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
 TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone

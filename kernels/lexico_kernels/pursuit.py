@@ -93,8 +93,8 @@ def pursue_tile(
         tl.store(chosen_rows + step, index, mask=valid)
         tl.store(coefficient_rows + step, tl.zeros_like(index).to(tl.float32), mask=valid)
         tl.debug_barrier()  # other threads read the rows
-        # Few atoms share the vector early on, and one sweep is as good as two.
-        sweeps = 1 + (2 * step >= sparsity).to(tl.int32) + step // 16
+        # Few atoms share the vector early on, and one sweep is as good as two; in 64 dimensions atoms are more alike.
+        sweeps = (128 // D if D < 128 else 1) + (2 * step >= sparsity).to(tl.int32) + step * 8 // D
         for visit in range((step + 1) * sweeps):
             at = step - visit % (step + 1)
             atom = load_atoms(atoms_ptr, tl.load(chosen_rows + at, mask=valid, other=0), D, D_PAD)

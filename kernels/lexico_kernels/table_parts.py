@@ -69,11 +69,11 @@ def make_tables(
     wide = q.to(tl.float32)
     stretched = wide * tl.load(stretch_ptr + kv_head * D + dims, mask=dims < D, other=0.0)[:, None]
     length = tl.sqrt(tl.sum(stretched * stretched, 0))
-    unit = (stretched * tl.where(length > 0, 1 / length, 0.0)[None, :]).to(q.dtype)
+    unit = (stretched * tl.where(length > 0, 1 / length, 0.0)[None, :]).to(tl.float16)
     atom = tile * TILE + tl.arange(0, TILE)
     mask = (atom < N)[:, None] & (dims < D)[None, :]
     atoms = tl.load(atoms_ptr + kv_head * HEAD_STRIDE + atom[:, None] * D + dims[None, :], mask=mask, other=0.0)
-    products = tl.dot(atoms.to(q.dtype), unit)
+    products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
     row = token * H + head
     target = table_ptr + ((row * N)[None, :] + atom[:, None]) * ROW + g[None, :]
     tl.store(target, products.to(tl.float16), mask=(atom < N)[:, None] & there[None, :])

@@ -331,8 +331,8 @@ __device__ __forceinline__ void solve(Shared& s, const u16* atoms, int owned, in
     gram[lane * PITCH + step] = with_newest;
   }
   __syncwarp();
-  // Few atoms share the vector early on, and one sweep is as good as two.
-  const float gain = descend(gram, step, 1 + (2 * step >= sparsity) + step / 16, with_residual);
+  // Few atoms share the vector early on, and one sweep is as good as two; in 64 dimensions atoms are more alike.
+  const float gain = descend(gram, step, 128 / D + (2 * step >= sparsity) + step * 8 / D, with_residual);
   s.coefficients[owned][lane] += gain;
   float x[2 * LANE_WORDS];
 #pragma unroll
