@@ -18,14 +18,16 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 # Each step runs even when one before it failed, and each failure counts. The kernels' tests come in a run of their own
-# because Triton's interpreter is switched on for a whole process, and the engine's tests must run without it.
+# because Triton's interpreter is switched on for a whole process, and the engine's tests must run without it. Those have
+# the machine to themselves; the others run two at a time.
 test: $(VENV)/.installed-dev
 	@status=0; step() { echo "+ $$*"; "$$@" || status=1; }; \
 	step $(BIN)/ruff check .; \
 	step $(BIN)/ruff format --check .; \
 	step $(BIN)/mypy; \
-	step $(BIN)/pytest tests/kernels; \
-	step $(BIN)/pytest --ignore=tests/kernels $(ARGS); \
+	step $(BIN)/pytest -n 2 tests/kernels; \
+	step $(BIN)/pytest -n 2 tests --ignore=tests/kernels --ignore=tests/engine; \
+	step $(BIN)/pytest tests/engine $(ARGS); \
 	exit $$status
 
 format: $(VENV)/.installed-dev

@@ -116,12 +116,7 @@ def _kernel(
     device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
 ) -> nvrtc.Kernel:
     macros = defines(layout, atoms, strides, half)
-    return nvrtc._load(source_text(), NAME, device, macros["SHARED_BYTES"], macros)
-
-
-def source_text() -> str:
-    """The kernel's translation unit."""
-    return "\n".join((nvrtc.SOURCES / file).read_text(encoding="utf-8") for file in FILES)
+    return nvrtc.kernel(FILES, NAME, device, macros["SHARED_BYTES"], **macros)
 
 
 def omp_encode(

@@ -149,11 +149,11 @@ def _layout(signature: str) -> tuple[struct.Struct, list[int]]:
 
 
 @once
-def kernel(file: str, name: str, device: int, shared_bytes: int = 0, **defines: int) -> Kernel:
+def kernel(files: tuple[str, ...], name: str, device: int, shared_bytes: int = 0, **defines: int) -> Kernel:
     """Compile and load a kernel of `lexico_kernels/cuda/`.
 
     Args:
-        file: of that folder.
+        files: of that folder, one behind the other a translation unit.
         name: of an `extern "C"` kernel in it.
         device: index of the CUDA device.
         shared_bytes: dynamic shared memory of a block.
@@ -161,7 +161,12 @@ def kernel(file: str, name: str, device: int, shared_bytes: int = 0, **defines: 
 
     Raises RuntimeError if it cannot be compiled or loaded.
     """
-    return _load((SOURCES / file).read_text(encoding="utf-8"), name, device, shared_bytes, defines)
+    return _load(source_text(files), name, device, shared_bytes, defines)
+
+
+def source_text(files: tuple[str, ...]) -> str:
+    """Files of `lexico_kernels/cuda/`, one behind the other."""
+    return "\n".join((SOURCES / file).read_text(encoding="utf-8") for file in files)
 
 
 def _load(source: str, name: str, device: int, shared_bytes: int, defines: Mapping[str, int]) -> Kernel:

@@ -20,6 +20,7 @@ from lexico_kernels.launch import TABLE, TABLE_MATMUL, TABLE_TAIL, table_launch
 from lexico_kernels.table_shape import Shape, constants, shape_for, shared_bytes
 
 LOG2_E = 1.4426950408889634
+FILES = ("table_records.cu", "table_decode.cu")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -49,7 +50,7 @@ def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
     launch = table_launch(shape.group)
     shared = shared_bytes(launch, shape.group, shape.key_atoms, shape.value_atoms)
     macros = constants(shape, launch, page_alignment, shared_limit_bytes(device))
-    return nvrtc.kernel("table_decode.cu", "attend_codes", device, shared, **macros)
+    return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
 def sparse_decode(

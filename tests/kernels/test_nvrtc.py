@@ -65,7 +65,7 @@ def test_launch_in_a_graph_and_out_of_one(folder, monkeypatch, tmp_path):
     out, more = torch.zeros(300, device="cuda"), torch.ones(200, device="cuda")
 
     def step():  # loading under capture must work too
-        nvrtc.kernel("add.cu", "add", 0, FACTOR=3).launch((2, 1, 1), 128, out, 200, nvrtc.Int64(100), 0.5, more)
+        nvrtc.kernel(("add.cu",), "add", 0, FACTOR=3).launch((2, 1, 1), 128, out, 200, nvrtc.Int64(100), 0.5, more)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
