@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from coded_model import CodedPerplexity, ratio
-from lexico_kernels import PARTS, pursue
+from lexico_kernels import PARTS
 from record import RESULTS, record
+from study_codecs import QUANTIZERS, Adapted, ByLayer, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
 from torch import Tensor
 from vector_codecs import RotationCodec, VectorCodec
 
@@ -34,7 +34,6 @@ from vllm_lexico.train.texts import TextSequences
 
 SOURCES = ("books", "textbooks", "docs", "math", "code")
 SPARSITIES = (7, 11, 15)
-Quantizer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,125 +74,6 @@ VARIANTS = {
     "heads_key_stretch": Variant(powers=(1.0, 0.0), by_head=True, own_metric=True, diagonal=True),
     "heads_stretch_half": Variant(powers=(0.5, 0.5), by_head=True, own_metric=True, diagonal=True),
     "halves": Variant(halves=2, sparsity=5),
-}
-
-
-class StudyCodec(VectorCodec):
-    """Codes of one trained variant.
-
-    atoms: [layers * copies, 2, N, D'] for copies = heads and halves that have dictionaries of their own, else 1.
-    maps: float32 [layers, 2, Hk, D, D], what vectors are multiplied with before they are coded, or None.
-    """
-
-    def __init__(self, trained: Trained, sparsity: dict[str, int], quantize: Quantizer | None = None) -> None:
-        super().__init__(trained.means)
-        self.trained, self.sparsity, self.quantize = trained, sparsity, quantize or nearest_level
-        self.vector_bytes = {part: 2 * (size + 1) for part, size in sparsity.items()}
-
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
-        centred = trained.to_code(vectors.float() - self.means[layer, at], layer, at)
-        groups, size = len(centred), trained.copies
-        index = slice(layer * size, (layer + 1) * size)
-        atoms, levels = trained.atoms[index, at], trained.levels[layer, at]
-        pieces = centred.unflatten(0, (size, groups // size)).flatten(1, 2)
-        indices, coefficients, _ = pursue(pieces, atoms, self.sparsity[part] // trained.variant.halves)
-        read = []
-        for own, book, chosen, table, exact in zip(pieces, atoms, indices, levels, coefficients, strict=True):
-            kept = self.quantize(exact, table[self.sparsity[part] // trained.variant.halves], own, book.float()[chosen])
-            code = torch.nn.functional.embedding_bag(chosen, book.float(), per_sample_weights=kept, mode="sum")
-            read.append(code)
-        back = torch.stack(read).unflatten(1, (groups // size, -1)).flatten(0, 1)
-        return (trained.from_code(back, layer, at) + self.means[layer, at]).to(vectors.dtype)
-
-
-def nearest_level(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """The product's: 16 levels of the largest coefficient's share; zero where it is nearer."""
-    scale = exact.abs().amax(1, keepdim=True).bfloat16().float().clamp(min=1e-20)
-    return _snap(exact / scale, levels) * scale
-
-
-def _snap(shares: Tensor, levels: Tensor) -> Tensor:
-    near = levels[torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)]
-    return torch.where((near - shares).abs() < shares.abs(), near, 0.0)
-
-
-def unquantized(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """Coefficients as they are: what levels cost."""
-    return exact
-
-
-def fp8(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """The paper's coefficients (e4m3); 3 S + 2 bytes."""
-    scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-20) / 256
-    return (exact / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-def logarithmic(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """Eight magnitudes, each 2 ** -0.6 of the last, and a sign."""
-    magnitudes = 2.0 ** (-0.6 * torch.arange(8, device=exact.device))
-    return nearest_level(exact, torch.cat((-magnitudes, magnitudes.flip(0))), vectors, atoms)
-
-
-def _own_levels(column: Tensor, count: int) -> Tensor:
-    """So many least-squares levels of these numbers [M] alone, ascending: Lloyd's algorithm from their quantiles."""
-    own = torch.quantile(column[:20000], (torch.arange(count, device=column.device) + 0.5) / count)
-    for _ in range(12):
-        near = torch.bucketize(column, (own[1:] + own[:-1]) / 2)
-        total = torch.zeros_like(own).index_add_(0, near, torch.ones_like(column))
-        own = torch.where(total > 0, torch.zeros_like(own).index_add_(0, near, column) / total.clamp(min=1), own)
-    return own
-
-
-def by_rank(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor, count: int = 16) -> Tensor:
-    """Levels for each rank of magnitude, learned on the vectors themselves (so it flatters a little)."""
-    scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-20)
-    order = exact.abs().argsort(1, descending=True)
-    shares = (exact / scale).gather(1, order)
-    kept = torch.empty_like(shares)
-    for rank in range(shares.shape[1]):
-        column = shares[:, rank].contiguous()
-        own = _own_levels(column, count)
-        kept[:, rank] = own[torch.bucketize(column, (own[1:] + own[:-1]) / 2)]
-    return torch.zeros_like(exact).scatter_(1, order, kept) * scale
-
-
-def by_order(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """As `by_rank` by the order in which the pursuit chose, which needs no sorting."""
-    scale = exact.abs().amax(1, keepdim=True).bfloat16().float().clamp(min=1e-20)
-    shares, kept = exact / scale, torch.empty_like(exact)
-    for rank in range(shares.shape[1]):
-        column = shares[:, rank].contiguous()
-        kept[:, rank] = _snap(column, _own_levels(column, 16))
-    return kept * scale
-
-
-def by_rank3(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """As `by_rank` with 3 bits: what 13 + 3 bits would leave of the coefficients."""
-    return by_rank(exact, levels, vectors, atoms, 8)
-
-
-def refitted(exact: Tensor, levels: Tensor, vectors: Tensor, atoms: Tensor) -> Tensor:
-    """Levels chosen one coefficient after another, each against what those before it left, twice."""
-    kept = nearest_level(exact, levels, vectors, atoms)
-    scale = exact.abs().amax(1).bfloat16().float().clamp(min=1e-20)
-    residual = vectors - torch.einsum("ms,msd->md", kept, atoms)
-    for _ in range(2):
-        for at in range(exact.shape[1]):
-            along = kept[:, at] + (residual * atoms[:, at]).sum(1)
-            new = _snap(along / scale, levels) * scale
-            residual -= (new - kept[:, at])[:, None] * atoms[:, at]
-            kept[:, at] = new
-    return kept
-
-
-QUANTIZERS: dict[str, Quantizer] = {
-    "unquantized": unquantized,
-    "logarithmic": logarithmic,
-    "by_rank": by_rank,
-    "by_order": by_order,
-    "by_rank3": by_rank3,
-    "refitted": refitted,
 }
 
 
@@ -316,7 +196,7 @@ class Study:
         count = -(-args.vectors // shape.num_kv_heads // kept)
         layers, pair = range(shape.num_layers), (shape.num_kv_heads, shape.head_dim)
         self.store = capture(loaded, texts.take(count, 0), kept, layers, pair, 0, 8 if args.device == "cuda" else 1)
-        query_text = texts.take(4, 1)
+        query_text, self.tuning = texts.take(4, 1), texts.take(8, None)  # the latter of no round, to choose by
         del loaded
         self.measure = CodedPerplexity(args.model, args.device, skip=args.skip)
         self.windows = wikitext_windows(args.data / "wikitext2_raw_test.txt.xz", tokenizer, args.length, args.windows)
@@ -351,11 +231,6 @@ class Study:
         return value
 
 
-def both(sparsity: int) -> dict[str, int]:
-    """The same for K and V."""
-    return dict.fromkeys(PARTS, sparsity)
-
-
 @torch.no_grad()
 def run(args: argparse.Namespace) -> None:
     """All variants, and after the base what can be asked of it without training again."""
@@ -387,61 +262,38 @@ def extras(study: Study, base: Trained) -> None:
         for sparsity in (15, 7):
             adapted = Adapted(base, both(sparsity), fresh)
             study.score(f"base with {fresh} atoms of the text itself s={sparsity}", adapted, sparsity=sparsity)
+    damage(study, base)
+    for total in (14, 30):
+        split = best_splits(study, base, total)
+        study.score(f"base K and V split by layer, {total} atoms", ByLayer(base, split), split=split)
+
+
+def damage(study: Study, base: Trained) -> None:
+    """Which layers, parts, heads and tokens cost most at S = 7: each alone, or all but the worst coded."""
+    code, windows = StudyCodec(base, both(7)), 8
     for layer in study.layers:
-        only = OnlySome(StudyCodec(base, both(7)), {layer})
-        study.score(f"base s=7 in layer {layer} alone", only, windows=8, layer=layer)
+        for part in PARTS:
+            only = OnlySome(code, layer, (part,))
+            study.score(f"base s=7, {part} of layer {layer} alone", only, windows, layer=layer, part=part)
+    for head in range(study.shape.num_kv_heads):
+        only = OnlySome(code, None, PARTS, head)
+        study.score(f"base s=7, head {head} of all layers alone", only, windows, head=head)
+    for share in (0.01, 0.05):
+        study.score(f"base s=7, worst {share:.0%} of tokens exact", Spared(code, share), spared=share)
 
 
-class Thresholded(StudyCodec):
-    """As many atoms as the relative error asks for, up to 31; `vector_bytes` follows what was used."""
-
-    def __init__(self, trained: Trained, error: float) -> None:
-        super().__init__(trained, both(31), unquantized)
-        self.error, self.used, self.vectors = error, 0, 0
-
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
-        own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
-        book = trained.atoms[layer, at]
-        chosen, kept, _ = pursue(own[None], book[None], 31, relative_error=self.error)
-        self.used, self.vectors = self.used + int((chosen > 0).sum()), self.vectors + len(own)
-        self.vector_bytes = dict.fromkeys(PARTS, round(2 * (1 + self.used / self.vectors)))
-        code = torch.nn.functional.embedding_bag(chosen[0], book.float(), per_sample_weights=kept[0], mode="sum")
-        return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
-
-
-class Adapted(StudyCodec):
-    """The paper's adaptive dictionary: the least used atoms give way to vectors that the text itself codes worst."""
-
-    def __init__(self, trained: Trained, sparsity: dict[str, int], fresh: int) -> None:
-        super().__init__(trained, sparsity)
-        self.fresh = fresh
-
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
-        own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
-        book = trained.atoms[layer, at].clone()
-        chosen, _, residual = pursue(own[None], book[None], self.sparsity[part])
-        used = torch.bincount(chosen.flatten(), minlength=len(book))
-        used[0] = used.max() + 1
-        worst = residual[0].square().sum(1).topk(self.fresh).indices
-        book[used.topk(self.fresh, largest=False).indices] = torch.nn.functional.normalize(own[worst]).to(book.dtype)
-        indices, exact, _ = pursue(own[None], book[None], self.sparsity[part])
-        levels = trained.levels[layer, at, 0, self.sparsity[part]]
-        kept = nearest_level(exact[0], levels, own, own)
-        code = torch.nn.functional.embedding_bag(indices[0], book.float(), per_sample_weights=kept, mode="sum")
-        return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
-
-
-class OnlySome(VectorCodec):
-    """Another codec in some layers, all others exact."""
-
-    def __init__(self, codec: VectorCodec, layers: set[int]) -> None:
-        super().__init__(codec.means)
-        self.codec, self.layers, self.vector_bytes = codec, layers, codec.vector_bytes
-
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        return self.codec.read_back(layer, part, vectors) if layer in self.layers else vectors
+def best_splits(study: Study, base: Trained, total: int) -> list[tuple[int, int]]:
+    """Atoms of K and V of each layer, `total` together, that cost least on text that is not scored."""
+    exact = study.measure.negative_log_likelihood(study.tuning, None, study.args.batch)
+    half, chosen = total // 2, []
+    for layer in study.layers:
+        losses = {}
+        for key in (half - 2, half, half + 2):
+            codec = StudyCodec(base, {"key": key, "value": total - key})
+            nll = study.measure.negative_log_likelihood(study.tuning, OnlySome(codec, layer), study.args.batch)
+            losses[key, total - key] = float((nll - exact).mean())
+        chosen.append(min(losses, key=losses.__getitem__))
+    return chosen
 
 
 def parse_args() -> argparse.Namespace:
