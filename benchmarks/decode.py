@@ -11,6 +11,7 @@ and `speedup` over each peer to benchmarks/results/decode.jsonl.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -197,8 +198,8 @@ def measure_peers(dense: peers.Dense, step: Step) -> dict[str, tuple[float, floa
     return measured
 
 
-def run(case: Case, *, keep: bool) -> None:
-    """Check and time one case against every peer."""
+def run(case: Case, *, keep: bool) -> bool:
+    """Check and time one case against every peer; False, and no rows, where it is less exact than FlashAttention."""
     step = Step.random(case)
     wrong = error(step.attend(), step)
     took = graph_ms(step.attend)
@@ -210,18 +211,22 @@ def run(case: Case, *, keep: bool) -> None:
         f"memory's peak, error {wrong:.2e}",
         flush=True,
     )
-    described = asdict(case) | {"bytes_percent": 100 * layout.ratio, "atoms": ATOMS, "error": wrong}
-    if keep:
-        record("decode", described, "decode_ms", took)
-    for name, (peer_ms, peer_error) in measure_peers(step.dense(), step).items():
+    measured = measure_peers(step.dense(), step)
+    for name, (peer_ms, peer_error) in measured.items():
         print(
             f"  {name}: {peer_ms * 1e3:.1f} us, error {peer_error:.2e}: {peer_ms / took:.2f} times as long", flush=True
         )
-        if name == "FLASH_ATTN":
-            assert wrong <= peer_error, f"error {wrong:.2e} is more than bf16 FlashAttention's {peer_error:.2e}"
-        if keep:
-            described["peer_error"] = peer_error
-            record("decode", described, "speedup", peer_ms / took, peer=name, peer_value=1.0)
+    flash_error = measured["FLASH_ATTN"][1]
+    if wrong > flash_error:
+        print(f"  NOT RIGHT: error {wrong:.2e} is more than bf16 FlashAttention's {flash_error:.2e}", flush=True)
+        return False
+    if keep:
+        described = asdict(case) | {"bytes_percent": 100 * layout.ratio, "atoms": ATOMS, "error": wrong}
+        record("decode", described, "decode_ms", took)
+        for name, (peer_ms, peer_error) in measured.items():
+            row = described | {"peer_error": peer_error, "peer_ms": peer_ms}
+            record("decode", row, "speedup", peer_ms / took, peer=name, peer_value=1.0)
+    return True
 
 
 def main() -> None:
@@ -231,9 +236,11 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="only print")
     args = parser.parse_args()
     print(torch.cuda.get_device_name())
+    right = True
     for index in args.cases:
-        run(CASES[index], keep=not args.no_record)
+        right &= run(CASES[index], keep=not args.no_record)
         torch.cuda.empty_cache()
+    sys.exit(0 if right else "decode.py: not every case was right, see above")
 
 
 if __name__ == "__main__":
