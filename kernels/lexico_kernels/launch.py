@@ -75,11 +75,9 @@ class TableLaunch(NamedTuple):
 
     max_group: int
     threads: int
-    lanes: int
-    unroll: int
-    lookup: int
+    lookup: int  # of levels: 0 in shared memory, 1 by selecting bytes in registers
     max_blocks: int  # a processor, for the compiler's budget of registers
-    rotate: int = 0  # 1: an atom's bins side by side, where lanes is 1 and the heads are a power of two
+    rotate: int = 0  # 1: an atom's bins side by side, where the heads are a power of two
 
 
 class TableMatmul(NamedTuple):
@@ -105,8 +103,8 @@ class TableTail(NamedTuple):
 
 TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=6144)
 TABLE_ATTEND = (
-    TableLaunch(max_group=4, threads=384, lanes=1, unroll=1, lookup=2, max_blocks=2, rotate=1),
-    TableLaunch(max_group=8, threads=512, lanes=1, unroll=1, lookup=0, max_blocks=1),
+    TableLaunch(max_group=4, threads=384, lookup=1, max_blocks=2, rotate=1),
+    TableLaunch(max_group=8, threads=512, lookup=0, max_blocks=1),
 )
 TABLE_MATMUL = TableMatmul(
     columns=32, bins_columns=16, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4, bins_warps=4

@@ -97,9 +97,8 @@ def max_parts(max_tokens: int) -> int:
 def shared_bytes(launch: TableLaunch, group: int, key_atoms: int, value_atoms: int) -> int:
     """Dynamic shared memory of a block of `attend_codes`: table or weights, and scores or bins."""
     tokens = divide_up(TABLE.span, launch.threads) * launch.threads
-    heads = divide_up(group, launch.lanes) * launch.lanes
     table = divide_up(max(key_atoms, tokens) * power_of_two(group) * 2, 16) * 16
-    return table + max(heads * value_atoms, group * tokens) * 4
+    return table + group * max(value_atoms, tokens) * 4
 
 
 def head_groups(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> int:
@@ -129,11 +128,9 @@ def constants(shape: Shape, launch: TableLaunch, page_alignment: int, limit_byte
     out = {
         "GROUP": group,
         "ROW": shape.row,
-        "LANES": launch.lanes,
         "ROTATE": launch.rotate if power_of_two(group) == group else 0,
         "THREADS": launch.threads,
         "ROUNDS": divide_up(TABLE.span, launch.threads),
-        "UNROLL": launch.unroll,
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
         "LOOKUP": launch.lookup,
         "PAGE_TOKENS": layout.block_tokens,

@@ -166,7 +166,7 @@ CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
 ]
 
 
-VARIANTS = [{}, {"rotate": 0, "lookup": 0, "threads": 256}, {"rotate": 0, "lanes": 4, "lookup": 1}]
+VARIANTS = [{}, {"rotate": 0, "lookup": 0, "threads": 256}, {"rotate": 0, "lookup": 1}]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -8,25 +8,23 @@
 //
 // Shared memory is used twice: scores lie where the bins will be, and weights where the table was.
 //
-// Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), LANES that share a token
-// while values are added, ROTATE (below), THREADS, ROUNDS of tokens a thread, UNROLL of rounds, MIN_BLOCKS a processor,
-// LOOKUP of levels (`table_records.cu`, which comes before), PAGE_TOKENS, HEAD_BYTES, HEAD_GROUPS blocks that share a KV head, and of both parts KEY_ and
-// VALUE_: SPARSITY, ATOMS, OFFSET of the records in a head, ALIGN bytes of any record.
+// Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), ROTATE (below), THREADS, ROUNDS of
+// tokens a thread, MIN_BLOCKS a processor, LOOKUP of levels (`table_records.cu`, which comes before), PAGE_TOKENS,
+// HEAD_BYTES, HEAD_GROUPS blocks that share a KV head, and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, OFFSET of the
+// records in a head, ALIGN bytes of any record.
 //
-// ROTATE (LANES 1, GROUP a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to
-// bins of different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
+// ROTATE (GROUP a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
+// different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 constexpr int WARPS = THREADS / 32;
-constexpr int HEADS = (GROUP + LANES - 1) / LANES;  // of a lane
 constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
-constexpr int ROUNDS_AT_ONCE = UNROLL;
 constexpr int REDUCED = GROUP + 1;
 constexpr int MAX_TOKENS = ROUNDS * THREADS;
-constexpr int BINS = HEADS * LANES * VALUE_ATOMS;
+constexpr int BINS = GROUP * VALUE_ATOMS;
 constexpr int SCORES = GROUP * MAX_TOKENS;  // as [GROUP][MAX_TOKENS]
 constexpr int TABLE_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
 constexpr int TABLE_BYTES = (TABLE_ROWS * ROW * 2 + 15) / 16 * 16;
-static_assert(!ROTATE || (LANES == 1 && (GROUP & (GROUP - 1)) == 0), "heads cannot be rotated");
+static_assert(!ROTATE || (GROUP & (GROUP - 1)) == 0, "heads cannot be rotated");
 constexpr float NO_SCORE = -1e30f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
 constexpr float FULL_SCALE = 2.1e9f;
@@ -67,20 +65,20 @@ __device__ void table_sums(const Levels& levels, const Record<S>& record, u32 ta
 }
 
 __device__ int bin_of(int atom, int g) {
-  return ROTATE ? atom * GROUP + g : (g / LANES * VALUE_ATOMS + atom) * LANES + g % LANES;
+  return ROTATE ? atom * GROUP + g : g * VALUE_ATOMS + atom;
 }
 
 // Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of atom 0's bin for each.
 template <int S>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const u32 (&bins)[HEADS],
-                            const int (&weight)[HEADS]) {
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const u32 (&bins)[GROUP],
+                            const int (&weight)[GROUP]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 offset = row_offset<4 * (ROTATE ? GROUP : LANES), VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4 * (ROTATE ? GROUP : 1), VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
+    for (int h = 0; h < GROUP; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
       asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(bins[h] + offset), "r"(amount) : "memory");
     }
@@ -181,50 +179,27 @@ __device__ void make_weights(float* scores, char* weights, int count, const floa
 }
 
 // Weight w at place (h + lane) % GROUP goes to place h.
-__device__ void rotate_heads(int (&value)[HEADS], int lane) {
+__device__ void rotate_heads(int (&value)[GROUP], int lane) {
 #pragma unroll
   for (int by = 1; by < GROUP; by *= 2) {
-    int turned[HEADS];
+    int turned[GROUP];
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) turned[h] = lane & by ? value[(h + by) % HEADS] : value[h];
+    for (int h = 0; h < GROUP; h++) turned[h] = lane & by ? value[(h + by) % GROUP] : value[h];
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) value[h] = turned[h];
+    for (int h = 0; h < GROUP; h++) value[h] = turned[h];
   }
 }
 
-// Add a warp's 32 tokens of a round to the bins. own: the record of this lane's token, for LANES 1.
-__device__ void add_round(const Levels& levels, const Tokens& tokens, int index, const char* weights,
-                          const float (&scale)[GROUP], const u32 (&bins)[HEADS], const ValueRecord& own) {
-  const int lane = threadIdx.x % 32;
-  ValueRecord records[LANES];
-  if constexpr (LANES == 1) {
-    records[0] = own;
-  } else {
+// Add a token to the bins. weight: its row of weights.
+__device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
+                          const float (&scale)[GROUP], const u32 (&bins)[GROUP]) {
+  float weight[ROW];
+  load_weights(weight_row, weight);
+  int fixed[GROUP];
 #pragma unroll
-    for (int set = 0; set < LANES; set++) {
-      records[set] = load_value(tokens, index - lane + set * (32 / LANES) + lane / LANES);
-    }
-  }
-#pragma unroll
-  for (int set = 0; set < LANES; set++) {
-    const int token = index - lane + set * (32 / LANES) + lane / LANES;
-    float weight[ROW];
-    load_weights(weights + token * (2 * ROW), weight);
-    int fixed[HEADS] = {};
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      const int amount = __float2int_rn(weight[g] * scale[g] * records[set].scale());
-      if (LANES == 1 || g % LANES == lane % LANES) fixed[g / LANES] = amount;
-    }
-    if constexpr (ROTATE) rotate_heads(fixed, lane);
-    if constexpr (LOOKUP == FROM_LANES) {  // every lane takes part
-#pragma unroll
-      for (int h = 0; h < HEADS; h++) fixed[h] = token < tokens.count ? fixed[h] : 0;
-      add_to_bins(levels, records[set], bins, fixed);
-    } else if (token < tokens.count) {
-      add_to_bins(levels, records[set], bins, fixed);
-    }
-  }
+  for (int g = 0; g < GROUP; g++) fixed[g] = __float2int_rn(weight[g] * scale[g] * record.scale());
+  if constexpr (ROTATE) rotate_heads(fixed, threadIdx.x % 32);
+  add_to_bins(levels, record, bins, fixed);
 }
 
 // The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units.
@@ -311,14 +286,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll 1
   for (int i = SCORES + thread; i < BINS; i += THREADS) bins[i] = 0;  // the rest is set to zero when scores are read
   Levels levels;
-  keep_levels(levels, level_words[0], lane);
+  keep_levels(levels, level_words[0]);
   finish_copies();
   __syncthreads();
 
   float& largest_scale = top[GROUP];  // of the values, found in the same reduction
   largest_scale = 0;
   const u32 table_at = (u32)__cvta_generic_to_shared(memory), bins_at = (u32)__cvta_generic_to_shared(bins);
-#pragma unroll ROUNDS_AT_ONCE
+#pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.count) break;
@@ -345,18 +320,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
   for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
-  keep_levels(levels, level_words[1], lane);
-  u32 own_bins[HEADS];
+  keep_levels(levels, level_words[1]);
+  u32 own_bins[GROUP];
 #pragma unroll
-  for (int h = 0; h < HEADS; h++) {
-    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h * LANES + lane % LANES));
+  for (int h = 0; h < GROUP; h++) {
+    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h));
   }
-#pragma unroll ROUNDS_AT_ONCE
+#pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.count) break;
     const ValueRecord next = load_value(tokens, index + THREADS);
-    add_round(levels, tokens, index, memory, scale, own_bins, value);
+    if (index < tokens.count) add_token(levels, value, memory + index * (2 * ROW), scale, own_bins);
     value = next;
   }
   __syncthreads();

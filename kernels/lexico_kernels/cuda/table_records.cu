@@ -7,7 +7,7 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-enum { FROM_SHARED = 0, FROM_LANES = 1, FROM_BYTES = 2 };  // where an entry's level is looked up
+enum { FROM_SHARED = 0, FROM_BYTES = 1 };  // where an entry's level is looked up
 
 constexpr int NUM_LEVELS = 16;
 
@@ -93,10 +93,9 @@ __device__ u32 row_offset(u32 entry) {
   }
 }
 
-// Sixteen levels of 16 bits: in shared memory a word each, one word a lane, or as bytes that instructions select from.
+// Sixteen levels of 16 bits: in shared memory a word each, or as bytes that instructions select from.
 struct Levels {
   u32 shared;  // address of 16 words
-  u32 mine;    // the word of level `lane % 16`
   u32 low[4], high[4];
 };
 
@@ -136,15 +135,13 @@ __device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (
 #pragma unroll
     for (int i = 0; i < S; i++) {
       const u32 entry = entry_of(record, i);
-      if constexpr (LOOKUP == FROM_LANES) out[i] = __shfl_sync(~0u, levels.mine, entry, NUM_LEVELS);
-      else asm("ld.shared.u32 %0, [%1];" : "=r"(out[i]) : "r"(levels.shared + (entry & 15) * 4));
+      asm("ld.shared.u32 %0, [%1];" : "=r"(out[i]) : "r"(levels.shared + (entry & 15) * 4));
     }
   }
 }
 
-__device__ void keep_levels(Levels& levels, u32* words, int lane) {
+__device__ void keep_levels(Levels& levels, u32* words) {
   levels.shared = (u32)__cvta_generic_to_shared(words);
-  levels.mine = words[lane % NUM_LEVELS];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 a = words[4 * i], b = words[4 * i + 1], c = words[4 * i + 2], d = words[4 * i + 3];
