@@ -21,10 +21,12 @@ import lexico_kernels as kernels
 import torch
 from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
 from lexico_kernels.testing import random_codebook
+from lexico_kernels.timing import graph_milliseconds
 from record import record
 from torch import Tensor
 
 ATOMS, BLOCK_TOKENS, DTYPE = 4096, 128, torch.bfloat16
+CALLS, REPEATS = 5, 9  # in a graph that is timed, and of it
 RAW_TOKENS = 160  # of the window, on average: 128 and half a group of 32, in whole pages
 # Codes of random atoms make keys about this many times too small for scores that differ as real ones do (deviation 1).
 KEY_SCALE = 8.0
@@ -146,28 +148,9 @@ class Step:
         return (weights[..., None] * torch.stack(scores)).sum(0).flatten(0, 1)
 
 
-def graph_ms(call: Callable[[], object], inner: int = 5, repeats: int = 9) -> float:
+def graph_ms(call: Callable[[], object]) -> float:
     """Median time of a call in a replayed CUDA graph of several."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(inner):
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / inner)
-    return sorted(times)[repeats // 2]
+    return graph_milliseconds(call, CALLS, REPEATS)
 
 
 def error(result: Tensor, step: Step) -> float:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels import PARTS, omp_encode, pursue, reference
+from lexico_kernels import PARTS, omp_encode, pursue
 from lexico_kernels.cache import LayerCache
+from lexico_kernels.testing import residual_energy
 from lexico_kernels.timing import milliseconds
 from omp_latency import record_latencies
 from omp_peers import Authors, OmpGpu, float64_energies
@@ -50,13 +51,10 @@ def encoding(layer: CapturedLayer, sparsity: int) -> tuple[LayerCache, Callable[
 
 def stored_energy(layer: CapturedLayer, cache: LayerCache, part: str) -> float:
     """Residual energy of a part's records in the pages, stretch taken off."""
-    it, vectors, lost = cache.layout, layer.vectors[PARTS.index(part)], 0.0
-    views = [view for _, view in reference.field_views(cache.code_pages, it, part)]
+    vectors, lost = layer.vectors[PARTS.index(part)], 0.0
     for tokens in torch.arange(len(vectors), device="cuda").split(DECODED_TOKENS):
-        at = tokens + it.block_tokens
-        records = torch.cat([view[at // it.block_tokens, :, at % it.block_tokens] for view in views], -1)
-        back = reference.decode_heads(records, cache.codebook(part), it, part, vectors.dtype)
-        lost += float(((back.double() - vectors[tokens].double()) / layer.stretches[part]).square().sum())
+        slots = tokens + cache.layout.block_tokens
+        lost += float(residual_energy(cache, slots, vectors[tokens], part).sum())
     return lost
 
 

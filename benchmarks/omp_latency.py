@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lexico_kernels import omp, ops
-from lexico_kernels.timing import milliseconds
+from lexico_kernels.timing import graph_milliseconds
 from omp_vectors import CapturedLayer
 from record import record
 
@@ -28,20 +29,13 @@ def launch_us(encode: Encode, layers: list[CapturedLayer], tokens: int, sparsity
     source = torch.arange(tokens, device="cuda", dtype=torch.int32)
     destination = source.long() + caches[0].layout.block_tokens
 
-    def step() -> None:
-        for at in range(LAUNCHES):
-            layer, cache = layers[at % len(layers)], caches[at % len(layers)]
-            encode(*layer.vectors[:, :tokens], cache, source, destination)
+    turns = itertools.cycle(zip(layers, caches, strict=True))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return milliseconds(graph.replay, repeats=50) / LAUNCHES * 1e3
+    def launch() -> None:
+        layer, cache = next(turns)
+        encode(*layer.vectors[:, :tokens], cache, source, destination)
+
+    return graph_milliseconds(launch, LAUNCHES, repeats=50) * 1e3
 
 
 def record_latencies(captured: CapturedLayer, sparsity: int, case: dict[str, Any], out: Path) -> None:

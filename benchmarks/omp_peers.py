@@ -32,11 +32,7 @@ def float64_energies(vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tens
     for chunk in vectors.double().split(FLOAT64_CHUNK):
         index, coefficients = reference.omp(chunk, book, sparsity)
         exact += residual_energy(chunk, index, coefficients, book)
-        coefficients = coefficients.float()
-        scale = coefficients.abs().amax(1, keepdim=True).bfloat16()
-        scale = torch.where(scale > 0, scale, 1.0)
-        index, level = reference.quantize(index, coefficients, scale, levels)
-        coefficients = torch.where(index > 0, levels[level] * scale.float(), 0.0)
+        index, coefficients = reference.quantized(index, coefficients.float(), levels)
         quantized += residual_energy(chunk, index, coefficients.double(), book)
     return exact, quantized
 

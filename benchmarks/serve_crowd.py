@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,8 @@ from typing import Any
 
 from record import record
 from texts import TEXT
+
+from vllm_lexico.evals.run import stop
 
 QUESTION = "\n\nSay in two sentences what the text above is about."
 SHORT = [
@@ -89,16 +89,6 @@ def serve(model: str, backend: str, port: int, extra: list[str], log: Path) -> s
                 stop(process)
                 sys.exit(f"serve_crowd: the server with {backend} did not start:\n{log.read_text()[-4000:]}")
             time.sleep(1)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a server and the processes that it spawned."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def page(name: str, prompts: list[str], answers: dict[str, list[dict[str, Any]]], shown: int) -> str:

@@ -249,6 +249,13 @@ def quantize(indices: Tensor, coefficients: Tensor, scale: Tensor, levels: Tenso
     return torch.where(kept, indices, 0), torch.where(kept, nearest, 0)
 
 
+def quantized(indices: Tensor, coefficients: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [M, S] as "packed16" keeps them: indices, 0 where zero describes better, and coefficients float32."""
+    scale = _scale(coefficients)
+    indices, level = quantize(indices, coefficients, scale, levels)
+    return indices, torch.where(indices > 0, levels[level] * scale.float(), 0.0)
+
+
 def pursue(
     vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,9 +275,7 @@ def pursue(
     for group, (own, book) in enumerate(zip(vectors, atoms, strict=True)):
         indices, coefficients = omp(own, book, sparsity, relative_error)
         if levels is not None:
-            scale = _scale(coefficients)
-            indices, level = quantize(indices, coefficients, scale, levels[group])
-            coefficients = torch.where(indices > 0, levels[group][level] * scale.float(), 0.0)
+            indices, coefficients = quantized(indices, coefficients, levels[group])
         code = embedding_bag(indices, book.float(), per_sample_weights=coefficients, mode="sum")
         residual = torch.where(_unit(own.float())[1] > 0, own.float() - code, 0.0)
         pieces.append((indices.int(), coefficients, residual))

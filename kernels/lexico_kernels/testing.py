@@ -1,6 +1,6 @@
 """For tests and benchmarks: the one tolerance table, and random caches whose every unwritten byte is poison."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
-from lexico_kernels.reference import field_views
+from lexico_kernels.reference import decode_heads, field_views, omp_encode, write_tail
 
 # (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute
 # terms. Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding
@@ -207,3 +207,73 @@ def _fill_tail(
     layout, R, device = cache.layout, cache.layout.tail_tokens, cache.code_pages.device
     tokens = torch.randn(len(positions), layout.num_kv_heads, 2, layout.head_dim, generator=generator)
     cache.tail_pages[table[positions // R].long().to(device), :, (positions % R).to(device)] = tokens.to(device, dtype)
+
+
+def fused_tokens(
+    count: int, layout: CodeLayout, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Random K and V [count, Hk, D] as rows of a wider buffer, as a fused QKV projection leaves them."""
+    heads, generator = layout.num_kv_heads, torch.Generator().manual_seed(seed)
+    wide = torch.randn(count, 3 * heads, layout.head_dim, generator=generator).to(device, dtype)
+    return wide[:, :heads], wide[:, heads : 2 * heads]
+
+
+def records_at(cache: LayerCache, slots: Tensor, part: str) -> Tensor:
+    """Records uint8 [M, Hk, part_bytes] at slots int64 [M]."""
+    pages, slots_in_page = slots // cache.layout.block_tokens, slots % cache.layout.block_tokens
+    views = field_views(cache.code_pages, cache.layout, part)
+    return torch.cat([view[pages, :, slots_in_page] for _, view in views], -1)
+
+
+def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, part: str) -> Tensor:
+    """Energy float64 [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
+    book, records = cache.codebook(part), records_at(cache, slots, part)
+    back = decode_heads(records, book, cache.layout, part, cache.tail_pages.dtype)
+    return ((back.double() - vectors.double()) / book.stretch).square().sum(-1)
+
+
+def check_encode(
+    encode: Callable[..., None],
+    layout: CodeLayout,
+    count: int,
+    device: str,
+    dtype: torch.dtype = torch.float16,
+    atoms: int = 200,
+    relative_error: float = 0.0,
+) -> list[LayerCache]:
+    """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first.
+
+    Some entries come from the tail, some are skipped. Energies must agree both ways; whatever no entry names must stay
+    poison.
+    """
+    P, pages = layout.block_tokens, 10
+    caches = [poisoned_cache(layout, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
+    key, value = fused_tokens(count, layout, dtype, device)
+    source = torch.arange(count, dtype=torch.int32)
+    from_tail = source[::3][: 6 * layout.tail_tokens]
+    slots = torch.arange(len(from_tail)) + layout.tail_tokens
+    destination = torch.arange(count) + 2 * P + 3
+    destination[1::7] = torch.tensor([-1, 0, P - 1]).repeat(count)[: len(destination[1::7])]
+    for cache in caches:
+        write_tail(key[from_tail.long()], value[from_tail.long()], cache, slots.to(device))
+    source[from_tail.long()] = (-1 - slots).int()
+    entries = source.to(device), destination.to(device)
+    omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
+    encode(key, value, caches[1], *entries, relative_error=relative_error)
+    kept = (destination >= P).to(device)
+    for part, vectors in (("key", key), ("value", value)):
+        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
+        assert got.isfinite().all()
+        if layout.codec == "exact":
+            assert float(got.sum()) == float(want.sum()) == 0
+        else:
+            assert float(got.sum()) <= OMP_ENERGY_RATIO["few"] * float(want.sum())
+            assert float(want.sum()) <= OMP_ENERGY_RATIO["few"] * float(got.sum())
+    # What the twin left alone, the kernel left alone.
+    assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
+    skipped = torch.arange(2 * P, pages * P)
+    skipped = skipped[~torch.isin(skipped, destination)].to(device)
+    for cache in caches:
+        assert all((records_at(cache, skipped, part) == 0xFF).all() for part in PARTS)
+        assert (cache.code_pages[:, layout.page_bytes :] == 0xFF).all()
+    return caches

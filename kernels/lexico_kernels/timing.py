@@ -27,6 +27,21 @@ def milliseconds(call, repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
+def graph_milliseconds(call, calls: int, repeats: int) -> float:
+    """Median time of one call of `calls` in a replayed CUDA graph, as a decode step runs it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return milliseconds(graph.replay, repeats) / calls
+
+
 def time_encode(vectors: int) -> str:
     """omp_encode of that many vectors, K and V together."""
     tokens = vectors // (2 * LAYOUT.num_kv_heads)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lexico_kernels import CodeLayout, RequestTables, cluster, nvrtc, reference
-from lexico_kernels.testing import OMP_ENERGY_RATIO, poisoned_cache
+from lexico_kernels.testing import check_encode, fused_tokens, poisoned_cache, records_at, residual_energy
 from torch import Tensor
 
 P = 32
@@ -65,58 +65,15 @@ def layout(D=64, Hk=2, S=(5, 4), **kwargs):
     return CodeLayout(D, Hk, *S, block_tokens=P, **kwargs)
 
 
-def tokens(count, it, dtype, device, seed=0):
-    """K and V as rows of a wider buffer, as a fused QKV projection leaves them."""
-    wide = torch.randn(count, 3 * it.num_kv_heads, it.head_dim, generator=torch.Generator().manual_seed(seed))
-    wide = wide.to(device, dtype)
-    return wide[:, : it.num_kv_heads], wide[:, it.num_kv_heads : 2 * it.num_kv_heads]
-
-
-def records(cache, slots, part):
-    return [view[slots // P, :, slots % P] for _, view in reference.field_views(cache.code_pages, cache.layout, part)]
-
-
-def residual_energy(cache, slots, vectors, part):
-    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
-    fields, book = torch.cat(records(cache, slots, part), -1), cache.codebook(part)
-    back = reference.decode_heads(fields, book, cache.layout, part, cache.tail_pages.dtype)
-    return ((back - vectors.float()) / book.stretch).square().sum(-1)
-
-
-def check_encode(it, count, device, dtype=torch.float16, atoms=200, relative_error=0.0, pages=10):
-    """Some entries come from the tail, some are skipped; all other bytes must stay poison."""
-    caches = [poisoned_cache(it, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
-    key, value = tokens(count, it, dtype, device)
-    assert cluster.fits(key, value, caches[1])
-    source = torch.arange(count, dtype=torch.int32)
-    from_tail = source[::3][: 6 * it.tail_tokens]
-    slots = torch.arange(len(from_tail)) + it.tail_tokens
-    destination = torch.arange(count) + 2 * P + 3
-    destination[1::7] = torch.tensor([-1, 0, P - 1]).repeat(count)[: len(destination[1::7])]
-    for cache in caches:
-        reference.write_tail(key[from_tail.long()], value[from_tail.long()], cache, slots.to(device))
-    source[from_tail.long()] = (-1 - slots).int()
-    entries = source.to(device), destination.to(device)
-    reference.omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
-    cluster.omp_encode(key, value, caches[1], *entries, relative_error=relative_error)
-    kept = (destination >= P).to(device)
-    for part, vectors in (("key", key), ("value", value)):
-        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
-        assert got.isfinite().all()
-        assert float(got.sum()) <= OMP_ENERGY_RATIO["few"] * float(want.sum())
-        assert float(want.sum()) <= OMP_ENERGY_RATIO["few"] * float(got.sum())
-    assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
-    skipped = torch.arange(2 * P, pages * P)
-    skipped = skipped[~torch.isin(skipped, destination)].to(device)
-    for part in ("key", "value"):
-        assert all((record == 0xFF).all() for record in records(caches[1], skipped, part))
-    assert (caches[1].code_pages[:, it.page_bytes :] == 0xFF).all()
-    return caches
+def encode(key, value, cache, *entries, **more):
+    """The kernel alone, made for such a cache."""
+    assert cluster.fits(key, value, cache)
+    cluster.omp_encode(key, value, cache, *entries, **more)
 
 
 @pytest.mark.parametrize("count", [1, 63, P - 1, P, P + 1])
 def test_sizes(count, device):
-    check_encode(layout(), count, device)
+    check_encode(encode, layout(), count, device)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +88,7 @@ def test_sizes(count, device):
     ],
 )
 def test_shapes(D, S, dtype, atoms, device):
-    check_encode(layout(D, 1, S), 60, device, dtype, atoms)
+    check_encode(encode, layout(D, 1, S), 60, device, dtype, atoms)
 
 
 def test_several_tiles_and_clusters(device, monkeypatch):
@@ -139,9 +96,9 @@ def test_several_tiles_and_clusters(device, monkeypatch):
     monkeypatch.setattr(cluster, "CLUSTER_BLOCKS", 4)
     it = layout(64, 1, (2, 2))
     assert min(4 // 2, 70 // cluster.DEALT) == 2
-    check_encode(it, 70, device)
+    check_encode(encode, it, 70, device)
     cache = poisoned_cache(it, 4, atoms=64, dtype=torch.float16, device=device)
-    key, value = tokens(3, it, torch.float16, device)
+    key, value = fused_tokens(3, it, torch.float16, device)
     destination = torch.full((2 * cluster.WINDOW + 5,), -1, device=device)
     source = torch.full_like(destination, -9999, dtype=torch.int32)
     for row, entry in enumerate((7, cluster.WINDOW + 600, 2 * cluster.WINDOW + 4)):
@@ -155,20 +112,20 @@ def test_several_tiles_and_clusters(device, monkeypatch):
 def test_a_vector_has_the_same_code_in_every_batch(device):
     it = layout(64, 2, (4, 4))
     caches = [poisoned_cache(it, 4, atoms=100, dtype=torch.float16, device=device) for _ in range(2)]
-    key, value = tokens(40, it, torch.float16, device)
+    key, value = fused_tokens(40, it, torch.float16, device)
     at = torch.arange(40, device=device)
     cluster.omp_encode(key, value, caches[0], at.int(), at + P)
     cluster.omp_encode(key, value, caches[1], at[17:18].int(), at[17:18] + P)
     for part in ("key", "value"):
-        both = [torch.cat(records(cache, at[17:18] + P, part), -1) for cache in caches]
+        both = [records_at(cache, at[17:18] + P, part) for cache in caches]
         assert torch.equal(*both)
 
 
 def test_stops_early(device):
     it = layout(64, 2, (12, 12))
-    caches = check_encode(it, 20, device, relative_error=0.6)
-    used = [int((records(c, torch.tensor([2 * P + 5], device=device), "key")[1].view(torch.int16) != 0).sum())
-            for c in caches]  # fmt: skip
+    caches = check_encode(encode, it, 20, device, relative_error=0.6)
+    records = [records_at(c, torch.tensor([2 * P + 5], device=device), "key") for c in caches]
+    used = [int((record[..., 2:].contiguous().view(torch.int16) != 0).sum()) for record in records]
     assert 0 < used[1] < 2 * 12
     assert abs(used[0] - used[1]) <= 2
 
@@ -199,7 +156,7 @@ def test_duplicate_atoms(device):
     cache = poisoned_cache(it, 4, atoms=65, dtype=torch.float16, device=device)
     for book in (cache.key, cache.value):
         book.atoms[:, 33:65] = book.atoms[:, 1:33]
-    key, value = tokens(20, it, torch.float16, device)
+    key, value = fused_tokens(20, it, torch.float16, device)
     at = torch.arange(20, device=device)
     cluster.omp_encode(key, value, cache, at.int(), at + P)
     centred = (key.float() - cache.key.mean) / cache.key.stretch
@@ -209,7 +166,7 @@ def test_duplicate_atoms(device):
 def test_skips_everything(device):
     it = layout()
     cache = poisoned_cache(it, 3, atoms=64, dtype=torch.float16, device=device)
-    key, value = tokens(5, it, torch.float16, device)
+    key, value = fused_tokens(5, it, torch.float16, device)
     nowhere = torch.tensor([-1, 0, P - 1, -5, 3], device=device)
     cluster.omp_encode(key, value, cache, torch.full((5,), -9999, dtype=torch.int32, device=device), nowhere)
     cluster.omp_encode(key[:0], value[:0], cache, torch.zeros(0, dtype=torch.int32, device=device), nowhere[:0])
@@ -224,10 +181,10 @@ def test_what_it_does_not_take(device):
         (layout(element_bytes=4), torch.float32),
     ):
         cache = poisoned_cache(it, 2, atoms=64, dtype=dtype, device=device)
-        assert not cluster.fits(*tokens(2, it, dtype, device), cache)
+        assert not cluster.fits(*fused_tokens(2, it, dtype, device), cache)
     it = layout()
     cache = poisoned_cache(it, 2, atoms=64, dtype=torch.float16, device=device)
-    key, value = tokens(2, it, torch.float16, device)
+    key, value = fused_tokens(2, it, torch.float16, device)
     assert cluster.fits(key, value, cache) and not cluster.fits(key.bfloat16(), value, cache)
     odd = torch.zeros(2, 2 * 64 + 1, device=device, dtype=torch.float16)[:, :128].view(2, 2, 64)
     assert not cluster.fits(odd, value, cache)

@@ -4,7 +4,13 @@ import lexico_kernels as ops
 import pytest
 import torch
 from lexico_kernels import CodeLayout, cluster, decode, nvrtc, omp, reference, table_decode, table_shape
-from lexico_kernels.testing import OMP_ENERGY_RATIO, assert_close, poisoned_cache, random_problem
+from lexico_kernels.testing import (
+    OMP_ENERGY_RATIO,
+    assert_close,
+    poisoned_cache,
+    random_problem,
+    residual_energy,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -39,14 +45,8 @@ def vectors_like_the_dictionary(count, cache, seed=0):
 
 def energies(cache, destination, key, value):
     """Residual energy of K and V records, over all vectors, stretch taken off."""
-    it, out = cache.layout, []
-    for part, vectors in (("key", key), ("value", value)):
-        views = reference.field_views(cache.code_pages, it, part)
-        records = torch.cat([view[destination // P, :, destination % P] for _, view in views], -1)
-        book = cache.codebook(part)
-        back = reference.decode_heads(records, book, it, part, cache.tail_pages.dtype)
-        out.append(float(((back - vectors.float()) / book.stretch).double().square().sum()))
-    return out
+    parts = (("key", key), ("value", value))
+    return [float(residual_energy(cache, destination, vectors, part).sum()) for part, vectors in parts]
 
 
 @pytest.mark.parametrize("count", [1, 3, 63, P, 5 * P + 1])

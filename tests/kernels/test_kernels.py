@@ -5,10 +5,12 @@ import torch
 from lexico_kernels import CodeLayout, RequestTables, decode, history, omp, reference, tail
 from lexico_kernels.launch import DECODE_SPLITS
 from lexico_kernels.testing import (
-    OMP_ENERGY_RATIO,
     assert_close,
+    check_encode,
+    fused_tokens,
     poisoned_cache,
     random_problem,
+    residual_energy,
 )
 
 P = 32
@@ -25,11 +27,8 @@ def layout(D=64, Hk=2, S=(5, 4), **kwargs):
     return CodeLayout(D, Hk, *S, block_tokens=P, **kwargs)
 
 
-def tokens(count, it, dtype=DTYPE, device="cpu", seed=0):
-    """K and V as rows of a wider buffer, as a fused QKV projection leaves them."""
-    wide = torch.randn(count, 3 * it.num_kv_heads, it.head_dim, generator=torch.Generator().manual_seed(seed))
-    wide = wide.to(device, dtype)
-    return wide[:, : it.num_kv_heads], wide[:, it.num_kv_heads : 2 * it.num_kv_heads]
+def tokens(count, it, dtype=DTYPE, device="cpu"):
+    return fused_tokens(count, it, dtype, device)
 
 
 def stretch(request, start, stop, device):
@@ -59,54 +58,10 @@ def test_write_tail(count, D, device):
     assert same_bits(caches[0].tail_pages, caches[1].tail_pages)
 
 
-def residual_energy(cache, slots, vectors, part):
-    """Energy [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
-    it, book = cache.layout, cache.codebook(part)
-    fields = [view[slots // P, :, slots % P] for _, view in reference.field_views(cache.code_pages, it, part)]
-    back = reference.decode_heads(torch.cat(fields, -1), book, it, part, cache.tail_pages.dtype)
-    return ((back - vectors.float()) / book.stretch).square().sum(-1)
-
-
-def check_encode(it, count, device, dtype=DTYPE, atoms=200, relative_error=0.0):
-    """Some entries come from the tail, some are skipped; all other bytes must stay poison."""
-    caches = [poisoned_cache(it, 8, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
-    key, value = tokens(count, it, dtype, device)
-    source = torch.arange(count, dtype=torch.int32)
-    from_tail = source[::3][: 6 * it.tail_tokens]
-    slots = torch.arange(len(from_tail)) + it.tail_tokens
-    destination = torch.arange(count) + 2 * P + 3
-    destination[1::7] = torch.tensor([-1, 0, P - 1]).repeat(count)[: len(destination[1::7])]
-    for cache in caches:
-        reference.write_tail(key[from_tail.long()], value[from_tail.long()], cache, slots.to(device))
-    source[from_tail.long()] = (-1 - slots).int()
-    entries = source.to(device), destination.to(device)
-    reference.omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
-    omp.omp_encode(key, value, caches[1], *entries, relative_error=relative_error)
-    kept = (destination >= P).to(device)
-    for part, vectors in (("key", key), ("value", value)):
-        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
-        assert got.isfinite().all()
-        if it.codec == "exact":
-            assert float(got.sum()) == float(want.sum()) == 0
-        else:
-            assert float(got.sum()) <= OMP_ENERGY_RATIO["few"] * float(want.sum())
-            assert float(want.sum()) <= OMP_ENERGY_RATIO["few"] * float(got.sum())
-    # What the twin left alone, the kernel left alone.
-    assert torch.equal(caches[0].code_pages[:2], caches[1].code_pages[:2])
-    skipped = torch.arange(2 * P, 8 * P)
-    skipped = skipped[~torch.isin(skipped, destination)].to(device)
-    for cache in caches:
-        for part in ("key", "value"):
-            for _, view in reference.field_views(cache.code_pages, it, part):
-                assert (view[skipped // P, :, skipped % P] == 0xFF).all()
-        assert (cache.code_pages[:, it.page_bytes :] == 0xFF).all()
-    return caches
-
-
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("codec", CODECS)
 def test_omp_encode(codec, count, device):
-    check_encode(layout(codec=codec), count, device)
+    check_encode(omp.omp_encode, layout(codec=codec), count, device)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +75,12 @@ def test_omp_encode(codec, count, device):
     ],
 )
 def test_omp_encode_shapes(D, S, dtype, atoms, device):
-    check_encode(layout(D, 3, S, element_bytes=dtype.itemsize), 21, device, dtype, atoms)
+    check_encode(omp.omp_encode, layout(D, 3, S, element_bytes=dtype.itemsize), 21, device, dtype, atoms)
 
 
 def test_omp_encode_stops_early(device):
     it = layout(64, 2, (12, 12))
-    caches = check_encode(it, 20, device, relative_error=0.6)
+    caches = check_encode(omp.omp_encode, it, 20, device, relative_error=0.6)
     used = []
     for cache in caches:
         _, (_, entries) = reference.field_views(cache.code_pages, it, "key")
