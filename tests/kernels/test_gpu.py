@@ -218,6 +218,22 @@ def test_decode_through_tables_of_any_scale(peak):
         assert_close(lse / max(size, 1), want_lse / max(size, 1), "lse", torch.bfloat16)
 
 
+@pytest.mark.parametrize("group", [4, 6])
+def test_decode_through_tables_of_short_codes(group):
+    """Codes that use few of their entries name the null atom with all others, whose bin overflows without harm."""
+    problem = random_problem(
+        layout(Hk=2), [1500], atoms=N, dtype=torch.bfloat16, device="cuda", sink_pages=0, raw_tokens=0
+    )
+    entries = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")][1]
+    entries.view(torch.int16)[..., 4:] = 0  # the null atom at the lowest level
+    count = 4096  # each head of each token has one chance in 4,000 to meet a bin that a half cannot hold
+    query = torch.randn(count, 2 * group, D, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda([0] * count), cuda([1500] * count))
+    want, _ = decode.sparse_decode(*args, scale=SCALE)
+    out, _ = table_decode.sparse_decode(*args, scale=SCALE)
+    assert_close(out, want.float(), "attention", torch.bfloat16)
+
+
 def test_decode_falls_back(monkeypatch):
     problem = random_problem(layout(), [777], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
     query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)

@@ -202,7 +202,8 @@ __device__ void add_token(const Levels& levels, const ValueRecord& record, const
   add_to_bins(levels, record, bins, fixed);
 }
 
-// The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units.
+// The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record may name
+// it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would be NaN.
 __device__ void store_bins(const int* bins, char* out) {
   constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
 #pragma unroll 2
@@ -211,7 +212,7 @@ __device__ void store_bins(const int* bins, char* out) {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) value[i][g] = bins[bin_of(atom + i, g)] * BIN_TO_HALF;
+      for (int g = 0; g < GROUP; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
