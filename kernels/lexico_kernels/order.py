@@ -1,7 +1,7 @@
 """The order of entries in "packed16" records, for whoever reads them through tables: `cuda/order_entries.cu` says why.
 
-A record means the same in every order. Groups of 32 tokens that a step completes are ordered together, since which order
-is fast depends on the neighbours; groups that are never completed keep the order in which atoms were chosen.
+A record means the same in every order. Groups of 32 tokens that a step completes are ordered together, since which
+order is fast depends on the neighbours; groups that are never completed keep the order in which atoms were chosen.
 """
 
 from functools import cache as once

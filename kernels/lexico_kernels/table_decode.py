@@ -3,8 +3,9 @@
 With q . atom of every atom at hand, a key's score is a few look-ups; values are added up atom by atom, in bins, and
 multiplied with the atoms once. Three steps, the second in CUDA C++ (`cuda/table_decode.cu`), the others in Triton
 (`table_parts.py`): tables and, beside them, the raw tail; codes, part by part; the bins times the atoms. Then all are
-merged by their log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context alone: a CUDA graph can
-hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are taken in slices.
+merged by their log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context alone:
+a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are taken in
+slices.
 """
 
 from functools import cache as once

@@ -202,7 +202,8 @@ def prepare(
     PARTS: tl.constexpr,
     TAIL_TILE: tl.constexpr,
 ):
-    """What needs nothing but the query, side by side: raw context by the first T * H * PARTS programs, tables by the others."""
+    """What needs nothing but the query, side by side: the first T * H * PARTS programs attend the raw context, the
+    others make tables."""
     program = tl.program_id(0)
     tails = T * (H * PARTS)
     if program < tails:
