@@ -37,6 +37,8 @@ def omp_encode(
         cluster = _module("cluster")
         module = cluster if cluster.takes(key, value, cache) else _module("omp")
     module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
+    if key.is_cuda and _module("order").takes(cache):
+        _module("order").order_entries(cache, destination)
 
 
 def sparse_decode(

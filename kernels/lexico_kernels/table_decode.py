@@ -1,10 +1,11 @@
 """sparse_decode of "packed16" codes through tables: no vector is rebuilt.
 
 With q . atom of every atom at hand, a key's score is a few look-ups; values are added up atom by atom, in bins, and
-multiplied with the atoms once. Four steps, the second in CUDA C++ (`cuda/table_decode.cu`), the others in Triton
-(`table_parts.py`): tables; codes, part by part; the raw tail; the bins times the atoms. Then all are merged by their
-log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context alone: a CUDA graph can
-hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are taken in slices.
+multiplied with the atoms once. Three steps, the second in CUDA C++ (`cuda/table_decode.cu`), the others in Triton
+(`table_parts.py`): tables and, beside them, the raw tail; codes, part by part; the bins times the atoms. Then all are
+merged by their log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context alone:
+a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are taken in
+slices.
 """
 
 from functools import cache as once
@@ -106,25 +107,26 @@ def decode_slice(
     """All steps for tokens that fit the scratch memory."""
     places = (token_request, token_seq_len, tables.sink_end, tables.raw_start)
     factor = scale * LOG2_E
-    make_tables(shape, scratch, query, cache, places, factor)
+    prepare(shape, scratch, query, cache, tables, places, factor)
     attend_codes(shape, scratch, cache, tables, token_request)
-    attend_tail(shape, scratch, query, cache, tables, places, factor)
     multiply_bins(shape, scratch, cache, query.shape[0])
     merge(shape, scratch, cache, out, lse)
 
 
-def make_tables(
+def prepare(
     shape: Shape,
     scratch: dict[str, Tensor],
     query: Tensor,
     cache: LayerCache,
+    tables: RequestTables,
     places: tuple[Tensor, ...],
     factor: float,
 ) -> None:
-    """Tables, scales and plans of all tokens."""
+    """Tables, scales and plans of all tokens, and attention over sinks and window."""
     D, T = shape.layout.head_dim, query.shape[0]
     tile, columns = TABLE_MATMUL.table_tile, max(TABLE_MATMUL.columns, shape.row)
-    table_parts.make_tables[(triton.cdiv(shape.key_atoms, tile), shape.blocks, triton.cdiv(T * shape.row, columns))](
+    tiles = triton.cdiv(shape.key_atoms, tile) * triton.cdiv(T * shape.row, columns)
+    table_parts.prepare[(shape.blocks * (tiles + T * TABLE_TAIL.parts),)](
         query,
         query.stride(0),
         query.stride(1),
@@ -136,20 +138,31 @@ def make_tables(
         scratch["query_scale"],
         scratch["offset"],
         scratch["plan"],
+        cache.tail_pages,
+        cache.tail_pages.stride(0),
+        tables.tail_block_table,
+        tables.tail_block_table.stride(0),
+        scratch["tail_out"],
+        scratch["tail_lse"],
         factor,
         T,
+        H=shape.blocks,
         HEAD_STRIDE=cache.key.head_stride,
         HEAD_GROUPS=shape.head_groups,
         N=shape.key_atoms,
+        R=shape.layout.tail_tokens,
         D=D,
         D_PAD=triton.next_power_of_2(D),
         G=shape.group,
+        G_PAD=16,
         ROW=shape.row,
         COLUMNS=columns,
         SPAN=TABLE.span,
         SHORT_SPAN=TABLE.short_span,
         SHORT=TABLE.short_tokens,
         TILE=tile,
+        PARTS=TABLE_TAIL.parts,
+        TAIL_TILE=TABLE_TAIL.tile,
         num_warps=TABLE_MATMUL.num_warps,
     )
 
@@ -176,41 +189,6 @@ def attend_codes(
         scratch["bins"],
         scratch["stats"],
         shape.blocks,
-    )
-
-
-def attend_tail(
-    shape: Shape,
-    scratch: dict[str, Tensor],
-    query: Tensor,
-    cache: LayerCache,
-    tables: RequestTables,
-    places: tuple[Tensor, ...],
-    factor: float,
-) -> None:
-    """Attention over sinks and window."""
-    D = shape.layout.head_dim
-    table_parts.attend_tail[(query.shape[0], shape.blocks, TABLE_TAIL.parts)](
-        query,
-        query.stride(0),
-        query.stride(1),
-        cache.tail_pages,
-        cache.tail_pages.stride(0),
-        tables.tail_block_table,
-        tables.tail_block_table.stride(0),
-        *places,
-        scratch["tail_out"],
-        scratch["tail_lse"],
-        factor,
-        HEAD_GROUPS=shape.head_groups,
-        R=shape.layout.tail_tokens,
-        D=D,
-        D_PAD=triton.next_power_of_2(D),
-        G=shape.group,
-        G_PAD=16,
-        PARTS=TABLE_TAIL.parts,
-        TILE=TABLE_TAIL.tile,
-        num_warps=TABLE_TAIL.num_warps,
     )
 
 

@@ -23,7 +23,11 @@ def columns(block, T, G: tl.constexpr, ROW: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def make_tables(
+def _make_tables(
+    tile,
+    head,
+    block,
+    H,
     query_ptr,
     query_stride_t,
     query_stride_h,
@@ -56,10 +60,8 @@ def make_tables(
     """Products of atoms and stretched queries of length 1, [T, H, N, ROW] halves, and what makes scores of them.
 
     The context's plan follows from its own length alone: up to SHORT tokens in parts of SHORT_SPAN at most, longer ones
-    in parts of SPAN at most, all of one size.
+    in parts of SPAN at most, all of one size. Parts begin at multiples of 32 tokens, as groups of ordered records do.
     """
-    tile, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    H = tl.num_programs(1)
     token, g, there = columns(block, T, G, ROW, COLUMNS)
     dims = tl.arange(0, D_PAD)
     kv_head = head // HEAD_GROUPS
@@ -85,7 +87,7 @@ def make_tables(
             request = tl.load(request_ptr + token, mask=there, other=0).to(tl.int64)
             first = tl.load(sink_end_ptr + request)
             end = tl.minimum(tl.load(raw_start_ptr + request), tl.load(seq_len_ptr + token, mask=there, other=0))
-            count = tl.maximum(end - first, 0)
+            count = tl.where(end > first, end - first // 32 * 32, 0)
             parts = tl.cdiv(count, tl.where(count > SHORT, SPAN, SHORT_SPAN))
             span = tl.cdiv(tl.cdiv(count, tl.maximum(parts, 1)), 32) * 32
             parts = tl.cdiv(count, tl.maximum(span, 1))
@@ -95,6 +97,181 @@ def make_tables(
             tl.store(plan + 1, end, mask=own)
             tl.store(plan + 2, span, mask=own)
             tl.store(plan + 3, parts, mask=own)
+
+
+@triton.jit
+def _attend_tail(
+    token,
+    head,
+    part,
+    H,
+    query_ptr,
+    query_stride_t,
+    query_stride_h,
+    tail_ptr,
+    tail_page_stride,
+    tail_table_ptr,
+    tail_table_stride,
+    request_ptr,
+    seq_len_ptr,
+    sink_end_ptr,
+    raw_start_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    factor,
+    HEAD_GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One part of one token's raw context: normalised output [T, H * G, PARTS, D] and base-2 log-sum-exp.
+
+    Part p takes the p-th share of the sinks and of the window, so that parts are alike.
+    """
+    group, dims = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
+    request = tl.load(request_ptr + token).to(tl.int64)
+    seq_len = tl.load(seq_len_ptr + token)
+    sinks = tl.minimum(tl.load(sink_end_ptr + request), seq_len)
+    first = tl.minimum(tl.maximum(tl.load(raw_start_ptr + request), sinks), seq_len)
+    mask = (group < G)[:, None] & (dims < D)[None, :]
+    q_ptr = query_ptr + token * query_stride_t + (head * G + group)[:, None] * query_stride_h + dims[None, :]
+    q = tl.load(q_ptr, mask=mask, other=0.0)
+    state = (
+        tl.full([G_PAD], -float("inf"), tl.float32),
+        tl.zeros([G_PAD], tl.float32),
+        tl.zeros([G_PAD, D_PAD], tl.float32),
+    )
+    tails = tail_table_ptr + request * tail_table_stride
+    kv_head = head // HEAD_GROUPS
+    if part == PARTS - 1:
+        state = _attend_raw(q, state, 0, sinks, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
+    span = tl.cdiv(tl.cdiv(seq_len - first, PARTS), TILE) * TILE
+    start = first + part * span
+    end = tl.minimum(start + span, seq_len)
+    state = _attend_raw(q, state, start, end, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
+    top, total, acc = state
+    out_row = (token * H * G + head * G + group) * PARTS + part
+    empty = total == 0
+    tl.store(part_out_ptr + out_row[:, None] * D + dims[None, :], acc / tl.where(empty, 1.0, total)[:, None], mask=mask)
+    tl.store(part_lse_ptr + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=group < G)
+
+
+@triton.jit
+def prepare(
+    query_ptr,
+    query_stride_t,
+    query_stride_h,
+    atoms_ptr,
+    mean_ptr,
+    stretch_ptr,
+    request_ptr,
+    seq_len_ptr,
+    sink_end_ptr,
+    raw_start_ptr,
+    table_ptr,
+    query_scale_ptr,
+    offset_ptr,
+    plan_ptr,
+    tail_ptr,
+    tail_page_stride,
+    tail_table_ptr,
+    tail_table_stride,
+    part_out_ptr,
+    part_lse_ptr,
+    factor,
+    T,
+    H: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    HEAD_GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    SHORT_SPAN: tl.constexpr,
+    SHORT: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+):
+    """What needs nothing but the query, side by side: the first T * H * PARTS programs attend the raw context, the
+    others make tables."""
+    program = tl.program_id(0)
+    tails = T * (H * PARTS)
+    if program < tails:
+        _attend_tail(
+            (program // (H * PARTS)).to(tl.int64),
+            program // PARTS % H,
+            program % PARTS,
+            H,
+            query_ptr,
+            query_stride_t,
+            query_stride_h,
+            tail_ptr,
+            tail_page_stride,
+            tail_table_ptr,
+            tail_table_stride,
+            request_ptr,
+            seq_len_ptr,
+            sink_end_ptr,
+            raw_start_ptr,
+            part_out_ptr,
+            part_lse_ptr,
+            factor,
+            HEAD_GROUPS,
+            R,
+            D,
+            D_PAD,
+            G,
+            G_PAD,
+            PARTS,
+            TAIL_TILE,
+        )
+    else:
+        TILES: tl.constexpr = (N + TILE - 1) // TILE
+        program -= tails
+        _make_tables(
+            program % TILES,
+            program // TILES % H,
+            program // (TILES * H),
+            H,
+            query_ptr,
+            query_stride_t,
+            query_stride_h,
+            atoms_ptr,
+            mean_ptr,
+            stretch_ptr,
+            request_ptr,
+            seq_len_ptr,
+            sink_end_ptr,
+            raw_start_ptr,
+            table_ptr,
+            query_scale_ptr,
+            offset_ptr,
+            plan_ptr,
+            factor,
+            T,
+            HEAD_STRIDE,
+            HEAD_GROUPS,
+            N,
+            D,
+            D_PAD,
+            G,
+            ROW,
+            COLUMNS,
+            SPAN,
+            SHORT_SPAN,
+            SHORT,
+            TILE,
+        )
 
 
 @triton.jit
@@ -169,65 +346,6 @@ def multiply_bins(
 
 
 @triton.jit
-def attend_tail(
-    query_ptr,
-    query_stride_t,
-    query_stride_h,
-    tail_ptr,
-    tail_page_stride,
-    tail_table_ptr,
-    tail_table_stride,
-    request_ptr,
-    seq_len_ptr,
-    sink_end_ptr,
-    raw_start_ptr,
-    part_out_ptr,
-    part_lse_ptr,
-    factor,
-    HEAD_GROUPS: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G: tl.constexpr,
-    G_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One part of one token's raw context: normalised output [T, H * G, PARTS, D] and base-2 log-sum-exp.
-
-    Part p takes the p-th share of the sinks and of the window, so that parts are alike.
-    """
-    token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    H = tl.num_programs(1)
-    group, dims = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
-    request = tl.load(request_ptr + token).to(tl.int64)
-    seq_len = tl.load(seq_len_ptr + token)
-    sinks = tl.minimum(tl.load(sink_end_ptr + request), seq_len)
-    first = tl.minimum(tl.maximum(tl.load(raw_start_ptr + request), sinks), seq_len)
-    mask = (group < G)[:, None] & (dims < D)[None, :]
-    q_ptr = query_ptr + token * query_stride_t + (head * G + group)[:, None] * query_stride_h + dims[None, :]
-    q = tl.load(q_ptr, mask=mask, other=0.0)
-    state = (
-        tl.full([G_PAD], -float("inf"), tl.float32),
-        tl.zeros([G_PAD], tl.float32),
-        tl.zeros([G_PAD, D_PAD], tl.float32),
-    )
-    tails = tail_table_ptr + request * tail_table_stride
-    kv_head = head // HEAD_GROUPS
-    if part == PARTS - 1:
-        state = _attend_raw(q, state, 0, sinks, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
-    span = tl.cdiv(tl.cdiv(seq_len - first, PARTS), TILE) * TILE
-    start = first + part * span
-    end = tl.minimum(start + span, seq_len)
-    state = _attend_raw(q, state, start, end, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
-    top, total, acc = state
-    out_row = (token * H * G + head * G + group) * PARTS + part
-    empty = total == 0
-    tl.store(part_out_ptr + out_row[:, None] * D + dims[None, :], acc / tl.where(empty, 1.0, total)[:, None], mask=mask)
-    tl.store(part_lse_ptr + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=group < G)
-
-
-@triton.jit
 def merge(
     chunk_out_ptr,
     coded_lse_ptr,
@@ -264,14 +382,13 @@ def merge(
     coded_weight = tl.where(has_codes, tl.exp2(coded - top), 0.0)
     weights = tl.where(has_tail, tl.exp2(tails - top), 0.0)
     total = tl.sum(weights, 0) + coded_weight
-    mask = (chunk < tl.where(has_codes, CHUNKS, 0))[:, None] & (dims < D)[None, :]
+    mask = (chunk < CHUNKS)[:, None] & (dims < D)[None, :]  # zeros where there are no codes, and no wait to know it
     chunks = chunk_out_ptr + ((chunk * T + token) * Hq + query_head)[:, None] * D + dims[None, :]
     mean = tl.load(value_mean_ptr + head // HEAD_GROUPS * D + dims, mask=dims < D, other=0.0)
     stretch = tl.load(value_stretch_ptr + head // HEAD_GROUPS * D + dims, mask=dims < D, other=0.0)
     acc = (tl.sum(tl.load(chunks, mask=mask, other=0.0), 0) * stretch + mean) * coded_weight
-    mask = has_tail[:, None] & (dims < D)[None, :]
     parts = part_out_ptr + (row * TAIL_PARTS + part)[:, None] * D + dims[None, :]
-    acc += tl.sum(tl.load(parts, mask=mask, other=0.0) * weights[:, None], 0)
+    acc += tl.sum(tl.load(parts, mask=(dims < D)[None, :], other=0.0) * weights[:, None], 0)
     out = acc / tl.where(total > 0, total, 1.0)
     target = out_ptr + token * out_stride_t + query_head * out_stride_h + dims
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dims < D)

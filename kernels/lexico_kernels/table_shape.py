@@ -89,7 +89,7 @@ class Shape:
 
 
 def max_parts(max_tokens: int) -> int:
-    """Most parts of a context of at most that many tokens; what `make_tables` plans is never more."""
+    """Most parts of a context of at most that many tokens; what `prepare` plans is never more."""
     short = divide_up(min(max_tokens, TABLE.short_tokens), TABLE.short_span)
     return max(1, short, divide_up(max_tokens, TABLE.span))
 

@@ -119,8 +119,11 @@ struct Index3 {
   unsigned x, y, z;
 };
 inline Index3 first_block, gridDim;  // of the cluster that runs
+namespace cpu {
+inline unsigned grid_z;
+}
 #define threadIdx (Index3{cpu::current->warp * 32 + cpu::current->lane, 0, 0})
-#define blockIdx (Index3{first_block.x + cpu::current->block, first_block.y, 0})
+#define blockIdx (Index3{first_block.x + cpu::current->block, first_block.y, cpu::grid_z})
 #define SHARED_MEMORY(name) unsigned char* name = cpu::memory[cpu::current->block].data()
 
 inline float bits_float(uint32_t bits) {
@@ -158,6 +161,12 @@ T __shfl_up_sync(unsigned, T value, int by) {
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   cpu::Warp& warp = cpu::exchange(value, 4);
   for (auto& lane : warp.in) value = max(value, lane[0]);
+  cpu::done(warp);
+  return value;
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  cpu::Warp& warp = cpu::exchange(value, 11);
+  for (auto& lane : warp.in) value = min(value, lane[0]);
   cpu::done(warp);
   return value;
 }

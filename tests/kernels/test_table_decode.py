@@ -26,7 +26,8 @@ def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
     scratch["stats"].fill_(torch.nan)
     for t, (first, end, span, parts) in enumerate(plan):
         for part in range(parts):
-            at = torch.arange(first + part * span, min(end, first + (part + 1) * span))
+            start = first // 32 * 32 + part * span
+            at = torch.arange(max(first, start), min(end, start + span))
             pages = tables.block_table[token_request[t]][at // layout.block_tokens].long()
             for h in range(H):
                 decoded = []

@@ -112,11 +112,11 @@ __device__ void block_reduce(float (&value)[COUNT], float* scratch) {
 struct Tokens {
   const char* const* pages;  // this head's codes in each page, in shared memory, from the part's first page on
   int first;                 // position of token 0, counted from the start of its page
-  int count;
+  int begin, end;            // tokens of the part; lanes start at a multiple of 32, and those before `begin` idle
 
-  // Of a token, or of the last one instead of those after it.
+  // Of a token; those before the first or behind the last have the first's or the last's.
   __device__ const char* slot(int index, int offset, int bytes) const {
-    const u32 at = first + min(index, count - 1);
+    const u32 at = first + max(min(index, end - 1), begin);
     return pages[at / PAGE_TOKENS] + (offset + at % PAGE_TOKENS * bytes);
   }
 };
@@ -159,17 +159,19 @@ __device__ void load_weights(const char* row, float (&weight)[ROW]) {
 }
 
 // Scores to weights relative to the largest, and zeros where scores were. total: of the weights as they are rounded.
-__device__ void make_weights(float* scores, char* weights, int count, const float (&top)[REDUCED], float (&total)[GROUP]) {
+__device__ void make_weights(float* scores, char* weights, const Tokens& tokens, const float (&top)[REDUCED],
+                             float (&total)[GROUP]) {
 #pragma unroll 2
   for (int index = threadIdx.x; index < MAX_TOKENS; index += THREADS) {
     float weight[2 * WEIGHT_PAIRS] = {};
     u32 pair[WEIGHT_PAIRS];
+    const bool used = index >= tokens.begin && index < tokens.end;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      if (index < count) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
+      if (used) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
       scores[g * MAX_TOKENS + index] = 0;
     }
-    if (index >= count) continue;
+    if (!used) continue;
 #pragma unroll
     for (int p = 0; p < WEIGHT_PAIRS; p++) pair[p] = floats_to_halves(weight[2 * p], weight[2 * p + 1]);
 #pragma unroll
@@ -269,12 +271,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     largest_level = fmaxf(largest_level, __shfl_xor_sync(~0u, largest_level, by));
   }
 
-  const int start = place.x + part * place.z;
+  const int start = place.x / 32 * 32 + part * place.z;  // lanes of a warp have the tokens of an ordered group
   const char* head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
-  const Tokens tokens{pages, start % PAGE_TOKENS, min(place.z, place.y - start)};
+  const Tokens tokens{pages, start % PAGE_TOKENS, max(place.x - start, 0), min(place.z, place.y - start)};
   const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
 #pragma unroll 1
-  for (int i = thread; i <= (tokens.first + tokens.count - 1) / PAGE_TOKENS; i += THREADS) {
+  for (int i = thread; i <= (tokens.first + tokens.end - 1) / PAGE_TOKENS; i += THREADS) {
     pages[i] = head + own_pages[i] * page_stride;
   }
   if (thread < NUM_LEVELS) {
@@ -297,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
-    if (r * THREADS >= tokens.count) break;
+    if (r * THREADS >= tokens.end) break;
     const KeyRecord next = load_key(tokens, index + THREADS);
     const u32 next_scale = load_value_scale(tokens, index + THREADS);
     largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(value_scale << 16)));
@@ -305,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     table_sums(levels, key, table_at, sum);
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      const float score = sum[g] * (key.scale() * factor[g]);  // past the end, that of the last token once more
+      const float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
       top[g] = fmaxf(top[g], score);
       scores[g * MAX_TOKENS + index] = score;
     }
@@ -316,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   block_reduce<true>(top, scratch);
 
   float total[GROUP] = {}, scale[GROUP];
-  make_weights(scores, memory, tokens.count, top, total);
+  make_weights(scores, memory, tokens, top, total);
   block_reduce<false>(total, scratch);
 #pragma unroll
   for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
@@ -330,9 +332,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
-    if (r * THREADS >= tokens.count) break;
+    if (r * THREADS >= tokens.end) break;
     const ValueRecord next = load_value(tokens, index + THREADS);
-    if (index < tokens.count) add_token(levels, value, memory + index * (2 * ROW), scale, own_bins);
+    if (index >= tokens.begin && index < tokens.end) {
+      add_token(levels, value, memory + index * (2 * ROW), scale, own_bins);
+    }
     value = next;
   }
   __syncthreads();

@@ -1,0 +1,52 @@
+"""The order of entries in "packed16" records, for whoever reads them through tables: `cuda/order_entries.cu` says why.
+
+A record means the same in every order. Groups of 32 tokens that a step completes are ordered together, since which
+order is fast depends on the neighbours; groups that are never completed keep the order in which atoms were chosen.
+"""
+
+from functools import cache as once
+
+from torch import Tensor
+
+from lexico_kernels import nvrtc
+from lexico_kernels.cache import LayerCache
+from lexico_kernels.layout import PARTS, CodeLayout
+
+FILES, NAME = ("order_entries.cu",), "order_entries"
+GROUP_TOKENS = 32
+THREADS = 128
+
+
+def takes(cache: LayerCache) -> bool:
+    """Whether an order helps such records, on this device."""
+    return fits(cache.layout) and nvrtc.available(cache.code_pages.get_device())
+
+
+def fits(layout: CodeLayout) -> bool:
+    """Whether records have entries in any order, and pages whole groups."""
+    return layout.codec == "packed16" and layout.block_tokens % GROUP_TOKENS == 0
+
+
+def defines(layout: CodeLayout) -> dict[str, int]:
+    """The kernel's macros."""
+    macros = {"P": layout.block_tokens, "HEAD_BYTES": layout.head_bytes}
+    for part in PARTS:
+        address = layout.address(part)
+        fields = {"SPARSITY": address.sparsity, "OFFSET": address.index_offset, "STRIDE": address.index_stride}
+        macros |= {f"{part.upper()}_{name}": number for name, number in fields.items()}
+    return macros
+
+
+@once
+def _kernel(device: int, layout: CodeLayout) -> nvrtc.Kernel:
+    return nvrtc.kernel(FILES, NAME, device, **defines(layout))
+
+
+def order_entries(cache: LayerCache, destination: Tensor) -> None:
+    """Order the records of every group whose last token is among the destinations int64 [M] of `omp_encode`."""
+    M = destination.shape[0]
+    if M == 0:
+        return
+    pages, grid = cache.code_pages, (-(-M // 32), cache.layout.num_kv_heads, 2)
+    kernel = _kernel(pages.get_device(), cache.layout)
+    kernel.launch(grid, THREADS, pages, nvrtc.Int64(pages.stride(0)), destination, M)
