@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, reference
+from lexico_kernels import CodeLayout, LayerStack, reference
 from lexico_kernels.testing import poisoned_cache
 
 
@@ -73,11 +73,12 @@ def test_positions_fit_a_step(speed):
 
 
 def test_pages_without_coding_hold_codes_of_many_atoms(load_benchmark, monkeypatch):
-    monkeypatch.setattr("lexico_kernels.omp_encode", None)  # put back what importing the module replaces
+    for operation in ("omp_encode", "omp_encode_layers"):
+        monkeypatch.setattr(f"lexico_kernels.{operation}", None)  # put back what importing the module replaces
     uncoded = load_benchmark("uncoded")
     layout = CodeLayout(64, 2, 5, 4, block_tokens=32)
     cache = poisoned_cache(layout, 3, atoms=64, dtype=torch.float16)
-    uncoded._omp_encode(torch.empty(0), None, cache)
+    uncoded._omp_encode_layers(LayerStack.of([cache]), None, None)
     for part in ("key", "value"):
         scales, entries = (view for _, view in reference.field_views(cache.code_pages, layout, part))
         assert (scales.contiguous().view(torch.bfloat16) == 1).all()

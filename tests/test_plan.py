@@ -34,11 +34,12 @@ STEPS = [
 
 @pytest.mark.parametrize("computed, query_lens", STEPS)
 @pytest.mark.parametrize("padding", [(0, 0), (5, 0), (3, 2)])
-def test_coded_tokens_are_those_of_the_groups_that_complete(computed, query_lens, padding):
+@pytest.mark.parametrize("from_batch", [True, False])
+def test_coded_tokens_are_those_of_the_groups_that_complete(computed, query_lens, padding, from_batch):
     starts, seq_lens, table, tail_table, num_tokens = a_step(computed, query_lens, *padding)
     request, position = plan.locate_tokens(starts, seq_lens, num_tokens)
     members = plan.coded_tokens(request, position, len(seq_lens))
-    source = plan.sources(members, starts, tail_table, TAIL).tolist()
+    source = plan.sources(members, starts, tail_table, TAIL, from_batch=from_batch).tolist()
     destination = plan.destinations(members, table, BLOCK).tolist()
     assert len(source) == len(destination) == plan.max_coded_tokens(num_tokens, len(seq_lens))
 
@@ -49,7 +50,7 @@ def test_coded_tokens_are_those_of_the_groups_that_complete(computed, query_lens
                 for p in range(end - plan.GROUP_TOKENS, end):
                     place = int(table[b, p // BLOCK]) * BLOCK + p % BLOCK
                     slot = int(tail_table[b, p // TAIL]) * TAIL + p % TAIL
-                    expected[place] = int(starts[b]) + p - old if p >= old else -1 - slot
+                    expected[place] = int(starts[b]) + p - old if from_batch and p >= old else -1 - slot
     assert {place: s for place, s in zip(destination, source, strict=True) if place >= 0} == expected
 
 

@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME, plan, refusals, report
 from vllm_lexico.engine import LexicoSetup
+from vllm_lexico.layers import LayerFinder, LayersOfStep
 from vllm_lexico.prefill import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.tail import LexicoTailSpec
 
@@ -49,6 +50,7 @@ class LexicoMetadata(AttentionMetadata):
     token_request: Tensor  # int32 [T]
     token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
     destination: Tensor  # int64 [M], where the codes of the tokens to code go
+    layers: LayersOfStep | None  # that one launch codes; None if each layer codes by itself
 
 
 @dataclass
@@ -85,6 +87,11 @@ def _keep(buffer: Tensor, values: Tensor) -> Tensor:
     return kept
 
 
+def _only_decodes(common: CommonAttentionMetadata, threshold: int) -> bool:
+    """Whether every request of a step decodes. Then all tokens that it codes, its own too, are in tail pages."""
+    return common.max_query_len <= threshold
+
+
 class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     """Builds a step's metadata for the layers of the codes group."""
 
@@ -103,6 +110,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.token_request = buffers.new(buffers.max_tokens, torch.int32)
         self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
         self.destination = buffers.new(buffers.max_coded, torch.int64)
+        self._finder = LayerFinder(layer_names, vllm_config)
         self._reported = False
 
     def build(
@@ -127,6 +135,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             token_request=_keep(self.token_request, request),
             token_seq_len=_keep(self.token_seq_len, position + 1),
             destination=_keep(self.destination, destination),
+            layers=self._finder.of_step(self.layout) if _only_decodes(common, self.reorder_batch_threshold) else None,
         )
 
     def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
@@ -164,7 +173,12 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         common, tail_tokens = common_attn_metadata, self.spec.block_size
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
         members = plan.coded_tokens(request, position, common.num_reqs)
-        source = plan.sources(members, common.query_start_loc, common.block_table_tensor, tail_tokens)
+        assert self.reorder_batch_threshold is not None
+        # A launch that codes all layers has no layer's batch.
+        from_batch = not _only_decodes(common, self.reorder_batch_threshold)
+        source = plan.sources(
+            members, common.query_start_loc, common.block_table_tensor, tail_tokens, from_batch=from_batch
+        )
         raw_start = plan.raw_starts(
             common.query_start_loc,
             common.seq_lens,

@@ -6,7 +6,7 @@ from typing import Any
 
 import lexico_kernels as kernels
 import torch
-from lexico_kernels import PARTS, LayerCache, RequestTables
+from lexico_kernels import PARTS, CodeLayout, LayerCache, RequestTables
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -135,13 +135,15 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             self._reserve(query)
             return output.fill_(0)
         step, tail = attn_metadata, self._tail_metadata()
-        cache = self._bind(layer, kv_cache, step)
+        cache = self.bind(layer, kv_cache, step.layout)
         num_tokens = step.num_tokens
         key, value = key[:num_tokens], value[:num_tokens]
         kernels.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
-        kernels.omp_encode(
-            key, value, cache, tail.source, step.destination, relative_error=self.setup.config.relative_error
-        )
+        entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
+        if step.layers is None:
+            kernels.omp_encode(key, value, cache, *entries, relative_error=relative_error)
+        elif step.layers.store():
+            kernels.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
@@ -201,12 +203,16 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         by_layer = get_forward_context().attn_metadata
         return (by_layer[0] if isinstance(by_layer, list) else by_layer)[self.tail_name]
 
-    def _bind(self, layer: nn.Module, kv_cache: Tensor, step: LexicoMetadata) -> LayerCache:
-        """View the pages that vLLM allocated; they keep their place for the engine's life."""
+    def page_addresses(self, kv_cache: Tensor) -> tuple[int, int]:
+        """Where the pages of both kinds start; 0 as long as vLLM has not allocated them."""
         tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
-        pages = (kv_cache.data_ptr(), tail_cache.data_ptr())
+        return kv_cache.data_ptr(), tail_cache.data_ptr()
+
+    def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
+        """View the pages that vLLM allocated; they keep their place for the engine's life."""
+        pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
-            layout = step.layout
+            tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
             self._cache = LayerCache(
                 _code_pages(kv_cache),
                 _tail_pages(tail_cache, layout),

@@ -69,13 +69,22 @@ def coded_tokens(request: Tensor, position: Tensor, num_requests: int) -> tuple[
 
 
 def sources(
-    members: tuple[Tensor, Tensor, Tensor], query_start_loc: Tensor, tail_block_table: Tensor, tail_tokens: int
+    members: tuple[Tensor, Tensor, Tensor],
+    query_start_loc: Tensor,
+    tail_block_table: Tensor,
+    tail_tokens: int,
+    *,
+    from_batch: bool,
 ) -> Tensor:
-    """Say where each token to code is read: row of the batch, or -1 - slot in the tail pages. int32 [M]."""
+    """Say where each token to code is read: row of the batch, or -1 - slot in the tail pages. int32 [M].
+
+    from_batch: read there those that are in it; a long chunk has no tail pages for some.
+    """
     row, request, position = members
-    in_batch = row >= query_start_loc[request]
     slot = _slots(request, position, tail_block_table, tail_tokens)
-    return torch.where(in_batch, row, -1 - slot).to(torch.int32)
+    if not from_batch:
+        return (-1 - slot).to(torch.int32)
+    return torch.where(row >= query_start_loc[request], row, -1 - slot).to(torch.int32)
 
 
 def destinations(members: tuple[Tensor, Tensor, Tensor], block_table: Tensor, block_tokens: int) -> Tensor:
