@@ -33,6 +33,7 @@ from vllm_lexico.prefill import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.tail import LexicoTailSpec
 
 DEFAULT_BLOCK_TOKENS = 128
+TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
 
 
 @dataclass
@@ -110,6 +111,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.token_request = buffers.new(buffers.max_tokens, torch.int32)
         self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
         self.destination = buffers.new(buffers.max_coded, torch.int64)
+        self._layers = vllm_config.compilation_config.static_forward_context
         self._finder = LayerFinder(layer_names, vllm_config)
         self._reported = False
 
@@ -124,7 +126,9 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         assert self.reorder_batch_threshold is not None
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        members = plan.coded_tokens(request, position, common.num_reqs)
+        for name in self.layer_names:
+            self._layers[name].impl.block_table = common.block_table_tensor
+        members = plan.coded_tokens(request, position, common.block_table_tensor, self.layout.block_tokens)
         destination = plan.destinations(members, common.block_table_tensor, self.layout.block_tokens)
         return LexicoMetadata(
             layout=self.layout,
@@ -160,6 +164,9 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.spec = kv_cache_spec
+        self.block_tokens = vllm_config.cache_config.block_size
+        layers = vllm_config.compilation_config.static_forward_context
+        self._attention = layers[layer_names[0].removesuffix(TAIL_SUFFIX)]
         buffers = _StepBuffers(vllm_config, device)
         self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
         self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
@@ -172,7 +179,10 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         """Derive where this step reads full-precision tokens."""
         common, tail_tokens = common_attn_metadata, self.spec.block_size
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        members = plan.coded_tokens(request, position, common.num_reqs)
+        # What a step codes depends on the pages of codes: their group is the first, and has told its layers.
+        block_table = self._attention.impl.block_table
+        assert block_table is not None and block_table.shape[0] == common.num_reqs
+        members = plan.coded_tokens(request, position, block_table, self.block_tokens)
         assert self.reorder_batch_threshold is not None
         # A launch that codes all layers has no layer's batch.
         from_batch = not _only_decodes(common, self.reorder_batch_threshold)

@@ -17,7 +17,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, refusals
-from vllm_lexico.backend import LexicoBackend, LexicoMetadata, LexicoTailBackend, LexicoTailMetadata
+from vllm_lexico.backend import (
+    TAIL_SUFFIX,
+    LexicoBackend,
+    LexicoMetadata,
+    LexicoTailBackend,
+    LexicoTailMetadata,
+)
 from vllm_lexico.engine import LexicoSetup
 from vllm_lexico.flash import dense_attention, merge_into
 from vllm_lexico.prefill import PrefillPlan, history_tokens
@@ -80,6 +86,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
+        self.block_table: Tensor | None = (
+            None  # int32 [B, pages] of the step that is being built, for the tail's builder
+        )
         self._cache: LayerCache | None = None
         self._bound_to: tuple[int, int] = (0, 0)
 
@@ -87,7 +96,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self.tail_name = f"{name}.lexico_tail"
+        self.tail_name = f"{name}{TAIL_SUFFIX}"
         layer.attn_backend = LexicoBackend.bound_to(self.setup)
         layers.setdefault(self.tail_name, LexicoTail(layer, self.setup))
         self._load_codebooks(layer, extract_layer_index(name), act_dtype)

@@ -19,7 +19,7 @@ COLUMNS = tl.constexpr(len(LayerStack.COLUMNS))
 def _place(first_ptr, places_ptr, layer, column):
     """A layer's tensor of a column of the table, given the first layer's, from which it is a multiple of 16 bytes away.
 
-    Not the table's address as it is: the compiler must see that it is aligned, to copy 16 bytes at once into shared memory.
+    Not the address as it is in the table: the compiler must see that it is aligned, to copy 16 bytes at once.
     """
     away = tl.load(places_ptr + layer * COLUMNS + column) - tl.load(places_ptr + column)
     element_bytes: tl.constexpr = first_ptr.dtype.element_ty.primitive_bitwidth // 8
