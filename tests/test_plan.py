@@ -102,7 +102,7 @@ def test_missing_window_pages_after_a_hit_are_read_from_codes(num_present):
 @pytest.mark.parametrize("block", [64, 128, 256])
 @pytest.mark.parametrize("query_len", [1, 3, 5])
 def test_every_token_is_coded_in_time(block, query_len):
-    """Step by step: nothing leaves the window uncoded, full blocks are coded, no step codes more than there is room for."""
+    """Step by step: nothing leaves the window uncoded, and full blocks are coded."""
     pages = [next(p for p in range(1, 9999) if waits(p) == w) for w in (0, 31, 17, 1, 30, 31, 0, 16)]
     table = torch.tensor([pages], dtype=torch.int32)
     coded = set()

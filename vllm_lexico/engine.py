@@ -61,7 +61,7 @@ class LexicoSetup:
 
     @property
     def window_tokens(self) -> int:
-        """Full-precision tokens before a step's first: the window, or what is not coded yet, and what drafts take back."""
+        """Full-precision tokens before a step's first: the window, or what may wait to be coded, and drafts."""
         return max(self.config.window, MAX_WAITING_TOKENS) + self.num_draft_tokens
 
     def sink_blocks(self, layout: CodeLayout) -> int:

@@ -47,8 +47,8 @@ def coded_tokens(
     """List the tokens of every group that this step codes.
 
     A block's last group is coded by the step that writes its last token, since others may read the block then. Another
-    group waits for as many tokens more as the block's page says (`_waits`), so that requests that complete groups in the
-    same step are coded in different ones. Whether a position is written decides, so that rewritten tokens are coded again.
+    group waits for as many tokens more as the block's page says (`_waits`), so that requests that complete groups in
+    the same step are coded in different ones. What a step writes decides, so that rewritten tokens are coded again.
 
     Args:
         request, position: int64 [T] from `locate_tokens`.
