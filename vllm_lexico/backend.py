@@ -126,10 +126,11 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         assert self.reorder_batch_threshold is not None
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
+        block_table = common.block_table_tensor[: common.num_reqs]
         for name in self.layer_names:
-            self._layers[name].impl.block_table = common.block_table_tensor
-        members = plan.coded_tokens(request, position, common.block_table_tensor, self.layout.block_tokens)
-        destination = plan.destinations(members, common.block_table_tensor, self.layout.block_tokens)
+            self._layers[name].impl.block_table = block_table
+        members = plan.coded_tokens(request, position, block_table, self.layout.block_tokens)
+        destination = plan.destinations(members, block_table, self.layout.block_tokens)
         return LexicoMetadata(
             layout=self.layout,
             num_tokens=common.num_actual_tokens,
