@@ -127,9 +127,9 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
         block_table = common.block_table_tensor[: common.num_reqs]
-        for name in self.layer_names:
-            self._layers[name].impl.block_table = block_table
         members = plan.coded_tokens(request, position, block_table, self.layout.block_tokens)
+        for name in self.layer_names:
+            self._layers[name].impl.members = members
         destination = plan.destinations(members, block_table, self.layout.block_tokens)
         return LexicoMetadata(
             layout=self.layout,
@@ -165,7 +165,6 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.spec = kv_cache_spec
-        self.block_tokens = vllm_config.cache_config.block_size
         layers = vllm_config.compilation_config.static_forward_context
         self._attention = layers[layer_names[0].removesuffix(TAIL_SUFFIX)]
         buffers = _StepBuffers(vllm_config, device)
@@ -179,11 +178,9 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
     ) -> LexicoTailMetadata:
         """Derive where this step reads full-precision tokens."""
         common, tail_tokens = common_attn_metadata, self.spec.block_size
-        request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        # What a step codes depends on the pages of codes: their group is the first, and has told its layers.
-        block_table = self._attention.impl.block_table
-        assert block_table is not None and block_table.shape[0] == common.num_reqs
-        members = plan.coded_tokens(request, position, block_table, self.block_tokens)
+        # They depend on the pages of codes, whose group is the first and was built just before this one.
+        members, self._attention.impl.members = self._attention.impl.members, None
+        assert members is not None, "a step's codes were not planned before its tail"
         assert self.reorder_batch_threshold is not None
         # A launch that codes all layers has no layer's batch.
         from_batch = not _only_decodes(common, self.reorder_batch_threshold)
