@@ -165,14 +165,14 @@ def test_duplicate_atoms(device):
     assert (residual_energy(cache, at + P, key, "key") <= centred.square().sum(-1) * 1.001).all()
 
 
-@pytest.mark.parametrize("S", [(4, 4), (2, 5)])
-def test_all_layers_code_as_each_does(S, device, monkeypatch):
+@pytest.mark.parametrize(("S", "atoms"), [((4, 4), 100), ((2, 5), 100), ((3, 2), 600)])  # 600: two blocks a cluster
+def test_all_layers_code_as_each_does(S, atoms, device, monkeypatch):
     """From the tail, by clusters that take more than one dictionary; and not at all where there are too many tokens."""
     monkeypatch.setattr(cluster, "LAYERS", cluster.LAYERS._replace(cluster_blocks=2))
     it = layout(64, 2, S)
     pages = 2 + 40 // it.tail_tokens
     each, at_once = (
-        [poisoned_cache(it, pages, atoms=100, dtype=torch.float16, device=device, seed=seed) for seed in range(2)]
+        [poisoned_cache(it, pages, atoms=atoms, dtype=torch.float16, device=device, seed=seed) for seed in range(2)]
         for _ in range(2)
     )
     for seed, cache in enumerate(each + at_once):
