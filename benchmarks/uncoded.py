@@ -13,7 +13,7 @@ import torch
 from lexico_kernels import PARTS, LayerCache, LayerStack, reference
 
 RANDOM_PAGES = 256  # that differ from each other
-_filled: set[int] = set()
+_filled: set[tuple[int, int]] = set()  # address and number of pages
 
 
 class Uncoded:
@@ -32,9 +32,10 @@ def _fill(cache: LayerCache) -> None:
 
 def _fill_once(cache: LayerCache) -> None:
     pages = cache.code_pages
-    if pages.data_ptr() not in _filled and not (pages.is_cuda and torch.cuda.is_current_stream_capturing()):
+    place = pages.data_ptr(), len(pages)
+    if place not in _filled and not (pages.is_cuda and torch.cuda.is_current_stream_capturing()):
         _fill(cache)
-        _filled.add(pages.data_ptr())
+        _filled.add(place)
 
 
 def _omp_encode(key: Any, value: Any, cache: LayerCache, *args: Any, **kwargs: Any) -> None:

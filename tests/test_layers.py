@@ -24,17 +24,16 @@ class Layer:
         self.kv_cache = self.cache.code_pages
 
     def page_addresses(self, kv_cache):
-        return kv_cache.data_ptr(), 0 if kv_cache.numel() == 0 else self.cache.tail_pages.data_ptr()
+        return kv_cache.data_ptr(), 0 if kv_cache.numel() == 0 else self.cache.tail_pages.data_ptr(), kv_cache.shape[0]
 
     def bind(self, layer, kv_cache, layout):
         assert layer is self and kv_cache is self.kv_cache
         return self.cache
 
 
-def finder_of(layers, drafts=None):
+def finder_of(layers):
     names = [f"model.layers.{index}.attn" for index in range(len(layers))]
     config = types.SimpleNamespace(
-        speculative_config=None if drafts is None else types.SimpleNamespace(method=drafts),
         compilation_config=types.SimpleNamespace(static_forward_context=dict(zip(names, layers, strict=True))),
     )
     return LayerFinder(names, config)
@@ -70,11 +69,6 @@ def test_without_pages_or_alike_layers_each_codes_by_itself():
     layers[0].give_pages()
     layers[1].give_pages(CodeLayout(64, 2, 3, 2, block_tokens=32))
     assert finder.of_step(LAYOUT) is None
-
-
-@pytest.mark.parametrize(("drafts", "stacked"), [(None, True), ("ngram", True), ("eagle3", False), ("mtp", False)])
-def test_layers_of_a_draft_model_are_not_waited_for(drafts, stacked):
-    assert (finder_of(with_pages(), drafts).of_step(LAYOUT) is not None) == stacked
 
 
 def test_a_step_that_missed_a_layer_is_noticed():

@@ -90,7 +90,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             None  # int32 [B, pages] of the step that is being built, for the tail's builder
         )
         self._cache: LayerCache | None = None
-        self._bound_to: tuple[int, int] = (0, 0)
+        self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
@@ -212,13 +212,16 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         by_layer = get_forward_context().attn_metadata
         return (by_layer[0] if isinstance(by_layer, list) else by_layer)[self.tail_name]
 
-    def page_addresses(self, kv_cache: Tensor) -> tuple[int, int]:
-        """Where the pages of both kinds start; 0 as long as vLLM has not allocated them."""
+    def page_addresses(self, kv_cache: Tensor) -> tuple[int, int, int]:
+        """Where the pages of both kinds start and how many there are; 0 as long as vLLM has not allocated them.
+
+        How many, since vLLM tries CUDA graphs with a few pages first, and those that stay may start at the same place.
+        """
         tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
-        return kv_cache.data_ptr(), tail_cache.data_ptr()
+        return kv_cache.data_ptr(), tail_cache.data_ptr(), kv_cache.shape[0]
 
     def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
-        """View the pages that vLLM allocated; they keep their place for the engine's life."""
+        """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life."""
         pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache

@@ -1,7 +1,9 @@
 """Steps of decode code the tokens of all layers in one launch, when the last layer has stored its own.
 
 A launch that codes little takes as long as one that codes much, so one for all layers costs a step less, and nearly
-nothing where no token is to be coded. Nothing of a step reads what the step codes: its tokens are in the window, raw.
+nothing where no token is to be coded. Nothing of a step reads what the step codes: its tokens are in the window of
+their own request, raw, and no other request of the step has hit their block (`tail.py`). All layers of a builder run in
+every step: drafts that have layers, which would be counted among the model's, are refused.
 """
 
 from __future__ import annotations
@@ -11,10 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lexico_kernels import LayerStack
-
-# Ways to draft that have no attention layers of their own. Those of a draft model would be counted among the model's,
-# but do not run in its steps.
-DRAFTS_WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix")
 
 
 @dataclass
@@ -38,18 +36,14 @@ class LayerFinder:
     """Stacks the layers of a metadata builder, anew when vLLM has given them other pages."""
 
     def __init__(self, layer_names: Sequence[str], vllm_config: Any) -> None:
-        drafts = vllm_config.speculative_config
-        self._usable = drafts is None or drafts.method in DRAFTS_WITHOUT_LAYERS
         self._names = layer_names
         self._layers = vllm_config.compilation_config.static_forward_context
-        self._bound_to = (0, 0)  # what layers without pages say
+        self._bound_to = (0, 0, 0)  # what layers without pages say
         self._stack: LayerStack | None = None
         self._last: LayersOfStep | None = None
 
     def of_step(self, layout: Any) -> LayersOfStep | None:
         """For one step; None where each layer has to code by itself. Not for calls under capture of a CUDA graph."""
-        if not self._usable:
-            return None
         assert self._last is None or self._last.stored == 0, "a step ended before all of its layers had run"
         first = self._layers[self._names[0]]
         bound_to = first.impl.page_addresses(first.kv_cache)
