@@ -134,7 +134,7 @@ class EngineProcess:
     """A process that imports vLLM at once and serves when it is told to."""
 
     def __init__(self, run: Run, settings: dict[str, Any], options: argparse.Namespace) -> None:
-        self.run, self._settings = run, settings
+        self.run, self._settings, self._stopped = run, settings, False
         self.log = options.logs / f"{run.engine}-{'-'.join(run.measures)}.log"
         command = [sys.executable, __file__, "--serve", "--measure", *run.measures]
         # An engine's worker imports `uncoded` by its name.
@@ -174,6 +174,9 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End it and all processes that it started, and wait a little for the memory that they had."""
+        if self._stopped:
+            return
+        self._stopped = True
         self._kill()
         self._process.wait()
         for _ in range(50):
@@ -316,26 +319,32 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
 
     deadline = time.monotonic() + options.seconds
     runs = planned(options)
-    waiting = process(runs[0]) if runs else None
-    for i, run in enumerate(runs):
-        engine, began = waiting, time.monotonic()
-        assert engine is not None
-        left = deadline - began
-        if left < LEAST_SECONDS:
-            engine.stop()
-            skipped = ", ".join(f"{run.engine} {' '.join(run.measures)}" for run in runs[i:])
-            print(f"engine_speed: out of time for {skipped}", file=sys.stderr)
-            return
-        waiting = process(runs[i + 1]) if i + 1 < len(runs) else None
-        missing = set(run.measures)
-        for measure, result, took in engine.results(min(options.engine_seconds, left)):
-            missing.discard(measure)
-            at = time.monotonic() - began
-            print(f"{run.engine} {measure}: {took:.1f} s, at {at:.1f} s: {json.dumps(result)}", flush=True)
-            measured.add(run.engine, measure, result)
-        print(f"{run.engine}: {time.monotonic() - began:.1f} s", flush=True)
-        if missing:
-            engine.complain()
+    processes: list[EngineProcess] = []
+    try:
+        for i, run in enumerate(runs):
+            began = time.monotonic()
+            left = deadline - began
+            if left < LEAST_SECONDS:
+                skipped = ", ".join(f"{run.engine} {' '.join(run.measures)}" for run in runs[i:])
+                print(f"engine_speed: out of time for {skipped}", file=sys.stderr)
+                return
+            processes += map(process, runs[len(processes) : i + 2])
+            _measure_engine(processes[i], min(options.engine_seconds, left), measured)
+            print(f"{run.engine}: {time.monotonic() - began:.1f} s", flush=True)
+    finally:
+        for each in processes:
+            each.stop()
+
+
+def _measure_engine(engine: EngineProcess, seconds: float, measured: Measured) -> None:
+    missing, began = set(engine.run.measures), time.monotonic()
+    for measure, result, took in engine.results(seconds):
+        missing.discard(measure)
+        at = time.monotonic() - began
+        print(f"{engine.run.engine} {measure}: {took:.1f} s, at {at:.1f} s: {json.dumps(result)}", flush=True)
+        measured.add(engine.run.engine, measure, result)
+    if missing:
+        engine.complain()
 
 
 def main() -> None:
@@ -360,6 +369,7 @@ def main() -> None:
     if options.serve:
         return serve(options.measure, options.shrink, options.steps)
     options.logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
     with tempfile.TemporaryDirectory() as folder:
         measure_all(options, Path(folder))
     return None
