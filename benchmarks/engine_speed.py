@@ -1,25 +1,27 @@
 """Speed inside vLLM: the shape of Llama-3.1-8B with dummy weights, LEXICO against vLLM's own backends, on one GPU.
 
-    python benchmarks/engine_speed.py                              # all but `starved`
-    python benchmarks/engine_speed.py --measure ttft steady --engines LEXICO-15
-    python benchmarks/engine_speed.py --measure starved
+    python benchmarks/engine_speed.py --seconds 280                # as much as fits, most wanted first
+    python benchmarks/engine_speed.py --measure ttft steady --engines FLASH_ATTN LEXICO-15
+    python benchmarks/engine_speed.py --measure starved --resume   # beside what an earlier call has measured
 
-Engines run one after another, each in a process of its own with nothing beside it; `engine_loads.py` says how times are
-taken. Measures:
+Engines run one after another (`RUNS`), each in a process of its own with nothing beside it but the next one's imports
+while it starts; `engine_loads.py` says how times are taken. What was measured is kept at once, in LOGS/measured.jsonl,
+and rows are written as soon as all that they need is there; what fails or runs out of time costs only its own.
+Measures, with the seconds that one takes beside an engine's start of some 25, for LEXICO 40 (expected, not measured):
 
-ttft     One prompt of 8,192 tokens: time to the first token over FLASH_ATTN's (`ttft_ratio`).
+ttft     One prompt of 8,192 tokens: time to the first token over FLASH_ATTN's (`ttft_ratio`). 4 s.
 prefill  One prompt of 32,768 tokens in chunks of 8,192, coding aside: the same ratio (`prefill_ratio`) for an engine
-         whose coding does nothing (`uncoded.py`).
+         whose coding does nothing (`uncoded.py`). 8 s.
 steady   64 sequences of 8k context: latency between tokens and `decode_tokens_per_second`; `coding_share`, the
          part of a mean step that the engine without coding does not need. Once with all sequences at the same
-         position (`aligned`), once with positions spread at random (`spread`).
-decode   8 sequences of 32k context: `decode_tokens_per_second` against FLASH_ATTN and its fp8 cache.
+         position (`aligned`), once with positions spread at random (`spread`). 40 s, of which 30 to fill the cache.
+decode   8 sequences of 32k context: `decode_tokens_per_second` against FLASH_ATTN and its fp8 cache. 20 s.
 starved  64 requests of 32k tokens that bf16 cannot hold together, in two turns, 128 tokens of answer each:
-         `output_tokens_per_second` against both. 64 such prompts take minutes to compute, so the model has 8 of its 32
-         layers and the cache a quarter of the memory that a card of 80 GB leaves beside the whole model, which keeps
+         `output_tokens_per_second` against both. 64 such prompts take minutes to compute, so the model has 4 of its 32
+         layers and the cache an eighth of the memory that a card of 80 GB leaves beside the whole model, which keeps
          layers, pages and how many requests fit as they are. In turn 1 all prompts are cold and computing them is
          nearly all of the time, whatever the cache. In turn 2 the prompts go on from turn 1 and prefix caching,
-         which all backends have, saves what the cache still holds.
+         which all backends have, saves what the cache still holds. 25 s.
 
 Rows go to benchmarks/results/engine.jsonl. Without --compile the model's other layers run as they are, in CUDA graphs
 for decode and eagerly in prefill, for all backends alike: that starts in a third of the time.
@@ -28,16 +30,22 @@ for decode and eagerly in prefill, for all backends alike: that starts in a thir
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import engine_loads as loads
 from lexico_kernels import CodeLayout
@@ -46,18 +54,33 @@ from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 ANSWER = "engine_speed="
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
-STARVED_LAYERS = 8
+STARVED_LAYERS = 4
 # 0.9 of 80 GB less 16 GB of weights and what a step needs, for 32 layers.
 CACHE_BYTES = 54 << 30
 ENGINES = ("FLASH_ATTN", "fp8", "LEXICO-15", "LEXICO-7", "LEXICO-15-uncoded")
-MEASURES = {  # and the engines that it needs
-    "ttft": ("FLASH_ATTN", "LEXICO-15", "LEXICO-7"),
-    "prefill": ("FLASH_ATTN", "LEXICO-15-uncoded"),
-    "steady": ("LEXICO-15", "LEXICO-15-uncoded"),
-    "decode": ("FLASH_ATTN", "fp8", "LEXICO-15", "LEXICO-7"),
-    "starved": ("FLASH_ATTN", "fp8", "LEXICO-15"),
-}
+MEASURES = ("ttft", "prefill", "steady", "decode", "starved")
+LEAST_SECONDS = 30  # left, to start another engine
+
+
+class Run(NamedTuple):
+    """An engine and what is measured in it."""
+
+    engine: str
+    measures: tuple[str, ...]
+
+
+RUNS = (  # most wanted first, but for what they are compared with
+    Run("FLASH_ATTN", ("ttft", "decode", "prefill")),
+    Run("LEXICO-15", ("ttft", "decode", "steady")),
+    Run("LEXICO-15-uncoded", ("steady", "prefill")),
+    Run("FLASH_ATTN", ("starved",)),
+    Run("LEXICO-15", ("starved",)),
+    Run("fp8", ("starved",)),
+    Run("LEXICO-7", ("ttft", "decode")),
+    Run("fp8", ("decode",)),
+)
 Results = dict[str, dict[str, Any]]  # of each engine, of each measure
+Row = tuple[dict[str, Any], str, float, str | None, float | None]  # case, metric, value, peer, peer's value
 
 
 def engine_settings(name: str, peer: str, dictionary: Path) -> dict[str, Any]:
@@ -92,45 +115,122 @@ def run_measure(measure: str, driver: loads.Driver, shrink: int, steps: int) -> 
     return by_name[measure]()
 
 
-def serve(settings: dict[str, Any], measures: list[str], shrink: int, steps: int) -> None:
-    """Start an engine and print each measure's result."""
+def serve(measures: list[str], shrink: int, steps: int) -> None:
+    """Wait for an engine's settings on standard input, start it and print each measure's result, null if it failed."""
     from vllm import LLM
 
-    driver = loads.Driver(LLM(**settings))
+    driver = loads.Driver(LLM(**json.loads(sys.stdin.readline())))
     for measure in measures:
-        print(f"{ANSWER}{json.dumps([measure, run_measure(measure, driver, shrink, steps)])}", flush=True)
-
-
-def measure_engine(
-    settings: dict[str, Any], measures: list[str], options: argparse.Namespace, log: Path
-) -> dict[str, Any]:
-    """Run an engine in a process of its own; what it measured before it failed or ran out of time counts."""
-    command = [sys.executable, __file__, "--serve", json.dumps(settings), "--measure", *measures]
-    environment = dict(os.environ)
-    # An engine's worker imports `uncoded` by its name.
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
-    with log.open("w") as file:
+        began = time.perf_counter()
+        result = None
         try:
-            process = subprocess.run(
+            result = run_measure(measure, driver, shrink, steps)
+        except Exception:
+            traceback.print_exc()
+        print(f"{ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
+
+
+class EngineProcess:
+    """A process that imports vLLM at once and serves when it is told to."""
+
+    def __init__(self, run: Run, settings: dict[str, Any], options: argparse.Namespace) -> None:
+        self.run, self._settings, self._stopped = run, settings, False
+        self.log = options.logs / f"{run.engine}-{'-'.join(run.measures)}.log"
+        command = [sys.executable, __file__, "--serve", "--measure", *run.measures]
+        # An engine's worker imports `uncoded` by its name.
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        with self.log.open("w") as file:
+            self._process = subprocess.Popen(
                 [*command, "--shrink", str(options.shrink), "--steps", str(options.steps)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=environment,
-                timeout=options.engine_seconds,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # so that an engine's own processes end with it
             )
-            printed, failed = process.stdout, process.returncode != 0
-        except subprocess.TimeoutExpired as error:
-            printed, failed = (error.stdout or b"").decode(), True
-    if failed:
-        print(f"engine_speed: {log.stem} did not finish; the end of {log}:\n{log.read_text()[-2500:]}", file=sys.stderr)
-    lines = [line.removeprefix(ANSWER) for line in printed.splitlines() if line.startswith(ANSWER)]
-    return dict(json.loads(line) for line in lines)
+
+    def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """Tell it to serve: (measure, result, seconds that it took) as they come, for at most so many seconds."""
+        timer = threading.Timer(seconds, self._kill)
+        timer.start()
+        assert self._process.stdin and self._process.stdout
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended while it imported; its log says why
+                self._process.stdin.write(json.dumps(self._settings) + "\n")
+                self._process.stdin.close()
+            answers = (line.removeprefix(ANSWER) for line in self._process.stdout if line.startswith(ANSWER))
+            for answer in itertools.islice(answers, len(self.run.measures)):
+                measure, result, took = json.loads(answer)
+                if result is not None:
+                    yield measure, result, took
+        finally:
+            timer.cancel()
+            self.stop()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it and all processes that it started, and wait a little for the memory that they had."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._kill()
+        self._process.wait()
+        for _ in range(50):
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+
+    def complain(self) -> None:
+        """Print the end of its log."""
+        print(f"engine_speed: {self.log.stem} did not finish; the end of {self.log}:", file=sys.stderr)
+        print(self.log.read_text(errors="replace")[-2500:], file=sys.stderr, flush=True)
 
 
-def rows(results: Results, case: dict[str, Any], shrink: int) -> list[tuple[dict[str, Any], str, float, Any, Any]]:
-    """(case, metric, value, peer, peer's value) of everything that was measured."""
-    out: list[tuple[dict[str, Any], str, float, Any, Any]] = []
+class Measured:
+    """What engines have measured, in a file too, and the rows that follow from it."""
+
+    def __init__(self, options: argparse.Namespace, case: dict[str, Any], starved_layers: int) -> None:
+        self._options, self._case, self._starved_layers = options, case, starved_layers
+        self._file = options.logs / "measured.jsonl"
+        self._results: Results = {}
+        if options.resume and self._file.exists():
+            for line in self._file.read_text().splitlines():
+                engine, measure, result = json.loads(line)
+                self._results.setdefault(engine, {})[measure] = result
+        else:
+            self._file.write_text("")
+        self._written = {json.dumps(row) for row in self._rows()}
+
+    def _rows(self) -> list[Row]:
+        return rows(self._results, self._case, self._options.shrink, self._starved_layers)
+
+    def add(self, engine: str, measure: str, result: dict[str, Any]) -> None:
+        """Keep a result and write the rows that it completes."""
+        self._results.setdefault(engine, {})[measure] = result
+        with self._file.open("a") as file:
+            file.write(json.dumps([engine, measure, result]) + "\n")
+        for row in self._rows():
+            if (key := json.dumps(row)) not in self._written:
+                self._written.add(key)
+                self._write(*row)
+
+    def _write(self, at: dict[str, Any], metric: str, value: float, peer: str | None, peer_value: float | None) -> None:
+        if peer == "FLASH_ATTN":
+            peer = self._options.peer
+        row = record("engine", at, metric, value, peer, peer_value, folder=self._options.results)
+        words = " ".join(f"{key} {at[key]}" for key in ("bytes_percent", "backend", "starts", "turn") if key in at)
+        print(f"{metric} ({words}): {value:.4g}" + (f", {row['ratio']:.3f} of {peer}" if peer else ""), flush=True)
+
+
+def rows(results: Results, case: dict[str, Any], shrink: int, starved_layers: int) -> list[Row]:
+    """Rows of everything that was measured and has what it is compared with."""
+    out: list[Row] = []
     peers = {peer: results.get(peer, {}) for peer in ("FLASH_ATTN", "fp8")}
     uncoded = results.get("LEXICO-15-uncoded", {})
     for engine, measured in results.items():
@@ -163,7 +263,7 @@ def rows(results: Results, case: dict[str, Any], shrink: int) -> list[tuple[dict
             for turn, numbers in measured.get("starved", {}).items():
                 if other := theirs.get("starved", {}).get(turn):
                     at = own | {"load": "starved", "turn": int(turn), "requests": 64, "seconds": numbers["seconds"]}
-                    at |= {"prompt_tokens": 32768 // shrink}
+                    at |= {"prompt_tokens": 32768 // shrink, "layers": starved_layers}
                     pair = numbers["tokens_per_second"], peer, other["tokens_per_second"]
                     out.append((at, "output_tokens_per_second", *pair))
     return out
@@ -175,60 +275,103 @@ def bytes_percent(engine: str) -> float:
     return 100 * CodeLayout(LLAMA_3_1_8B["head_dim"], LLAMA_3_1_8B["num_key_value_heads"], sparsity, sparsity).ratio
 
 
+def planned(options: argparse.Namespace) -> list[Run]:
+    """The runs that the command line leaves."""
+    left = [Run(run.engine, tuple(m for m in run.measures if m in options.measure)) for run in RUNS]
+    return [run for run in left if run.measures and run.engine in options.engines]
+
+
+def common_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What `LLM` is given for every engine."""
+    settings = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 32768 // options.shrink + 1024,
+        "max_num_batched_tokens": max(8192 // options.shrink, 64),
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": 0.9,
+        "disable_log_stats": True,
+    }
+    if not options.compile:
+        settings["compilation_config"] = FAST_START
+    return settings | options.settings
+
+
+def measure_all(options: argparse.Namespace, folder: Path) -> None:
+    """Run one engine after the other; the next one's process imports while an engine starts."""
+    all_layers = LLAMA_3_1_8B["num_hidden_layers"]
+    layers, starved_layers = (options.layers or count for count in (all_layers, STARVED_LAYERS))
+    case = {"model": "Llama-3.1-8B shape", "layers": layers, "compiled": options.compile, **options.settings}
+    measured = Measured(options, case, starved_layers)
+
+    @functools.cache
+    def model_of(count: int) -> tuple[Path, Path]:
+        model = write_model(folder / f"llama-3.1-8b-shape-{count}", LLAMA_3_1_8B | options.shape, count)
+        return model, write_random_dictionary(model)
+
+    def process(run: Run) -> EngineProcess:
+        starved = "starved" in run.measures
+        model, dictionary = model_of(starved_layers if starved else layers)
+        settings = {"model": str(model)} | common_settings(options)
+        if starved:
+            settings["kv_cache_memory_bytes"] = CACHE_BYTES * starved_layers // all_layers // options.shrink
+        return EngineProcess(run, settings | engine_settings(run.engine, options.peer, dictionary), options)
+
+    deadline = time.monotonic() + options.seconds
+    runs = planned(options)
+    processes: list[EngineProcess] = []
+    try:
+        for i, run in enumerate(runs):
+            began = time.monotonic()
+            left = deadline - began
+            if left < LEAST_SECONDS:
+                skipped = ", ".join(f"{run.engine} {' '.join(run.measures)}" for run in runs[i:])
+                print(f"engine_speed: out of time for {skipped}", file=sys.stderr)
+                return
+            processes += map(process, runs[len(processes) : i + 2])
+            _measure_engine(processes[i], min(options.engine_seconds, left), measured)
+            print(f"{run.engine}: {time.monotonic() - began:.1f} s", flush=True)
+    finally:
+        for each in processes:
+            each.stop()
+
+
+def _measure_engine(engine: EngineProcess, seconds: float, measured: Measured) -> None:
+    missing, began = set(engine.run.measures), time.monotonic()
+    for measure, result, took in engine.results(seconds):
+        missing.discard(measure)
+        at = time.monotonic() - began
+        print(f"{engine.run.engine} {measure}: {took:.1f} s, at {at:.1f} s: {json.dumps(result)}", flush=True)
+        measured.add(engine.run.engine, measure, result)
+    if missing:
+        engine.complain()
+
+
 def main() -> None:
-    """Measure each engine, then write the rows that their results allow."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=[m for m in MEASURES if m != "starved"])
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="in this order")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--seconds", type=float, default=3600, help="start no engine that would end later, roughly")
+    parser.add_argument("--resume", action="store_true", help="compare with what an earlier call has measured too")
     parser.add_argument("--peer", default="FLASH_ATTN", help="backend in the place of FLASH_ATTN")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the rest of the model")
     parser.add_argument("--settings", type=json.loads, default={}, help="more settings of vLLM's LLM(), as JSON")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try this out")
     parser.add_argument("--shape", type=json.loads, default={}, help="other values of config.json, to try this out")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this, to try this out")
-    parser.add_argument("--steps", type=int, default=256, help="of decode; every block's end is among 128")
+    parser.add_argument("--steps", type=int, default=144, help="of decode; every block's end is among 128")
     parser.add_argument("--engine-seconds", type=float, default=600, help="most that an engine may take")
     parser.add_argument("--logs", type=Path, default=Path("engine_speed_logs"), help="folder for the engines' messages")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of engine.jsonl")
-    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        return serve(args.serve, args.measure, args.shrink, args.steps)
-    args.logs.mkdir(parents=True, exist_ok=True)
-    starved = "starved" in args.measure
-    if starved and len(args.measure) > 1:
-        parser.error("`starved` has a model and a cache of its own: give it alone")
-    layers = args.layers or (STARVED_LAYERS if starved else None)
-    common = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "max_model_len": 32768 // args.shrink + 1024,
-        "max_num_batched_tokens": max(8192 // args.shrink, 64),
-        "max_num_seqs": 64,
-        "gpu_memory_utilization": 0.9,
-        "disable_log_stats": True,
-    }
-    if not args.compile:
-        common["compilation_config"] = FAST_START
-    if starved:
-        common["kv_cache_memory_bytes"] = CACHE_BYTES * (layers or 1) // LLAMA_3_1_8B["num_hidden_layers"]
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.measure, options.shrink, options.steps)
+    options.logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "llama-3.1-8b-shape", LLAMA_3_1_8B | args.shape, layers)
-        common = {"model": str(model)} | common | args.settings
-        dictionary = write_random_dictionary(model)
-        results: Results = {}
-        for name in args.engines:
-            if measures := [measure for measure in args.measure if name in MEASURES[measure]]:
-                settings = common | engine_settings(name, args.peer, dictionary)
-                log = args.logs / f"{name}{'-starved' if starved else ''}.log"
-                results[name] = measure_engine(settings, measures, args, log)
-                print(f"{name}: {json.dumps(results[name])}", flush=True)
-    case = {"model": "Llama-3.1-8B shape", "layers": layers or LLAMA_3_1_8B["num_hidden_layers"]}
-    case |= {"compiled": args.compile, **args.settings}
-    for at, metric, value, peer, peer_value in rows(results, case, args.shrink):
-        row = record("engine", at, metric, value, peer, peer_value, folder=args.results)
-        words = " ".join(f"{key} {at[key]}" for key in ("bytes_percent", "backend", "starts", "turn") if key in at)
-        print(f"{metric} ({words}): {value:.4g}" + (f", {row['ratio']:.3f} of {peer}" if peer else ""), flush=True)
+        measure_all(options, Path(folder))
     return None
 
 

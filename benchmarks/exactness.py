@@ -117,35 +117,55 @@ def chunked(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     return engine.answer([engine.passage(300 + i, 90 + 111 * i) for i in range(2 * scale)]), {}
 
 
+def same_step(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
+    """A request that hits a block in the very step that completes it, a step of decode.
+
+    In steps of 64 tokens the second prompt computes 3, then 63 beside the first one's decode, four times, and the last
+    token of its second block in a step that has room for the third request.
+    """
+    prompt = engine.passage(350, 257)
+    return engine.answer([engine.passage(351, 61), prompt[:256], prompt]), {}
+
+
 def preempted(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
-    """More requests than the pool holds at their full length; preemptions are counted."""
+    """More requests than the pool holds at their full length; preemptions are counted.
+
+    Answers are so long that what steps of decode code leaves the window and is read from there on.
+    """
     before = engine.count("vllm:num_preemptions")
     answers = engine.answer([engine.passage(400 + i, 200) for i in range(4 * scale)], 200)
     return answers, {"preemptions": engine.count("vllm:num_preemptions") - before}
 
 
 def alone_and_in_crowd(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
-    """The same requests alone and among others; compare the first half with the second."""
+    """The same requests alone and among others; compare the first half with the second.
+
+    At full scale answers are so long that codes are read that steps of decode have written.
+    """
     prompts = [engine.passage(500 + i, 150 + 100 * i) for i in range(scale)]
     others = [engine.passage(600 + i, 60 + 9 * i) for i in range(CROWD - 1 if scale > 1 else 9)]
     alone, among = [], []
     for i, prompt in enumerate(prompts):
         engine.llm.reset_prefix_cache()
-        alone += engine.answer([prompt])
+        alone += engine.answer([prompt], scale * ANSWER_TOKENS)
         engine.llm.reset_prefix_cache()
         place = len(others) // 3 + i
-        among.append(engine.answer([*others[:place], prompt, *others[place:]])[place])
+        crowded = [*others[:place], prompt, *others[place:]]
+        among.append(engine.answer(crowded, scale * ANSWER_TOKENS)[place])
     return alone + among, {}
 
 
 Scenario = Callable[[Engine, int], tuple[Answers, dict[str, int]]]
 # Scenarios by the engine settings that they need; `pool_tokens` is a pool of that many tokens at full precision.
+# With the exact codec a tail page has as many tokens as a block, and the window reaches back to a page's start: blocks
+# of 64 leave the fewest tokens in it.
 ENGINES: dict[str, tuple[dict[str, Any], list[Scenario]]] = {
     "default": ({}, [plain, shared_prefixes, multi_turn, crowd]),
-    "chunks": ({"max_num_batched_tokens": 64, "max_num_seqs": 16}, [chunked]),
-    "small": ({"pool_tokens": 1536}, [preempted]),
+    "chunks": ({"max_num_batched_tokens": 64, "max_num_seqs": 16}, [chunked, same_step]),
+    "small": ({"pool_tokens": 1280, "block_size": 64}, [preempted]),
     "codes": ({}, [alone_and_in_crowd]),
 }
+SMALLEST_WINDOW = {"window": 0}  # as many tokens as may wait to be coded, 63
 
 
 def run(args: argparse.Namespace) -> None:
@@ -153,8 +173,9 @@ def run(args: argparse.Namespace) -> None:
     settings, scenarios = ENGINES[args.engine]
     settings = {"max_model_len": 2048} | settings | args.settings
     pool_tokens = settings.pop("pool_tokens", None)
-    lexico = args.lexico if args.engine == "codes" else {"codec": "exact"}
+    lexico = SMALLEST_WINDOW | args.lexico if args.engine == "codes" else {"codec": "exact"}
     if pool_tokens:
+        lexico |= SMALLEST_WINDOW
         # With the exact codec a request holds as much again in tail pages: its window and its sinks.
         tail_pages = 1 if args.backend == "LEXICO" else 0
         per_block = settings.get("block_size") or 128

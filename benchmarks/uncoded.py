@@ -1,6 +1,6 @@
 """LEXICO without coding, to measure what the rest costs: `worker_extension_cls="uncoded.Uncoded"`.
 
-Importing this replaces the coding operation by nothing, before a CUDA graph can hold it. Pages then start out with
+Importing this replaces the coding operations by nothing, before a CUDA graph can hold it. Pages then start out with
 random codes: what was never written would decode to one atom, which is read faster than many.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import lexico_kernels
 import torch
-from lexico_kernels import PARTS, LayerCache, reference
+from lexico_kernels import PARTS, LayerCache, LayerStack, reference
 
 RANDOM_PAGES = 256  # that differ from each other
-_filled: set[int] = set()
+_filled: set[tuple[int, int]] = set()  # address and number of pages
 
 
 class Uncoded:
@@ -30,10 +30,22 @@ def _fill(cache: LayerCache) -> None:
             block.copy_(random[: len(block)])
 
 
-def _omp_encode(key: Any, value: Any, cache: LayerCache, *args: Any, **kwargs: Any) -> None:
-    if cache.code_pages.data_ptr() not in _filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+def _fill_once(cache: LayerCache) -> None:
+    pages = cache.code_pages
+    place = pages.data_ptr(), len(pages)
+    if place not in _filled and not (pages.is_cuda and torch.cuda.is_current_stream_capturing()):
         _fill(cache)
-        _filled.add(cache.code_pages.data_ptr())
+        _filled.add(place)
+
+
+def _omp_encode(key: Any, value: Any, cache: LayerCache, *args: Any, **kwargs: Any) -> None:
+    _fill_once(cache)
+
+
+def _omp_encode_layers(layers: LayerStack, *args: Any, **kwargs: Any) -> None:
+    for cache in layers.caches:
+        _fill_once(cache)
 
 
 lexico_kernels.omp_encode = _omp_encode
+lexico_kernels.omp_encode_layers = _omp_encode_layers

@@ -1,6 +1,7 @@
 """Pieces of the implementation that need no engine: heads of a rank, views of vLLM's pages, codebooks that stay put."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -37,6 +38,23 @@ def test_views_of_a_page_cover_the_bytes_that_vllm_gave_it(key_sparsity):
     assert raw[2].numel() * 2 == layout.tail_page_bytes <= layout.page_bytes
     assert storage.count_nonzero() == raw[2].numel()
     assert storage[2 * stride : 2 * stride + raw[2].numel()].eq(1).all()
+
+
+def test_more_pages_at_the_same_place_are_bound_again():
+    """vLLM tries CUDA graphs with a few pages, frees them and allocates all."""
+    layout = CodeLayout(64, 2, 3, 3, codec="exact")
+    layer, own = torch.nn.Module(), object.__new__(impl.LexicoImpl)
+    for part, field in itertools.product(("key", "value"), impl.BOOK_FIELDS):
+        shape = {"atoms": (1, 64), "levels": (16,)}.get(field, (2, 64))
+        layer.register_buffer(f"lexico_{part}_{field}", torch.zeros(shape))
+    pages = torch.zeros(2, 5, 2, layout.block_tokens, 128, dtype=torch.float16)
+    tail = types.SimpleNamespace(kv_cache=pages[1])
+    layers = types.SimpleNamespace(static_forward_context={"tail": tail})
+    own.vllm_config, own.tail_name = types.SimpleNamespace(compilation_config=layers), "tail"
+    own._cache, own._bound_to = None, (0, 0, 0)
+    few = own.bind(layer, pages[0, :2], layout)
+    assert own.bind(layer, pages[0, :2], layout) is few and len(few.code_pages) == 2
+    assert len(own.bind(layer, pages[0], layout).code_pages) == 5
 
 
 def test_codebooks_keep_their_place_when_weights_are_loaded_again():

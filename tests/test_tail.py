@@ -112,6 +112,7 @@ def cache_prompt(manager, num_tokens):
         block_hashes=[f"hash{i}".encode() for i in range(num_tokens // TAIL)],
         shared_prefix_boundary=0,
         num_prompt_tokens=num_tokens,
+        num_computed_tokens=0,
     )
     schedule(manager, "first", 0, num_tokens)
     manager.cache_blocks(request, num_tokens // 128 * 128, retention_interval=0, replay_boundaries=(num_tokens - 1,))
@@ -161,3 +162,24 @@ def test_a_request_continues_from_a_hit():
     manager.allocate_new_blocks("second", 1000, 1000)
     assert free - pool.get_num_free_blocks() == predicted
     check_readable(manager, "second", length, 1000 - length, after_hit=True)
+
+
+@pytest.mark.parametrize(("computed", "hit"), [(255, 128), (129, 128), (128, 256), (0, 256)])
+def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit):
+    """Its codes come last in a step of decode, when readers of the same step have read; later steps find it."""
+    manager, _, spec = make()
+    request = types.SimpleNamespace(
+        request_id="first",
+        block_hashes=[f"hash{i}".encode() for i in range(256 // TAIL)],
+        shared_prefix_boundary=0,
+        num_prompt_tokens=256,
+        num_computed_tokens=0,
+    )
+    for start, end in ((0, computed), (computed, 256)):
+        manager.new_step_starts()
+        schedule(manager, "first", start, end - start)
+        request.num_computed_tokens = start
+        manager.cache_blocks(request, end, retention_interval=0, replay_boundaries=(128,))
+    assert find(manager, spec, request.block_hashes, 256)[1] == hit
+    manager.new_step_starts()
+    assert find(manager, spec, request.block_hashes, 256)[1] == 256

@@ -28,10 +28,12 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME, plan, refusals, report
 from vllm_lexico.engine import LexicoSetup
+from vllm_lexico.layers import LayerFinder, LayersOfStep
 from vllm_lexico.prefill import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.tail import LexicoTailSpec
 
 DEFAULT_BLOCK_TOKENS = 128
+TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
 
 
 @dataclass
@@ -49,6 +51,7 @@ class LexicoMetadata(AttentionMetadata):
     token_request: Tensor  # int32 [T]
     token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
     destination: Tensor  # int64 [M], where the codes of the tokens to code go
+    layers: LayersOfStep | None  # that one launch codes; None if each layer codes by itself
 
 
 @dataclass
@@ -85,6 +88,11 @@ def _keep(buffer: Tensor, values: Tensor) -> Tensor:
     return kept
 
 
+def _only_decodes(common: CommonAttentionMetadata, threshold: int) -> bool:
+    """Whether every request of a step decodes. Then all tokens that it codes, its own too, are in tail pages."""
+    return common.max_query_len <= threshold
+
+
 class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     """Builds a step's metadata for the layers of the codes group."""
 
@@ -103,6 +111,8 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.token_request = buffers.new(buffers.max_tokens, torch.int32)
         self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
         self.destination = buffers.new(buffers.max_coded, torch.int64)
+        self._layers = vllm_config.compilation_config.static_forward_context
+        self._finder = LayerFinder(layer_names, vllm_config)
         self._reported = False
 
     def build(
@@ -116,8 +126,11 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         assert self.reorder_batch_threshold is not None
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
         request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        members = plan.coded_tokens(request, position, common.num_reqs)
-        destination = plan.destinations(members, common.block_table_tensor, self.layout.block_tokens)
+        block_table = common.block_table_tensor[: common.num_reqs]
+        members = plan.coded_tokens(request, position, block_table, self.layout.block_tokens)
+        for name in self.layer_names:
+            self._layers[name].impl.members = members
+        destination = plan.destinations(members, block_table, self.layout.block_tokens)
         return LexicoMetadata(
             layout=self.layout,
             num_tokens=common.num_actual_tokens,
@@ -127,6 +140,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             token_request=_keep(self.token_request, request),
             token_seq_len=_keep(self.token_seq_len, position + 1),
             destination=_keep(self.destination, destination),
+            layers=self._finder.of_step(self.layout) if _only_decodes(common, self.reorder_batch_threshold) else None,
         )
 
     def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
@@ -151,6 +165,8 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.spec = kv_cache_spec
+        layers = vllm_config.compilation_config.static_forward_context
+        self._attention = layers[layer_names[0].removesuffix(TAIL_SUFFIX)]
         buffers = _StepBuffers(vllm_config, device)
         self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
         self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
@@ -162,9 +178,15 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
     ) -> LexicoTailMetadata:
         """Derive where this step reads full-precision tokens."""
         common, tail_tokens = common_attn_metadata, self.spec.block_size
-        request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        members = plan.coded_tokens(request, position, common.num_reqs)
-        source = plan.sources(members, common.query_start_loc, common.block_table_tensor, tail_tokens)
+        # They depend on the pages of codes, whose group is the first and was built just before this one.
+        members, self._attention.impl.members = self._attention.impl.members, None
+        assert members is not None, "a step's codes were not planned before its tail"
+        assert self.reorder_batch_threshold is not None
+        # A launch that codes all layers has no layer's batch.
+        from_batch = not _only_decodes(common, self.reorder_batch_threshold)
+        source = plan.sources(
+            members, common.query_start_loc, common.block_table_tensor, tail_tokens, from_batch=from_batch
+        )
         raw_start = plan.raw_starts(
             common.query_start_loc,
             common.seq_lens,

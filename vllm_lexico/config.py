@@ -39,7 +39,7 @@ class LexicoConfig:
     dictionary: a file or a Hugging Face id; None searches for one that was made for the model; "train" searches too,
         and trains one at the first start where there is none.
     sparsity: atoms a vector, the dial between memory and quality.
-    window: newest tokens kept in full precision; at least 32 are, the group of tokens that waits to be coded.
+    window: newest tokens kept in full precision; at least 63 are, since so many may wait to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
     relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does);
         saves time, not memory: a code has the size that its sparsity gives it.

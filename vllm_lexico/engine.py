@@ -14,7 +14,7 @@ from vllm_lexico import refusals
 from vllm_lexico.config import TRAIN, LexicoConfig
 from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
 from vllm_lexico.first_start import find_or_train
-from vllm_lexico.plan import GROUP_TOKENS
+from vllm_lexico.plan import GROUP_TOKENS, MAX_WAITING_TOKENS
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class LexicoSetup:
 
     @property
     def window_tokens(self) -> int:
-        """Full-precision tokens before a step's first: the window, or what an unfinished group and drafts need."""
-        return max(self.config.window, GROUP_TOKENS) + self.num_draft_tokens
+        """Full-precision tokens before a step's first: the window, or what may wait to be coded, and drafts."""
+        return max(self.config.window, MAX_WAITING_TOKENS) + self.num_draft_tokens
 
     def sink_blocks(self, layout: CodeLayout) -> int:
         """Tail pages that hold the sinks."""

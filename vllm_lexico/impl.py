@@ -6,7 +6,7 @@ from typing import Any
 
 import lexico_kernels as kernels
 import torch
-from lexico_kernels import PARTS, LayerCache, RequestTables
+from lexico_kernels import PARTS, CodeLayout, LayerCache, RequestTables
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -17,7 +17,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, refusals
-from vllm_lexico.backend import LexicoBackend, LexicoMetadata, LexicoTailBackend, LexicoTailMetadata
+from vllm_lexico.backend import (
+    TAIL_SUFFIX,
+    LexicoBackend,
+    LexicoMetadata,
+    LexicoTailBackend,
+    LexicoTailMetadata,
+)
 from vllm_lexico.engine import LexicoSetup
 from vllm_lexico.flash import dense_attention, merge_into
 from vllm_lexico.prefill import PrefillPlan, history_tokens
@@ -80,14 +86,17 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
+        self.block_table: Tensor | None = (
+            None  # int32 [B, pages] of the step that is being built, for the tail's builder
+        )
         self._cache: LayerCache | None = None
-        self._bound_to: tuple[int, int] = (0, 0)
+        self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self.tail_name = f"{name}.lexico_tail"
+        self.tail_name = f"{name}{TAIL_SUFFIX}"
         layer.attn_backend = LexicoBackend.bound_to(self.setup)
         layers.setdefault(self.tail_name, LexicoTail(layer, self.setup))
         self._load_codebooks(layer, extract_layer_index(name), act_dtype)
@@ -135,13 +144,15 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             self._reserve(query)
             return output.fill_(0)
         step, tail = attn_metadata, self._tail_metadata()
-        cache = self._bind(layer, kv_cache, step)
+        cache = self.bind(layer, kv_cache, step.layout)
         num_tokens = step.num_tokens
         key, value = key[:num_tokens], value[:num_tokens]
         kernels.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
-        kernels.omp_encode(
-            key, value, cache, tail.source, step.destination, relative_error=self.setup.config.relative_error
-        )
+        entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
+        if step.layers is None:
+            kernels.omp_encode(key, value, cache, *entries, relative_error=relative_error)
+        elif step.layers.store():
+            kernels.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
@@ -201,12 +212,19 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         by_layer = get_forward_context().attn_metadata
         return (by_layer[0] if isinstance(by_layer, list) else by_layer)[self.tail_name]
 
-    def _bind(self, layer: nn.Module, kv_cache: Tensor, step: LexicoMetadata) -> LayerCache:
-        """View the pages that vLLM allocated; they keep their place for the engine's life."""
+    def page_addresses(self, kv_cache: Tensor) -> tuple[int, int, int]:
+        """Where the pages of both kinds start and how many there are; 0 as long as vLLM has not allocated them.
+
+        How many, since vLLM tries CUDA graphs with a few pages first, and those that stay may start at the same place.
+        """
         tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
-        pages = (kv_cache.data_ptr(), tail_cache.data_ptr())
+        return kv_cache.data_ptr(), tail_cache.data_ptr(), kv_cache.shape[0]
+
+    def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
+        """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life."""
+        pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
-            layout = step.layout
+            tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
             self._cache = LayerCache(
                 _code_pages(kv_cache),
                 _tail_pages(tail_cache, layout),

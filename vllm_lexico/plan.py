@@ -8,15 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Tokens coded at a time: a token is coded in the step that completes its aligned group of this many, so that in decode
-# a launch has enough vectors to fill the device while no step has to code a whole block. Divides every block size.
+# Tokens coded at a time: aligned groups of this many, so that in decode a launch has enough vectors to fill the device
+# while no step has to code a whole block. Divides every block size.
 GROUP_TOKENS = 32
+# A step leaves at most this many tokens to be coded that it could have coded: a group that waits, and one not complete.
+MAX_WAITING_TOKENS = 2 * GROUP_TOKENS - 1
 SKIPPED = -1
 
 
 def max_coded_tokens(num_tokens: int, num_requests: int) -> int:
     """Most tokens that a step of `num_tokens` tokens of `num_requests` requests can code; fixes launch sizes."""
-    return min(num_tokens, num_tokens // GROUP_TOKENS + num_requests) * GROUP_TOKENS
+    return min(num_tokens, num_tokens // GROUP_TOKENS + 2 * num_requests) * GROUP_TOKENS
 
 
 def locate_tokens(query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -39,43 +41,66 @@ def locate_tokens(query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) ->
     return request, torch.where(is_padding, SKIPPED, position)
 
 
-def coded_tokens(request: Tensor, position: Tensor, num_requests: int) -> tuple[Tensor, Tensor, Tensor]:
-    """List the tokens of every group that this step completes.
+def coded_tokens(
+    request: Tensor, position: Tensor, block_table: Tensor, block_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """List the tokens of every group that this step codes.
 
-    A group's last token is in the batch; earlier ones may have been computed by earlier steps.
+    A block's last group is coded by the step that writes its last token, since others may read the block then. Another
+    group waits for as many tokens more as the block's page says (`_waits`), so that requests that complete groups in
+    the same step are coded in different ones. What a step writes decides, so that rewritten tokens are coded again.
 
     Args:
         request, position: int64 [T] from `locate_tokens`.
-        num_requests: B.
+        block_table: int32 [B, max_pages], of the code pages.
+        block_tokens: P.
 
     Returns:
-        Of M = max_coded_tokens(T, B) tokens: int64 [M] row in the batch, counted as if the whole group were in it;
-        int64 [M] request; int64 [M] position, -1 where the list is not used.
+        Of M = max_coded_tokens(T, B) tokens, those to be coded first: int64 [M] row in the batch, counted as if the
+        whole group were in it; int64 [M] request; int64 [M] position, -1 where the list is not used.
     """
-    num_tokens = position.shape[0]
+    num_tokens, num_requests = position.shape[0], block_table.shape[0]
     max_groups = max_coded_tokens(num_tokens, num_requests) // GROUP_TOKENS
-    completes = (position + 1) % GROUP_TOKENS == 0
-    completes &= position >= 0
-    target = torch.where(completes, completes.cumsum(0) - 1, max_groups)  # the last entry collects what is no end
+    block, offset = position.clamp(min=0) // block_tokens, position % block_tokens
+    waits = torch.where(offset == block_tokens - 1, 0, _waits(block_table[request, block]))
+    ends_group = (offset >= waits) & ((offset - waits + 1) % GROUP_TOKENS == 0) & (position >= 0)
+    target = torch.where(ends_group, ends_group.cumsum(0) - 1, max_groups)  # the last entry collects what is no end
     ends = position.new_full((max_groups + 1,), SKIPPED)
     rows = torch.arange(num_tokens, device=position.device)
     ends = ends.scatter_(0, target, rows)[:max_groups]
-    back = torch.arange(1 - GROUP_TOKENS, 1, device=position.device)
     last = ends.clamp(min=0)
+    back = torch.arange(1 - GROUP_TOKENS, 1, device=position.device) - waits[last][:, None]
     member_position = torch.where((ends >= 0)[:, None], position[last][:, None] + back, SKIPPED)
     member_row = ends[:, None] + back
     member_request = request[last][:, None].expand_as(member_row)
     return member_row.flatten(), member_request.flatten(), member_position.flatten()
 
 
+def _waits(page: Tensor) -> Tensor:
+    """Tokens that groups of a page wait for, 0 to G - 1: a hash, since pages of requests that started together lie at
+    equal distances. int64."""
+    mixed = page.long() * 1640531527 % (1 << 31)
+    mixed = (mixed ^ mixed >> 15) * 1812433253 % (1 << 31)
+    return mixed * GROUP_TOKENS >> 31
+
+
 def sources(
-    members: tuple[Tensor, Tensor, Tensor], query_start_loc: Tensor, tail_block_table: Tensor, tail_tokens: int
+    members: tuple[Tensor, Tensor, Tensor],
+    query_start_loc: Tensor,
+    tail_block_table: Tensor,
+    tail_tokens: int,
+    *,
+    from_batch: bool,
 ) -> Tensor:
-    """Say where each token to code is read: row of the batch, or -1 - slot in the tail pages. int32 [M]."""
+    """Say where each token to code is read: row of the batch, or -1 - slot in the tail pages. int32 [M].
+
+    from_batch: read there those that are in it; a long chunk has no tail pages for some.
+    """
     row, request, position = members
-    in_batch = row >= query_start_loc[request]
     slot = _slots(request, position, tail_block_table, tail_tokens)
-    return torch.where(in_batch, row, -1 - slot).to(torch.int32)
+    if not from_batch:
+        return (-1 - slot).to(torch.int32)
+    return torch.where(row >= query_start_loc[request], row, -1 - slot).to(torch.int32)
 
 
 def destinations(members: tuple[Tensor, Tensor, Tensor], block_table: Tensor, block_tokens: int) -> Tensor:

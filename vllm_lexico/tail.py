@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.utils.math_utils import cdiv
@@ -84,6 +85,11 @@ def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> Lex
     )
 
 
+# Hashes of the prefixes that end with a block whose last tokens the step that is being scheduled computes, by pool:
+# vLLM asks for hits on the class, so they cannot be a manager's own.
+_being_completed: WeakKeyDictionary[BlockPool, set[Any]] = WeakKeyDictionary()
+
+
 class LexicoTailManager(SlidingWindowManager):
     """Gives out, caches and takes back the tail pages of requests."""
 
@@ -92,6 +98,36 @@ class LexicoTailManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: LexicoTailSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._null_below: dict[str, int] = {}  # request: all pages from the sinks up to here are null already
+        self._being_completed = _being_completed.setdefault(self.block_pool, set())
+
+    def new_step_starts(self) -> None:
+        """What earlier steps completed is coded before this one runs."""
+        self._being_completed.clear()
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Make a request's full pages known, and remember which block of codes the step completes.
+
+        vLLM lets other requests hit a block from when the step that fills it is scheduled, so in that very step. In a
+        step of decode its codes are written when all layers have read theirs (`layers.py`); such a block has its first
+        tokens from an earlier step.
+        """
+        known_tokens = self.num_cached_block.get(request.request_id, 0) * self.block_size
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        block_tokens = self.cache_hit_alignment_tokens
+        end = num_tokens // block_tokens * block_tokens
+        if known_tokens < end and end - block_tokens < request.num_computed_tokens:
+            hashes = self._page_hashes(request.block_hashes, self.block_pool, self.block_size, block_tokens)
+            self._being_completed.add(hashes[end // self.block_size - 1])
+
+    @classmethod
+    def _page_hashes(cls, hashes: BlockHashList, pool: BlockPool, page_tokens: int, alignment_tokens: int) -> Any:
+        return resolve_block_hashes(
+            hashes,
+            pool.hash_block_size,
+            page_tokens,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
 
     def _takes_page(self, page: int, num_computed_tokens: int) -> bool:
         """Whether a page holds anything worth keeping once `num_computed_tokens` are computed."""
@@ -179,17 +215,13 @@ class LexicoTailManager(SlidingWindowManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest hit that has its sinks and, where the spec asks for it, the window before it.
 
+        It ends before a block that the step which is being scheduled completes: see `cache_blocks`.
+
         Missing window pages are null: what they held is read from the codes. Present ones are an unbroken run up to
         the hit's end, so that a reader needs one position to tell codes from pages.
         """
         spec, size = kv_cache_spec, kv_cache_spec.block_size
-        hashes = resolve_block_hashes(
-            block_hashes,
-            block_pool.hash_block_size,
-            size,
-            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
-            alignment_tokens=alignment_tokens,
-        )
+        hashes = cls._page_hashes(block_hashes, block_pool, size, alignment_tokens)
 
         def cached(page: int) -> Sequence[KVCacheBlock] | None:
             return block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
@@ -197,6 +229,8 @@ class LexicoTailManager(SlidingWindowManager):
         length = max_length - max_length % alignment_tokens
         if drop_eagle_block:
             length = max(length - alignment_tokens, 0)
+        if length > 0 and hashes[length // size - 1] in _being_completed.get(block_pool, ()):
+            length -= alignment_tokens
         while length > 0:
             num_pages = length // size
             sinks = range(min(spec.sink_blocks, num_pages))

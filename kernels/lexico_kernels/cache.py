@@ -1,12 +1,14 @@
 """What the operations work on: codebooks, a layer's pages, and where requests' tokens live in them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor, uint8
+from torch import Tensor, int64, tensor, uint8
 
 from lexico_kernels.layout import MAX_ATOMS, NUM_LEVELS, PARTS, CodeLayout
 
-__all__ = ["PARTS", "Codebook", "LayerCache", "RequestTables"]
+__all__ = ["PARTS", "Codebook", "LayerCache", "LayerStack", "RequestTables"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,47 @@ class LayerCache:
     def codebook(self, part: str) -> Codebook:
         """The codebook of "key" or "value"."""
         return self.key if part == "key" else self.value
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Layers that one launch codes, alike in all but where their tensors are. Make it with `of`.
+
+    Attributes:
+        caches: of the layers, at least one.
+        places: int64 [L, 10] on their device, the addresses of each layer's tensors in the order of COLUMNS.
+    """
+
+    caches: tuple[LayerCache, ...]
+    places: Tensor
+
+    COLUMNS: ClassVar[tuple[str, ...]] = (
+        "tail_pages",
+        "code_pages",
+        *(f"{part}.{field}" for part in PARTS for field in ("atoms", "levels", "mean", "stretch")),
+    )
+
+    @classmethod
+    def of(cls, caches: Sequence[LayerCache]) -> "LayerStack | None":
+        """Stack layers that are alike; None if they are not, or lie where kernels cannot load 16 bytes at once."""
+        if len({_kind(cache) for cache in caches}) != 1:
+            return None
+        places = [[_at(cache, column).data_ptr() for column in cls.COLUMNS] for cache in caches]
+        if any(place % 16 for row in places for place in row):
+            return None
+        return cls(tuple(caches), tensor(places, dtype=int64, device=caches[0].code_pages.device))
+
+
+def _at(cache: LayerCache, column: str) -> Tensor:
+    part, _, field = column.rpartition(".")
+    return getattr(cache.codebook(part) if part else cache, field)
+
+
+def _kind(cache: LayerCache) -> tuple:
+    """What layers of a stack have in common."""
+    tensors = [_at(cache, column) for column in LayerStack.COLUMNS]
+    strides = [pages.stride(0) for pages in tensors[:2]]
+    return cache.layout, *strides, *((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lexico_kernels import nvrtc, reference
-from lexico_kernels.cache import LayerCache
-from lexico_kernels.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS
+from lexico_kernels.cache import LayerCache, LayerStack
+from lexico_kernels.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
 from lexico_kernels.layout import PARTS, CodeLayout
 
-FILES, NAME = ("cluster_primitives.cu", "cluster_omp.cu"), "cluster_omp"
+FILES = ("cluster_primitives.cu", "cluster_omp.cu", "cluster_launch.cu")
+NAME, LAYERS_NAME = "cluster_omp", "cluster_omp_layers"
 MIN_CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -51,6 +52,12 @@ def fits(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
         and all(tensor.data_ptr() % 16 == 0 for tensor in tensors[3:])
         and all(tensor.data_ptr() % 8 == 0 for tensor in tensors[:3])
     )
+
+
+def takes_layers(layers: LayerStack) -> bool:
+    """Whether `omp_encode_layers` here can code such layers."""
+    pages = layers.caches[0].tail_pages  # what one layer has all have
+    return fits(pages[:0, :, 0, 0], pages[:0, :, 0, 1], layers.caches[0]) and _on_device(pages.get_device())
 
 
 @once
@@ -113,10 +120,16 @@ def shared_bytes(head_dim: int, blocks: int, owned: int, sparsity: int) -> int:
 
 @once
 def _kernel(
-    device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
+    name: str, device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
 ) -> nvrtc.Kernel:
     macros = defines(layout, atoms, strides, half)
-    return nvrtc.kernel(FILES, NAME, device, macros["SHARED_BYTES"], **macros)
+    return nvrtc.kernel(FILES, name, device, macros["SHARED_BYTES"], **macros)
+
+
+def _kernel_for(name: str, cache: LayerCache) -> nvrtc.Kernel:
+    pages, books = cache.tail_pages, (cache.key, cache.value)
+    atoms, strides = (books[0].num_atoms, books[1].num_atoms), (books[0].head_stride, books[1].head_stride)
+    return _kernel(name, pages.get_device(), cache.layout, atoms, strides, pages.dtype == torch.float16)
 
 
 def omp_encode(
@@ -127,12 +140,9 @@ def omp_encode(
     if M == 0:
         return
     books = (cache.key, cache.value)
-    atoms = (cache.key.num_atoms, cache.value.num_atoms)
-    strides = (cache.key.head_stride, cache.value.head_stride)
-    kernel = _kernel(key.get_device(), layout, atoms, strides, key.dtype == torch.float16)
-    rows, blocks = 2 * layout.num_kv_heads, cluster_blocks(max(atoms))
+    rows, blocks = 2 * layout.num_kv_heads, cluster_blocks(max(book.num_atoms for book in books))
     clusters = max(1, min(CLUSTER_BLOCKS // (rows * blocks), -(-M // DEALT)))
-    kernel.launch(
+    _kernel_for(NAME, cache).launch(
         (clusters * blocks, rows, 1),
         THREADS,
         key,
@@ -147,5 +157,35 @@ def omp_encode(
         source,
         destination,
         M,
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+    )
+
+
+def omp_encode_layers(
+    layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0, most: int = WINDOW
+) -> None:
+    """CUDA C++ version of `reference.omp_encode_layers`, of what `takes_layers`.
+
+    most: entries to be coded, up to WINDOW; where there are more, this codes nothing.
+    """
+    cache, M = layers.caches[0], source.shape[0]
+    assert most <= WINDOW, most
+    if M == 0:
+        return
+    heads, blocks = cache.layout.num_kv_heads, cluster_blocks(max(cache.key.num_atoms, cache.value.num_atoms))
+    dictionaries = 2 * heads * len(layers.caches)
+    clusters = max(1, min(LAYERS.cluster_blocks // blocks, dictionaries))
+    _kernel_for(LAYERS_NAME, cache).launch(
+        (clusters * blocks, 1, 1),
+        THREADS,
+        layers.places,
+        dictionaries,
+        heads,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        M,
+        most,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
     )

@@ -28,6 +28,22 @@ class ClusterLaunch(NamedTuple):
     owned: int
 
 
+class LayersLaunch(NamedTuple):
+    """How `omp_encode_layers` is launched."""
+
+    cluster_tokens: int  # up to which clusters code, more are coded in Triton; all there where there are no clusters
+    cluster_blocks: int  # that run at once; others would wait for these to end
+    tile: int  # vectors of a Triton program
+    tiles: int  # of one dictionary that are coded side by side, so that they share its way from memory
+    atoms: int
+    num_warps: int
+    num_stages: int
+
+    def chunk(self, padded_dim: int, element_bytes: int) -> int:
+        """Atoms correlated at once; fewer if they have more than 256 bytes, to fit shared memory."""
+        return min(self.atoms, 128 * 256 // (padded_dim * element_bytes))
+
+
 UNLIMITED = 1 << 62
 
 PURSUIT = (
@@ -40,6 +56,8 @@ CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 CLUSTER_BLOCKS = 128
 # Vectors of a step's tokens up to which `omp_encode` uses clusters; more are faster in Triton (docs/log.md).
 CLUSTER_VECTORS = 4096
+
+LAYERS = LayersLaunch(cluster_tokens=64, cluster_blocks=120, tile=64, tiles=4, atoms=128, num_warps=4, num_stages=3)
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)

@@ -11,8 +11,8 @@ from types import ModuleType
 from torch import Tensor
 
 from lexico_kernels import reference
-from lexico_kernels.cache import LayerCache, RequestTables
-from lexico_kernels.launch import DECODE_SPLITS
+from lexico_kernels.cache import LayerCache, LayerStack, RequestTables
+from lexico_kernels.launch import DECODE_SPLITS, LAYERS
 from lexico_kernels.layout import CodeLayout
 from lexico_kernels.table_shape import scratch_bytes
 
@@ -39,6 +39,19 @@ def omp_encode(
     module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
     if key.is_cuda and _module("order").takes(cache):
         _module("order").order_entries(cache, destination)
+
+
+def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
+    """Code the same tokens of all layers' tails into their code pages; see `reference.omp_encode_layers`."""
+    if not source.is_cuda:
+        reference.omp_encode_layers(layers, source, destination, relative_error=relative_error)
+        return
+    # How many there are is known on the device alone: one of two launches finds that they are not its own.
+    cluster, fewer = _module("cluster"), 0
+    if cluster.takes_layers(layers):
+        fewer = LAYERS.cluster_tokens
+        cluster.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
+    _module("omp_layers").omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
 
 
 def sparse_decode(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lexico_kernels.cache import Codebook, LayerCache, RequestTables
+from lexico_kernels.cache import Codebook, LayerCache, LayerStack, RequestTables
 from lexico_kernels.layout import LEVEL_BITS, PARTS, CodeLayout
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
@@ -61,6 +61,20 @@ def omp_encode(
         for field, view in field_views(cache.code_pages, layout, part):
             view[destination // P, :, destination % P] = records[..., at : at + field.width_bytes]
             at += field.width_bytes
+
+
+def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
+    """Code the same tokens of all layers from their tails into their code pages.
+
+    Args:
+        layers: their pages.
+        source: int32 [M]; -1 - slot for the tail slot page * R + offset.
+        destination: int64 [M], page * P + offset of the code; from the first entry below P on nothing is to be coded.
+        relative_error: see `omp_encode`.
+    """
+    for cache in layers.caches:
+        nothing = cache.tail_pages.new_empty(0, cache.layout.num_kv_heads, cache.layout.head_dim)
+        omp_encode(nothing, nothing, cache, source, destination, relative_error=relative_error)
 
 
 def sparse_decode(

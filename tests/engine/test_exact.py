@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 # most; bfloat16 would differ by 1e-2.
 MEAN_GAP, MAX_GAP = 2e-5, 5e-4
 TIE = 1e-3
-SCENARIOS = ("plain", "shared_prefixes", "multi_turn", "crowd", "chunked", "preempted")
+SCENARIOS = ("plain", "shared_prefixes", "multi_turn", "crowd", "chunked", "same_step", "preempted")
 
 
 @pytest.fixture(scope="session")

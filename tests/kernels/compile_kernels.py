@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
-from lexico_kernels import CodeLayout, decode, history, omp, pursuit, table_decode, tail
+from lexico_kernels import CodeLayout, LayerStack, decode, history, omp, omp_layers, pursuit, table_decode, tail
 from lexico_kernels.testing import random_problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -85,6 +85,7 @@ def main() -> None:
             key = torch.zeros(tokens, 8, head_dim, dtype=dtype)
             places = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, places.int(), places)
+            omp_layers.omp_encode_layers(LayerStack.of([cache]), places.int(), places)
             if codec == "packed16" and tokens == sizes[-1]:
                 books, levels = cache.key.atoms[:2].contiguous(), torch.zeros(2, 16)
                 vectors = torch.zeros(2, tokens * 8, head_dim)

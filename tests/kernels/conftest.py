@@ -25,6 +25,7 @@ if DEVICE == "cpu":
         import lexico_kernels.decode
         import lexico_kernels.history
         import lexico_kernels.omp
+        import lexico_kernels.omp_layers
         import lexico_kernels.pursuit
         import lexico_kernels.table_decode
         import lexico_kernels.tail  # noqa: F401

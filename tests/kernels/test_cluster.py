@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, RequestTables, cluster, nvrtc, reference
+from lexico_kernels import CodeLayout, LayerStack, RequestTables, cluster, nvrtc, reference
 from lexico_kernels.testing import check_encode, fused_tokens, poisoned_cache, records_at, residual_energy
 from torch import Tensor
 
@@ -21,12 +21,14 @@ SEED = 1  # of the order in which threads go on
 
 
 class OnCpu:
-    """Stands in for `nvrtc.Kernel`: the same source, compiled by g++."""
+    """Stands in for `nvrtc.Kernel`: the same source but for the primitives, compiled by g++."""
 
-    def __init__(self, folder, macros):
+    def __init__(self, folder, name, macros):
+        source = folder / "kernels.cu"
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in cluster.FILES[1:]))
         flags = [f"-D{name}={value}" for name, value in sorted(macros.items())]
         flags += [
-            f'-DSOURCE="{nvrtc.SOURCES / cluster.FILES[-1]}"',
+            f'-DSOURCE="{source}"',
             "-std=c++17",
             "-O2",
             "-U_FORTIFY_SOURCE",
@@ -37,14 +39,14 @@ class OnCpu:
         path = folder / f"{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:16]}.so"
         if not path.exists():
             subprocess.run(["g++", *flags, FOLDER / "cluster_omp_on_cpu.cpp", "-o", path], check=True)
-        self.library = ctypes.CDLL(str(path))
+        self.call = getattr(ctypes.CDLL(str(path)), f"launch_{name}")
 
     def launch(self, grid, threads, *arguments):
         kinds = {nvrtc.Int64: ctypes.c_longlong, int: ctypes.c_int, float: ctypes.c_float}
         values = [
             ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments
         ]  # fmt: skip
-        self.library.launch(grid[0], grid[1], SEED, *values)
+        self.call(grid[0], grid[1], SEED, *values)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def kernel(device, monkeypatch, tmp_path_factory):
         pytest.skip("needs g++")
     folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(cluster, "_kernel", lambda device, *shape: OnCpu(folder, cluster.defines(*shape)))
+    monkeypatch.setattr(cluster, "_kernel", lambda name, device, *shape: OnCpu(folder, name, cluster.defines(*shape)))
 
 
 def layout(D=64, Hk=2, S=(5, 4), **kwargs):
@@ -161,6 +163,31 @@ def test_duplicate_atoms(device):
     cluster.omp_encode(key, value, cache, at.int(), at + P)
     centred = (key.float() - cache.key.mean) / cache.key.stretch
     assert (residual_energy(cache, at + P, key, "key") <= centred.square().sum(-1) * 1.001).all()
+
+
+@pytest.mark.parametrize(("S", "atoms"), [((4, 4), 100), ((2, 5), 100), ((3, 2), 600)])  # 600: two blocks a cluster
+def test_all_layers_code_as_each_does(S, atoms, device, monkeypatch):
+    """From the tail, by clusters that take more than one dictionary; and not at all where there are too many tokens."""
+    monkeypatch.setattr(cluster, "LAYERS", cluster.LAYERS._replace(cluster_blocks=2))
+    it = layout(64, 2, S)
+    pages = 2 + 40 // it.tail_tokens
+    each, at_once = (
+        [poisoned_cache(it, pages, atoms=atoms, dtype=torch.float16, device=device, seed=seed) for seed in range(2)]
+        for _ in range(2)
+    )
+    for seed, cache in enumerate(each + at_once):
+        key, value = fused_tokens(40, it, torch.float16, device, seed % 2)
+        reference.write_tail(key, value, cache, torch.arange(40, device=device) + it.tail_tokens)
+    entries = torch.arange(50, device=device)
+    source, destination = (-1 - it.tail_tokens - entries).int(), torch.where(entries < 40, entries + P, -1)
+    layers = LayerStack.of(at_once)
+    cluster.omp_encode_layers(layers, source, destination, most=39)
+    assert all((cache.code_pages == 0xFF).all() for cache in at_once)
+    cluster.omp_encode_layers(layers, source, destination, most=40)
+    for one, other in zip(each, at_once, strict=True):
+        cluster.omp_encode(one.tail_pages[:0, :, 0, 0], one.tail_pages[:0, :, 0, 1], one, source, destination)
+        assert torch.equal(one.code_pages, other.code_pages)
+    assert not torch.equal(at_once[0].code_pages, at_once[1].code_pages)
 
 
 def test_skips_everything(device):

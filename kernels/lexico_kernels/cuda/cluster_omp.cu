@@ -1,5 +1,5 @@
-// Matching pursuit with the dictionary resident on chip, straight into the code pages; `cluster.py` launches it, behind
-// `cluster_primitives.cu`.
+// Matching pursuit with the dictionary resident on chip, straight into the code pages: what the kernels of
+// `cluster_launch.cu` do with a tile, on the primitives of `cluster_primitives.cu`; `cluster.py` launches them.
 //
 // A cluster of CLUSTER blocks codes tiles of one head's K or V vectors. Each block keeps 512 atoms in its registers, as
 // the stationary operand of tensor-core products. A pass has two halves:
@@ -404,96 +404,4 @@ __device__ __forceinline__ void write_record(const Shared& s, int owned, const P
         kept ? u16(index << 4 | level) : u16(0);
   if (lane == 0)
     *reinterpret_cast<u16*>(head + part.scale_offset + slot * part.scale_stride) = any ? scale : u16(0);
-}
-
-// List the entries of a window that this cluster codes: of all that are to be coded (`seen` so far), eights are dealt
-// out to the clusters in turn. Returns how many; every block of the cluster makes the same list.
-__device__ __forceinline__ int list_entries(Shared& s, const i64* destination, int window, int M, int clusters, int which,
-                                            int& seen) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u32 coded[4];
-  __syncthreads();  // the last window's list is done with
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int entry = window + i * THREADS + threadIdx.x;
-    coded[i] = __ballot_sync(EVERY_LANE, entry < M && destination[entry < M ? entry : 0] >= P);
-    if (lane == 0) s.counts[i * WARPS + warp] = __popc(coded[i]);
-  }
-  __syncthreads();
-  // Every warp adds the 64 counts up.
-  const int even = s.counts[2 * lane], both = even + s.counts[2 * lane + 1];
-  int upto = both;
-#pragma unroll
-  for (int apart = 1; apart < 32; apart *= 2) {
-    const int before = __shfl_up_sync(EVERY_LANE, upto, apart);
-    if (lane >= apart) upto += before;
-  }
-  // How many of the first `rank` are this cluster's.
-  auto own = [&](int rank) {
-    const int round = 8 * clusters;
-    return rank / round * 8 + min(max(rank % round - 8 * which, 0), 8);
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = i * WARPS + warp;
-    const int before = __shfl_sync(EVERY_LANE, upto - both, at / 2) + (at % 2 ? __shfl_sync(EVERY_LANE, even, at / 2) : 0);
-    const int rank = seen + before + __popc(coded[i] & ((1u << lane) - 1));
-    if (coded[i] >> lane & 1 && rank / 8 % clusters == which) s.list[own(rank) - own(seen)] = i * THREADS + threadIdx.x;
-  }
-  const int total = __shfl_sync(EVERY_LANE, upto, 31), listed = own(seen + total) - own(seen);
-  seen += total;
-  __syncthreads();
-  return listed;
-}
-
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-    cluster_omp(const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value, i64 value_stride_t,
-                i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u16* key_atoms, const float* key_levels,
-                const float* key_mean, const float* key_stretch, const u16* value_atoms, const float* value_levels,
-                const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source, const i64* destination, int M, float min_energy) {
-  SHARED_MEMORY(memory);
-  Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int warp = threadIdx.x / 32;
-  const int head = blockIdx.y / 2, is_value = blockIdx.y % 2;
-  const u32 rank = cluster_rank();
-  const Part part = is_value ? VALUE : KEY;
-  const u16* tokens = is_value ? value : key;
-  const i64 stride_t = is_value ? value_stride_t : key_stride_t, stride_h = is_value ? value_stride_h : key_stride_h;
-  const u16* atoms = (is_value ? value_atoms : key_atoms) + i64(head) * part.stride;
-  const float* levels = is_value ? value_levels : key_levels;
-  const float* mean = (is_value ? value_mean : key_mean) + head * D;
-  const float* stretch = (is_value ? value_stretch : key_stretch) + head * D;
-  Atoms own;
-  u32 parity = 0;
-  bool begun = false;
-  int seen = 0;
-  for (int window = 0; window < M; window += WINDOW) {
-    const int listed = list_entries(s, destination, window, M, gridDim.x / CLUSTER, blockIdx.x / CLUSTER, seen);
-    if (!listed) continue;  // in every block of the cluster
-    if (!begun) {
-      load_atoms(own, atoms, part.atoms, rank * BLOCK_ATOMS, M >> 31);
-      if (threadIdx.x < UNITS) make_arrival(&s.residuals_here[threadIdx.x]);
-      if (threadIdx.x < OWNED) make_arrival(&s.bests_here[threadIdx.x]);
-      publish_arrivals();
-      begun = true;
-    }
-    // Every block can be sent to. After a window too: its last tile may have been small, and who owned nothing of it must
-    // not be ahead, since what he sends would count for the phase that others are still in. Tiles of a window never grow.
-    cluster_sync();
-    for (int first = 0; first < listed; first += TILE) {
-      const int count = min(listed - first, TILE);
-      for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {
-        const int at = source[window + s.list[first + vector]], slot = -1 - at;
-        const u16* from = at >= 0 ? tokens + at * stride_t + head * stride_h
-                                  : tail + slot / R * tail_page_stride + ((head * R + slot % R) * 2 + is_value) * D;
-        begin_vector(s, owned, vector, from, mean, stretch);
-      }
-      pursue(s, own, atoms, count, rank, part.sparsity, min_energy, parity);
-      for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {
-        const i64 to = destination[window + s.list[first + vector]];
-        u8* page = codes + to / P * code_page_stride + i64(head) * HEAD_BYTES;
-        write_record(s, owned, part, levels, page, to % P);
-      }
-    }
-  }
 }
