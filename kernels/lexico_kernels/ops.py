@@ -52,6 +52,8 @@ def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *
         fewer = LAYERS.cluster_tokens
         cluster.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
     _module("omp_layers").omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
+    if _module("order").takes(layers.caches[0]):
+        _module("order").order_entries_layers(layers, destination)
 
 
 def sparse_decode(

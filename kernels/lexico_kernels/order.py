@@ -9,7 +9,7 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels import nvrtc
-from lexico_kernels.cache import LayerCache
+from lexico_kernels.cache import LayerCache, LayerStack
 from lexico_kernels.layout import PARTS, CodeLayout
 
 FILES, NAME = ("order_entries.cu",), "order_entries"
@@ -29,7 +29,9 @@ def fits(layout: CodeLayout) -> bool:
 
 def defines(layout: CodeLayout) -> dict[str, int]:
     """The kernel's macros."""
+    columns = LayerStack.COLUMNS
     macros = {"P": layout.block_tokens, "HEAD_BYTES": layout.head_bytes}
+    macros |= {"COLUMNS": len(columns), "CODE_COLUMN": columns.index("code_pages")}
     for part in PARTS:
         address = layout.address(part)
         fields = {"SPARSITY": address.sparsity, "OFFSET": address.index_offset, "STRIDE": address.index_stride}
@@ -44,9 +46,18 @@ def _kernel(device: int, layout: CodeLayout) -> nvrtc.Kernel:
 
 def order_entries(cache: LayerCache, destination: Tensor) -> None:
     """Order the records of every group whose last token is among the destinations int64 [M] of `omp_encode`."""
+    _launch(cache, nvrtc.Int64(0), 1, destination)
+
+
+def order_entries_layers(layers: LayerStack, destination: Tensor) -> None:
+    """The same of `omp_encode_layers`."""
+    _launch(layers.caches[0], layers.places, len(layers.caches), destination)
+
+
+def _launch(cache: LayerCache, places: Tensor | nvrtc.Int64, layers: int, destination: Tensor) -> None:
     M = destination.shape[0]
     if M == 0:
         return
-    pages, grid = cache.code_pages, (-(-M // 32), cache.layout.num_kv_heads, 2)
+    pages, grid = cache.code_pages, (-(-M // 32), cache.layout.num_kv_heads, 2 * layers)
     kernel = _kernel(pages.get_device(), cache.layout)
-    kernel.launch(grid, THREADS, pages, nvrtc.Int64(pages.stride(0)), destination, M)
+    kernel.launch(grid, THREADS, pages, places, nvrtc.Int64(pages.stride(0)), destination, M)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, nvrtc, order, reference
+from lexico_kernels import CodeLayout, LayerStack, nvrtc, order, reference
 from lexico_kernels.layout import PARTS
 from lexico_kernels.testing import poisoned_cache, random_records, records_at
 
@@ -40,9 +40,12 @@ def order_entries(device, monkeypatch, tmp_path):
             subprocess.run(["g++", *flags, FOLDER / "order_entries_on_cpu.cpp", "-o", path], check=True)
             self.library = ctypes.CDLL(str(path))
 
-        def launch(self, grid, threads, pages, stride, destination, count):
-            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (pages, destination)]
-            self.library.launch(*grid, threads, pointers[0], ctypes.c_longlong(stride), pointers[1], count)
+        def launch(self, grid, threads, pages, places, stride, destination, count):
+            tensors = (pages, places, destination)
+            pages, places, destination = (
+                ctypes.c_void_p(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0) for tensor in tensors
+            )
+            self.library.launch(*grid, threads, pages, places, ctypes.c_longlong(stride), destination, count)
 
     monkeypatch.setattr(order, "_kernel", lambda device, layout: OnCpu(layout))
     return order.order_entries
@@ -115,6 +118,17 @@ def test_order(S, P, device, order_entries):
             views = [reference.field_views(some.code_pages, it, part)[1][1] for some in (before, cache)]
             views[0][at // P, :, at % P] = views[1][at // P, :, at % P]
     assert torch.equal(cache.code_pages, before.code_pages)  # nothing else was touched
+
+
+def test_all_layers_are_ordered_as_each_is(device, order_entries):
+    it = CodeLayout(64, 2, 7, 5, block_tokens=64)
+    each, at_once = ([filled(it, device, atoms) for atoms in (4096, 100, 50)] for _ in range(2))
+    slots = torch.arange(64, 96, device=device)
+    for cache in each:
+        order_entries(cache, slots)
+    order.order_entries_layers(LayerStack.of(at_once), slots)
+    for one, other, old in zip(each, at_once, (filled(it, device, atoms) for atoms in (4096, 100, 50)), strict=True):
+        assert torch.equal(one.code_pages, other.code_pages) and not torch.equal(one.code_pages, old.code_pages)
 
 
 def test_fewer_lanes_meet(device, order_entries):

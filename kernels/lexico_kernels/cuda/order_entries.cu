@@ -6,7 +6,7 @@
 // four heads, with neighbouring lanes at different heads, on 8 places. One warp orders one set, token by token: each atom
 // goes to the free place where the fewest earlier tokens have an atom of the same banks.
 //
-// Macros: P tokens of a page, HEAD_BYTES, and of both parts KEY_ and VALUE_: SPARSITY, OFFSET and STRIDE of the entries.
+// Macros: P tokens of a page, HEAD_BYTES, COLUMNS of a table of places and CODE_COLUMN among them, and of both parts KEY_ and VALUE_: SPARSITY, OFFSET and STRIDE of the entries.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -55,11 +55,13 @@ __device__ __forceinline__ void order_set(const Part& part, u8* records) {
   }
 }
 
-// grid (entries / 32, heads, 2), 128 threads. A group is ordered when the last of its tokens has been coded.
+// grid (entries / 32, heads, 2 * layers), 128 threads. A group is ordered when the last of its tokens has been coded.
+// places: addresses of each layer's tensors, codes among them; or null for the one layer of `codes`.
 extern "C" __global__ void __launch_bounds__(128)
-    order_entries(u8* codes, i64 code_page_stride, const i64* destination, int M) {
+    order_entries(u8* codes, const i64* places, i64 code_page_stride, const i64* destination, int M) {
   const int lane = threadIdx.x % 32, set = threadIdx.x / 32, at = blockIdx.x * 32 + lane;
-  const Part part = blockIdx.z ? VALUE : KEY;
+  const Part part = blockIdx.z % 2 ? VALUE : KEY;
+  if (places) codes = reinterpret_cast<u8*>(places[blockIdx.z / 2 * COLUMNS + CODE_COLUMN]);
   if (set >= part.sets) return;
   const i64 to = at < M ? destination[at] : -1;
   u32 ends = __ballot_sync(EVERY_LANE, to >= P && to % GROUP_TOKENS == GROUP_TOKENS - 1);
