@@ -2,7 +2,15 @@
 
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import PARTS, CodeLayout
-from lexico_kernels.ops import decode_scratch_bytes, omp_encode, pursue, reconstruct, sparse_decode, write_tail
+from lexico_kernels.ops import (
+    decode_scratch_bytes,
+    omp_encode,
+    pursue,
+    reconstruct,
+    sparse_decode,
+    with_screen,
+    write_tail,
+)
 
 __all__ = [
     "PARTS",
@@ -15,5 +23,6 @@ __all__ = [
     "pursue",
     "reconstruct",
     "sparse_decode",
+    "with_screen",
     "write_tail",
 ]
