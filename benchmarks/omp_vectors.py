@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lexico_kernels import with_screen
 from lexico_kernels.cache import Codebook, LayerCache
 from lexico_kernels.layout import PARTS, CodeLayout
 from safetensors import safe_open
@@ -37,9 +38,9 @@ class CapturedLayer:
     words: dict[str, str]
 
     def book(self, part: str, sparsity: int) -> Codebook:
-        """The codebook of "key" or "value"."""
+        """The codebook of "key" or "value", as the product's."""
         levels = self.levels[part][sparsity].contiguous()
-        return Codebook(self.atoms[part], levels, self.means[part], self.stretches[part])
+        return with_screen(Codebook(self.atoms[part], levels, self.means[part], self.stretches[part]))
 
     def to(self, device: str) -> CapturedLayer:
         """The same on a device."""

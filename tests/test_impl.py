@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from lexico_kernels import CodeLayout
+from lexico_kernels.testing import poisoned_cache
 
 pytest.importorskip("vllm")
 from vllm_lexico import impl
@@ -64,6 +65,18 @@ def test_codebooks_keep_their_place_when_weights_are_loaded_again():
     impl._set_buffer(layer, "lexico_key_atoms", torch.full((4, 8), 2.0))
     assert layer.lexico_key_atoms.data_ptr() == before and layer.lexico_key_atoms.eq(2).all()
     assert "lexico_key_atoms" in dict(layer.named_buffers()) and not layer.state_dict()
+
+
+def test_codebooks_come_back_from_buffers_with_their_screen():
+    """Sleep level 2 saves buffers and nothing else of a layer; the screen must be one where there is a screen."""
+    cache = poisoned_cache(CodeLayout(64, 2, 3, 3), 1, atoms=16, dtype=torch.bfloat16)
+    for book in (cache.key, cache.key.screened()):
+        layer = torch.nn.Module()
+        impl._register(layer, "key", book)
+        back = impl._book(layer, "key")
+        tensors = [tensor for tensor in vars(book).values() if tensor is not None]
+        assert len(dict(layer.named_buffers())) == len(tensors) and (back.screen is None) == (book.screen is None)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(vars(back).values(), tensors, strict=False))
 
 
 def packed(*starts):

@@ -117,8 +117,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             else:
                 sparsity = getattr(self.setup.config.sparsity, part)
                 book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
-            for field in BOOK_FIELDS:
-                _set_buffer(layer, f"lexico_{part}_{field}", getattr(book, field))
+                book = kernels.with_screen(book)
+            _register(layer, part, book)
 
     def forward(
         self,
@@ -236,8 +236,16 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         return self._cache
 
 
+def _register(layer: nn.Module, part: str, book: kernels.Codebook) -> None:
+    for field in BOOK_FIELDS:
+        _set_buffer(layer, f"lexico_{part}_{field}", getattr(book, field))
+    if book.screen is not None:
+        _set_buffer(layer, f"lexico_{part}_screen", book.screen)
+
+
 def _book(layer: nn.Module, part: str) -> kernels.Codebook:
-    return kernels.Codebook(*(layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS))
+    atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS)
+    return kernels.Codebook(atoms, levels, mean, stretch, getattr(layer, f"lexico_{part}_screen", None))
 
 
 def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:

@@ -9,6 +9,7 @@ from lexico_kernels.ops import (
     pursue,
     reconstruct,
     sparse_decode,
+    with_screen,
     write_tail,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "pursue",
     "reconstruct",
     "sparse_decode",
+    "with_screen",
     "write_tail",
 ]

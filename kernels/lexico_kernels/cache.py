@@ -1,14 +1,18 @@
 """What the operations work on: codebooks, a layer's pages, and where requests' tokens live in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, int64, tensor, uint8
 
 from lexico_kernels.layout import MAX_ATOMS, NUM_LEVELS, PARTS, CodeLayout
 
 __all__ = ["PARTS", "Codebook", "LayerCache", "LayerStack", "RequestTables"]
+
+# A power of two; no number of a unit vector leaves e4m3's range, and most are far from its subnormal numbers.
+SCREEN_SCALE = 256.0
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,15 @@ class Codebook:
         mean: [Hk, D] float32, taken off a head's vectors before they are coded.
         stretch: [Hk, D] float32, above 0: what a centred vector is divided by, number by number, before it is coded.
             Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
+        screen: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
+            coefficients with the atoms themselves); or None, and it chooses by the atoms. See `screened`.
     """
 
     atoms: Tensor
     levels: Tensor
     mean: Tensor
     stretch: Tensor
+    screen: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.atoms.ndim == 2:
@@ -47,6 +54,11 @@ class Codebook:
                     f"{name} has shape {list(rows.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
                     "give one row a KV head of this rank"
                 )
+        if self.screen is not None and (self.screen.shape != self.atoms.shape or not self.screen.is_contiguous()):
+            raise ValueError(
+                f"screen of shape {list(self.screen.shape)} beside atoms {list(self.atoms.shape)}; allowed: contiguous "
+                "and of one shape; make it by screened()"
+            )
         if self.stretch.shape != self.mean.shape:
             raise ValueError(
                 f"stretch of {self.stretch.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many; "
@@ -57,6 +69,15 @@ class Codebook:
                 f"atoms of {self.atoms.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many, or one "
                 "that all heads share; slice both to the heads of this rank"
             )
+
+    def screened(self) -> "Codebook":
+        """The same with a screen, for GPUs that multiply e4m3 (`launch.SCREEN_CAPABILITY`)."""
+        return replace(self, screen=(self.atoms.float() * SCREEN_SCALE).to(torch.float8_e4m3fn))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What decodes: atoms, levels, mean and stretch, as kernels take them."""
+        return self.atoms, self.levels, self.mean, self.stretch
 
     @property
     def num_atoms(self) -> int:

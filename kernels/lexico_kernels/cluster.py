@@ -151,7 +151,7 @@ def omp_encode(
         *map(nvrtc.Int64, value.stride()[:2]),
         cache.tail_pages,
         nvrtc.Int64(cache.tail_pages.stride(0)),
-        *(tensor for book in books for tensor in vars(book).values()),
+        *(tensor for book in books for tensor in book.tensors),
         cache.code_pages,
         nvrtc.Int64(cache.code_pages.stride(0)),
         source,

@@ -19,6 +19,7 @@ class PursuitLaunch(NamedTuple):
     atoms: int  # correlated at once
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a thread, so that more tiles share a multiprocessor
 
 
 class ClusterLaunch(NamedTuple):
@@ -50,6 +51,13 @@ PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
     PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
+# Where atoms are chosen by copies of a byte a number: half the memory of a tile's atoms, and half of the traffic.
+SCREENED_PURSUIT = (
+    PursuitLaunch(4096, 16, 128, 4, 3),
+    PursuitLaunch(UNLIMITED, 64, 128, 4, 3, 168),
+)
+SCREEN_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
+SCREEN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)
 
 CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 # Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).
@@ -74,8 +82,12 @@ MERGE = Launch(tile=1, num_warps=4)
 
 
 def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> PursuitLaunch:
-    """The row for that many vectors; atoms of more than 256 bytes are taken in smaller chunks, to fit shared memory."""
-    row = next(row for row in PURSUIT if vectors <= row.max_vectors)
+    """The row for that many vectors; atoms of more than 256 bytes are taken in smaller chunks, to fit shared memory.
+
+    element_bytes: of what vectors are correlated with.
+    """
+    table = SCREENED_PURSUIT if element_bytes == 1 else PURSUIT
+    row = next(row for row in table if vectors <= row.max_vectors)
     return row._replace(atoms=min(row.atoms, 128 * 256 // (padded_dim * element_bytes)))
 
 

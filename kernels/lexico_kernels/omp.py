@@ -91,6 +91,7 @@ def _encode_part(
     levels_ptr,
     mean_ptr,
     stretch_ptr,
+    screen_ptr,
     code_ptr,
     code_page_stride,
     source,
@@ -122,8 +123,9 @@ def _encode_part(
     x = x / tl.load(stretch_ptr + head * D + dims, mask=dims < D, other=1.0)[None, :]
     x, norm = unit_rows(x)
     pursue_tile(
-        x, atoms_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits, N, D, D_PAD, CHUNK
-    )
+        x, atoms_ptr, screen_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits,
+        N, D, D_PAD, CHUNK,
+    )  # fmt: skip
     chosen, coefficients = load_code(chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, S_PAD)
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
     _write_records(head_start, destination % P, coded, chosen, coefficients * norm[:, None], levels_ptr, ADDRESS, CODEC)
@@ -143,10 +145,12 @@ def _omp_encode(
     key_levels_ptr,
     key_mean_ptr,
     key_stretch_ptr,
+    key_screen_ptr,
     value_atoms_ptr,
     value_levels_ptr,
     value_mean_ptr,
     value_stretch_ptr,
+    value_screen_ptr,
     code_ptr,
     code_page_stride,
     source_ptr,
@@ -184,6 +188,7 @@ def _omp_encode(
         _encode_part(
             key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride,
             key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, key_stretch_ptr,
+            key_screen_ptr + head * KEY_STRIDE,
             code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
@@ -192,6 +197,7 @@ def _omp_encode(
         _encode_part(
             value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride,
             value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, value_stretch_ptr,
+            value_screen_ptr + head * VALUE_STRIDE,
             code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
             1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
@@ -271,9 +277,10 @@ def omp_encode(
         _write_exact[grid](*inputs, *outputs, M, **sizes, HK=Hk, TILE=WRITE_EXACT.tile, num_warps=WRITE_EXACT.num_warps)
         return
     S_PAD = triton.next_power_of_2(max(layout.key_sparsity, layout.value_sparsity))
-    launch = pursuit_launch(2 * M * Hk, D_PAD, cache.key.atoms.element_size())
+    screens = [book.atoms if book.screen is None else book.screen for book in (cache.key, cache.value)]
+    launch = pursuit_launch(2 * M * Hk, D_PAD, max(screen.element_size() for screen in screens))
     scratch = [empty(2 * M * Hk * S_PAD, dtype=dtype, device=key.device) for dtype in (int32, float32)]
-    books = (*vars(cache.key).values(), *vars(cache.value).values())
+    books = (*cache.key.tensors, screens[0], *cache.value.tensors, screens[1])
     _omp_encode[(triton.cdiv(M, launch.tile), 2 * Hk)](
         *inputs,
         *books,
@@ -293,4 +300,5 @@ def omp_encode(
         TILE=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
     )

@@ -90,6 +90,8 @@ def _omp_encode_layers(
                 _place(key_levels_ptr, places_ptr, layer, 3),
                 _place(key_mean_ptr, places_ptr, layer, 4),
                 _place(key_stretch_ptr, places_ptr, layer, 5),
+                # Few vectors gain nothing by a screen: they are chosen by the atoms.
+                _place(key_atoms_ptr, places_ptr, layer, 2) + head * KEY_STRIDE,
                 code_ptr, code_page_stride,
                 source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
                 0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
@@ -101,6 +103,8 @@ def _omp_encode_layers(
                 _place(value_levels_ptr, places_ptr, layer, 7),
                 _place(value_mean_ptr, places_ptr, layer, 8),
                 _place(value_stretch_ptr, places_ptr, layer, 9),
+                # Few vectors gain nothing by a screen: they are chosen by the atoms.
+                _place(value_atoms_ptr, places_ptr, layer, 6) + head * VALUE_STRIDE,
                 code_ptr, code_page_stride,
                 source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
                 1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
@@ -130,8 +134,8 @@ def omp_encode_layers(
         layers.places,
         cache.tail_pages,
         cache.code_pages,
-        *vars(cache.key).values(),
-        *vars(cache.value).values(),
+        *cache.key.tensors,
+        *cache.value.tensors,
         cache.tail_pages.stride(0),
         cache.code_pages.stride(0),
         source,

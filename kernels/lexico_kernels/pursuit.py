@@ -13,9 +13,10 @@ from torch import Tensor, empty, float32, int32
 
 from lexico_kernels import layout, reference
 from lexico_kernels.launch import pursuit_launch
-from lexico_kernels.records import load_atoms
+from lexico_kernels.records import FP8_PEAK, load_atoms
 
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a compiler there is no assembly
 
 
 @triton.jit
@@ -30,33 +31,58 @@ def unit_rows(x):
 
 
 @triton.jit
+def _operand(residual, energy, dtype: tl.constexpr):
+    """Residuals as the product with atoms of that dtype takes them; for e4m3 all of one length, within its range."""
+    if dtype == tl.float8e4nv:
+        residual *= (tl.rsqrt(tl.maximum(energy, 1e-30)) * FP8_PEAK)[:, None]
+    return residual.to(dtype)
+
+
+@triton.jit
+def _masked_or(bits, mask, piece):
+    """bits & mask | piece, in one instruction: ptxas makes two of it, which is a third of the work on a correlation."""
+    if INTERPRETED:
+        return bits & mask | piece
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [bits, mask, piece], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _best_atoms(
-    residual, atoms_ptr, value_bits, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr
+    operand,
+    screen_ptr,
+    row_bits,
+    value_bits,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """int32 [TILE]: the atom of the largest |correlation| with each residual; 0 where all are 0.
 
     Floats that are not negative order like integers: with the atom's number in the low bits, one maximum finds both.
     The number comes in three pieces, so that the work on each correlation is one bit operation with a constant and half
     a maximum: chunk and column within eight neighbours are added to the few that are left. `value_bits` says which bits
-    are not the number's, see `value_bits_for`; an argument, since an operation can hold one constant: the piece.
+    are not the number's, see `value_bits_for`. `row_bits` int32 [TILE] are the
+    same, or 0 for rows that take no atom.
     """
     index_mask = value_bits ^ 0x7FFFFFFF
-    TILE: tl.constexpr = residual.shape[0]
+    TILE: tl.constexpr = operand.shape[0]
     OCTETS: tl.constexpr = CHUNK // 8
     dims = tl.arange(0, D_PAD)
     octet, eighth = tl.arange(0, OCTETS), tl.arange(0, 8)
-    operand = residual.to(atoms_ptr.dtype.element_ty)
     best = tl.zeros([TILE, 8], tl.int32)
     for start in tl.range(0, N, CHUNK):
         atoms = start + tl.arange(0, CHUNK)
-        rows = atoms_ptr + atoms[None, :] * D + dims[:, None]
+        rows = screen_ptr + atoms[None, :] * D + dims[:, None]
         if N % CHUNK == 0 and D == D_PAD:
             block = tl.load(rows)
         else:
             block = tl.load(rows, mask=(dims < D)[:, None] & (atoms < N)[None, :], other=0.0)
         correlation = tl.dot(operand, block, input_precision="tf32")
         bits = tl.reshape(correlation.to(tl.int32, bitcast=True), [TILE, OCTETS, 8])
-        packed = (bits & value_bits) | octet[None, :, None]
+        packed = _masked_or(bits, row_bits[:, None, None], octet[None, :, None])
         best = tl.maximum(best, tl.max(packed, 1) | start)
     best = tl.max(best | eighth[None, :] * OCTETS, 1)
     index = best & index_mask
@@ -68,6 +94,7 @@ def _best_atoms(
 def pursue_tile(
     x,
     atoms_ptr,
+    screen_ptr,
     chosen_rows,
     coefficient_rows,
     valid,
@@ -81,6 +108,7 @@ def pursue_tile(
 ):
     """Pursuit of unit vectors x [TILE, D_PAD]; returns their residual, which x minus the code is.
 
+    Atoms are chosen by their copies at screen_ptr, of fewer bits or the same, and solved for as they are at atoms_ptr.
     The code is left in memory, where it is a loop of loads away instead of in registers, which the residual needs:
     chosen_rows and coefficient_rows point to `sparsity` int32 and float32 numbers of each valid vector, atom 0 where
     nothing was chosen. A vector whose residual's energy falls to min_energy takes no more atoms.
@@ -88,13 +116,15 @@ def pursue_tile(
     residual = x
     step = 0
     while step < sparsity:
-        active = tl.sum(residual * residual, 1) > min_energy
-        index = tl.where(active, _best_atoms(residual, atoms_ptr, value_bits, N, D, D_PAD, CHUNK), 0)
+        energy = tl.sum(residual * residual, 1)
+        operand = _operand(residual, energy, screen_ptr.dtype.element_ty)
+        row_bits = tl.where(energy > min_energy, value_bits, 0)
+        index = _best_atoms(operand, screen_ptr, row_bits, value_bits, N, D, D_PAD, CHUNK)
         tl.store(chosen_rows + step, index, mask=valid)
         tl.store(coefficient_rows + step, tl.zeros_like(index).to(tl.float32), mask=valid)
         tl.debug_barrier()  # other threads read the rows
-        # Few atoms share the vector early on, and one sweep is as good as two; in 64 dimensions atoms are more alike.
-        sweeps = (128 // D if D < 128 else 1) + (2 * step >= sparsity).to(tl.int32) + step * 8 // D
+        # What an early sweep leaves the last ones take; in 64 dimensions atoms are more alike.
+        sweeps = (128 // D if D < 128 else 1) + (step + 3 >= sparsity).to(tl.int32) + step * 8 // D
         for visit in range((step + 1) * sweeps):
             at = step - visit % (step + 1)
             atom = load_atoms(atoms_ptr, tl.load(chosen_rows + at, mask=valid, other=0), D, D_PAD)
@@ -171,7 +201,8 @@ def _pursue(
     code = (group * M + row) * sparsity
     chosen_rows, coefficient_rows = index_ptr + code, coefficient_ptr + code
     residual = pursue_tile(
-        x, atoms_ptr, chosen_rows, coefficient_rows, valid, sparsity, min_energy, value_bits, N, D, D_PAD, CHUNK
+        x, atoms_ptr, atoms_ptr, chosen_rows, coefficient_rows, valid, sparsity, min_energy, value_bits,
+        N, D, D_PAD, CHUNK,
     )  # fmt: skip
     chosen, coefficients = load_code(chosen_rows, coefficient_rows, valid, sparsity, S_PAD)
     coefficients = coefficients * norm[:, None]
@@ -227,5 +258,6 @@ def pursue(
         TILE=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
     )
     return index, coefficients, residual

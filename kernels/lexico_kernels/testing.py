@@ -1,7 +1,7 @@
 """For tests and benchmarks: the one tolerance table, and random caches whose every unwritten byte is poison."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,6 +119,11 @@ def poisoned_cache(
         value,
         layout,
     )
+
+
+def screened_cache(cache: LayerCache) -> LayerCache:
+    """The same pages with codebooks that have a screen."""
+    return replace(cache, key=cache.key.screened(), value=cache.value.screened())
 
 
 def random_records(
@@ -240,14 +245,17 @@ def check_encode(
     dtype: torch.dtype = torch.float16,
     atoms: int = 200,
     relative_error: float = 0.0,
+    screened: bool = False,
 ) -> list[LayerCache]:
-    """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first.
+    """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first. screened: codebooks.
 
     Some entries come from the tail, some are skipped. Energies must agree both ways; whatever no entry names must stay
     poison.
     """
     P, pages = layout.block_tokens, 10
     caches = [poisoned_cache(layout, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
+    if screened:
+        caches[1] = screened_cache(caches[1])
     key, value = fused_tokens(count, layout, dtype, device)
     source = torch.arange(count, dtype=torch.int32)
     from_tail = source[::3][: 6 * layout.tail_tokens]

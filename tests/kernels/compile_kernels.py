@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import triton
 from lexico_kernels import CodeLayout, LayerStack, decode, history, omp, omp_layers, pursuit, table_decode, tail
-from lexico_kernels.testing import random_problem
+from lexico_kernels.launch import SCREEN_DIM
+from lexico_kernels.testing import random_problem, screened_cache
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -86,6 +87,8 @@ def main() -> None:
             places = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, places.int(), places)
             omp_layers.omp_encode_layers(LayerStack.of([cache]), places.int(), places)
+            if codec != "exact" and head_dim >= SCREEN_DIM:
+                omp.omp_encode(key, key, screened_cache(cache), places.int(), places)
             if codec == "packed16" and tokens == sizes[-1]:
                 books, levels = cache.key.atoms[:2].contiguous(), torch.zeros(2, 16)
                 vectors = torch.zeros(2, tokens * 8, head_dim)

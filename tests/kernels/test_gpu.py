@@ -10,6 +10,7 @@ from lexico_kernels.testing import (
     poisoned_cache,
     random_problem,
     residual_energy,
+    screened_cache,
 )
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +52,7 @@ def energies(cache, destination, key, value):
 
 @pytest.mark.parametrize("count", [1, 3, 63, P, 5 * P + 1])
 @pytest.mark.parametrize(("codec", "S"), CODES)
-@pytest.mark.parametrize("encode", ["product", "triton"])  # the product's choice may be the cluster kernel
+@pytest.mark.parametrize("encode", ["product", "triton", "screened"])  # the product's may be the cluster kernel
 def test_omp_encode(encode, codec, S, count):
     it = layout(codec, S)
     source = torch.arange(count, device="cuda", dtype=torch.int32)
@@ -60,6 +61,8 @@ def test_omp_encode(encode, codec, S, count):
     # One token has eight vectors, where near ties that fall the other way do not average out: so many draws of few.
     for seed in range(max(1, P // count)):
         caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        if encode == "screened":
+            caches[1] = screened_cache(caches[1])
         key, value = vectors_like_the_dictionary(count, caches[0], seed)
         reference.omp_encode(key, value, caches[0], source, destination)
         (ops if encode == "product" else omp).omp_encode(key, value, caches[1], source, destination)

@@ -11,6 +11,7 @@ from lexico_kernels.testing import (
     poisoned_cache,
     random_problem,
     residual_energy,
+    screened_cache,
 )
 
 P = 32
@@ -76,6 +77,31 @@ def test_omp_encode(codec, count, device):
 )
 def test_omp_encode_shapes(D, S, dtype, atoms, device):
     check_encode(omp.omp_encode, layout(D, 3, S, element_bytes=dtype.itemsize), 21, device, dtype, atoms)
+
+
+@pytest.mark.parametrize(("D", "S", "atoms"), [(64, (5, 4), 200), (128, (7, 3), 130)])
+def test_omp_encode_chooses_by_a_screen(D, S, atoms, device):
+    check_encode(omp.omp_encode, layout(D, 2, S), 33, device, atoms=atoms, screened=True)
+
+
+def test_a_screen_is_what_atoms_are_chosen_by_and_nothing_else(device):
+    """A screen that holds one atom only: all codes are that atom, with the coefficient that the atom itself gives."""
+    it = layout(64, 2, (1, 1))
+    cache = screened_cache(poisoned_cache(it, 3, atoms=40, dtype=DTYPE, device=device))
+    for book in (cache.key, cache.value):
+        book.screen[:, :7], book.screen[:, 8:] = 0, 0
+    key, value = tokens(20, it, device=device)
+    destination = torch.arange(20, device=device) + P
+    omp.omp_encode(key, value, cache, torch.arange(20, device=device, dtype=torch.int32), destination)
+    for part, vectors in (("key", key), ("value", value)):
+        book = cache.codebook(part)
+        centred = (vectors.float() - book.mean) / book.stretch
+        atom = book.atoms[:, 7].float()
+        along = (centred * atom).sum(-1)
+        want = (centred - along[..., None] * atom).square().sum(-1)
+        got = residual_energy(cache, destination, vectors, part).float()
+        # One coefficient's scale in bf16, and its level, near 1 but not at it.
+        assert (got - want <= 0.01 * along.square() + 1e-3 * want).all()
 
 
 def test_omp_encode_stops_early(device):
