@@ -224,7 +224,8 @@ class Study:
         )
         case = {
             "study": name, "model": Path(self.args.model).name, "windows": len(nll), "bytes": size,
-            "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3), "ratio_95_percent": half if math.isfinite(half) else None,
+            "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3),
+            "ratio_95_percent": half if math.isfinite(half) else None,
             "training_vectors": self.store.shape[2] * self.store.shape[3], "passes": self.args.passes,
             "energy_lost": {part: round(share, 5) for part, share in lost.items() if math.isfinite(share)},
         }  # fmt: skip

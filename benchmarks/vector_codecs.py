@@ -85,7 +85,7 @@ class DictionaryCodec(VectorCodec):
     """The engine's own path: `omp_encode` lays vectors into code pages, `reconstruct` reads them back.
 
     dictionary: of the model. device: where vectors will be. key_sparsity, value_sparsity: atoms a vector, 1 to 31.
-    codec: "packed16" or "paper". relative_error: where the pursuit stops early, 0 for never. ValueError as `CodeLayout`.
+    codec: "packed16" or "paper". relative_error: where a pursuit stops early; 0 never does. ValueError as `CodeLayout`.
     """
 
     def __init__(
