@@ -39,19 +39,23 @@ class CodedPerplexity:
         from transformers import AutoModelForCausalLM
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        if sinks < 0 or window < 1 or skip < 0:
-            raise ValueError(
-                f"sinks {sinks}, window {window}, skip {skip}; allowed: sinks and skip from 0, window from 1; "
-                f"16, 128 and 256 are usual"
-            )
-        self.device, self.sinks, self.window, self.skip = torch.device(device), sinks, window, skip
+        if skip < 0:
+            raise ValueError(f"skip {skip}; allowed: from 0; 256 is usual")
+        self.read_raw(sinks, window)
+        self.device, self.skip = torch.device(device), skip
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype, attn_implementation=ATTENTION_NAME)
         self.model = model.to(self.device).eval()
         self._codec: Codec | None = None
-        self._masks: dict[int, Tensor] = {}
         self._check_head()
+
+    def read_raw(self, sinks: int, window: int) -> None:
+        """From now on the first `sinks` and the newest `window` tokens are read as they are; ValueError as above."""
+        if sinks < 0 or window < 1:
+            raise ValueError(f"sinks {sinks}, window {window}; allowed: from 0 and from 1; 16 and 128 are usual")
+        self.sinks, self.window = sinks, window
+        self._masks: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def negative_log_likelihood(self, windows: Tensor, codec: Codec | None = None, batch: int = 1) -> Tensor:

@@ -11,6 +11,7 @@ benchmarks/results/dictionary.jsonl with metrics `perplexity_ratio` and `energy_
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ import torch
 from coded_model import CodedPerplexity, ratio
 from lexico_kernels import PARTS
 from record import RESULTS, record
-from study_codecs import QUANTIZERS, Adapted, ByLayer, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
+from study_codecs import QUANTIZERS, Adapted, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
 from torch import Tensor
-from vector_codecs import RotationCodec, VectorCodec
+from vector_codecs import ByLayer, RotationCodec, VectorCodec
 
 from vllm_lexico.dictionary import ModelFingerprint
 from vllm_lexico.evals.windows import wikitext_windows
@@ -223,9 +224,10 @@ class Study:
         )
         case = {
             "study": name, "model": Path(self.args.model).name, "windows": len(nll), "bytes": size,
-            "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3), "ratio_95_percent": half,
+            "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3),
+            "ratio_95_percent": half if math.isfinite(half) else None,
             "training_vectors": self.store.shape[2] * self.store.shape[3], "passes": self.args.passes,
-            "energy_lost": {part: round(share, 5) for part, share in lost.items()},
+            "energy_lost": {part: round(share, 5) for part, share in lost.items() if math.isfinite(share)},
         }  # fmt: skip
         record("dictionary", case | words, "perplexity_ratio", value, folder=self.args.out)
         return value
@@ -265,7 +267,8 @@ def extras(study: Study, base: Trained) -> None:
     damage(study, base)
     for total in (14, 30):
         split = best_splits(study, base, total)
-        study.score(f"base K and V split by layer, {total} atoms", ByLayer(base, split), split=split)
+        codecs = [StudyCodec(base, dict(zip(PARTS, pair, strict=True))) for pair in split]
+        study.score(f"base K and V split by layer, {total} atoms", ByLayer(codecs), split=split)
 
 
 def damage(study: Study, base: Trained) -> None:

@@ -140,20 +140,6 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-class ByLayer(VectorCodec):
-    """Each layer with its own atoms for K and V."""
-
-    def __init__(self, trained: Trained, split: list[tuple[int, int]]) -> None:
-        super().__init__(trained.means)
-        self.codecs = [StudyCodec(trained, dict(zip(PARTS, pair, strict=True))) for pair in split]
-        self.vector_bytes = {
-            part: round(sum(codec.vector_bytes[part] for codec in self.codecs) / len(split)) for part in PARTS
-        }
-
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        return self.codecs[layer].read_back(layer, part, vectors)
-
-
 class Thresholded(StudyCodec):
     """As many atoms as the relative error asks for, up to 31; `vector_bytes` follows what was used."""
 

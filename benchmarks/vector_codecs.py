@@ -7,12 +7,13 @@ shape and dtype. It adds up the energy that this loses, by layer and part.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from lexico_kernels import ops
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
-from lexico_kernels.layout import PARTS, SCALE_BYTES, CodeLayout
+from lexico_kernels.layout import ENTRY_BYTES, LEVEL_BITS, PARTS, SCALE_BYTES, CodeLayout
 from torch import Tensor
 
 from vllm_lexico.dictionary import Dictionary
@@ -30,7 +31,7 @@ class VectorCodec:
         lost, energy: float64 [layers, 2], squared error and centred energy of all vectors so far.
     """
 
-    vector_bytes: dict[str, int]
+    vector_bytes: Mapping[str, float]
 
     def __init__(self, means: Tensor) -> None:
         self.means = means.float()
@@ -84,7 +85,7 @@ class DictionaryCodec(VectorCodec):
     """The engine's own path: `omp_encode` lays vectors into code pages, `reconstruct` reads them back.
 
     dictionary: of the model. device: where vectors will be. key_sparsity, value_sparsity: atoms a vector, 1 to 31.
-    codec: "packed16" or "paper". ValueError as `CodeLayout`.
+    codec: "packed16" or "paper". relative_error: where a pursuit stops early; 0 never does. ValueError as `CodeLayout`.
     """
 
     def __init__(
@@ -94,10 +95,11 @@ class DictionaryCodec(VectorCodec):
         key_sparsity: int,
         value_sparsity: int,
         codec: str = "packed16",
+        relative_error: float = 0.0,
     ) -> None:
         super().__init__(dictionary_means(dictionary, device))
         shape = dictionary.info.fingerprint
-        self.dictionary, self.device = dictionary, device
+        self.dictionary, self.device, self.relative_error = dictionary, device, relative_error
         self.layout = CodeLayout(shape.head_dim, shape.num_kv_heads, key_sparsity, value_sparsity, codec)
         self.vector_bytes = {part: self.layout.part_bytes(part) for part in PARTS}
         self._books: dict[tuple[int, str, torch.dtype], Codebook] = {}
@@ -115,7 +117,8 @@ class DictionaryCodec(VectorCodec):
         pages, book = self._pages_for(part, half, vectors.dtype), self._book(layer, part, vectors.dtype)
         cache = LayerCache(pages.code_pages, pages.tail_pages, book, book, pages.layout)
         source = torch.arange(half, dtype=torch.int32, device=vectors.device)
-        ops.omp_encode(vectors[:half], vectors[-half:], cache, source, source.long() + pages.layout.block_tokens)
+        destination = source.long() + pages.layout.block_tokens
+        ops.omp_encode(vectors[:half], vectors[-half:], cache, source, destination, relative_error=self.relative_error)
         ops.reconstruct(cache, pages.tables, torch.zeros_like(source), source, read[:half], read[-half:])
         return read
 
@@ -133,6 +136,54 @@ class DictionaryCodec(VectorCodec):
             sparsity = self.layout.sparsity(part)
             self._books[name] = self.dictionary.codebook(layer, part, sparsity, device=self.device, dtype=dtype)
         return self._books[name]
+
+
+class CountingCodec(DictionaryCodec):
+    """A "packed16" codec that counts the atoms its codes have; a page gives each code room for its sparsity.
+
+    used: int64, entries of an atom so far. coded: codes that they are of.
+    """
+
+    coded = 0
+    used: Tensor | int = 0
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        read = super().read_back(layer, part, vectors)
+        half = -(-len(vectors) // 2)
+        if half:
+            entries = self._entries(self._pages[part], half)
+            # An entry without an atom is that of atom 0, whatever its level.
+            self.used = self.used + (entries & -(1 << LEVEL_BITS) != 0).sum()
+            self.coded += entries[..., 0].numel()
+        return read
+
+    def mean_atoms(self) -> float:
+        """Atoms a vector; nan before the first."""
+        return float(self.used) / self.coded if self.coded else math.nan
+
+    def mean_bytes(self) -> float:
+        """What a vector would take if a code had no more room than its atoms need."""
+        return SCALE_BYTES + ENTRY_BYTES * self.mean_atoms()
+
+    def _entries(self, pages: _Pages, tokens: int) -> Tensor:
+        """int16 [tokens, Hk, 2, S]: entries of the pages' first tokens, in both places of the page."""
+        layout = pages.layout
+        records = pages.code_pages.view(torch.int16)[1:, : layout.num_kv_heads * layout.head_bytes // ENTRY_BYTES]
+        width = layout.key_bytes // ENTRY_BYTES
+        by_token = records.unflatten(1, (layout.num_kv_heads, 2, layout.block_tokens, width)).movedim(3, 1)
+        return by_token.flatten(0, 1)[:tokens, ..., width - layout.key_sparsity :]
+
+
+class ByLayer(VectorCodec):
+    """A codec of its own for each layer; `vector_bytes` is the mean."""
+
+    def __init__(self, codecs: Sequence[VectorCodec]) -> None:
+        super().__init__(codecs[0].means)
+        self.codecs = codecs
+        self.vector_bytes = {part: sum(own.vector_bytes[part] for own in codecs) / len(codecs) for part in PARTS}
+
+    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+        return self.codecs[layer].read_back(layer, part, vectors)
 
 
 class RotationCodec(VectorCodec):

@@ -71,8 +71,8 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
     for family, found in families.items():
         colour, marker = LOOKS_OF.get(family) or next(spare)
         # A line joins a family's caches by their bytes; those with options are variants of one and stand alone.
-        _mark(axes, [point for point in found if "+" not in point["name"]], "-", colour, marker)
-        _mark(axes, [point for point in found if "+" in point["name"]], "", colour, marker)
+        mark(axes, [point for point in found if "+" not in point["name"]], "-", colour, marker)
+        mark(axes, [point for point in found if "+" in point["name"]], "", colour, marker)
         for point in found:
             if point["held"]:
                 axes.plot([point["x"], point["held"]], [point["y"]] * 2, color=colour, linewidth=0.7, alpha=0.6)
@@ -81,10 +81,7 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
         if family == "bf16":
             axes.axhline(found[0]["y"], color=colour, linewidth=0.9, linestyle=":")
         xs += [x for point in found for x in (point["x"], point["held"]) if x]
-    axes.set_xscale("log")
-    ticks = [tick for tick in TICKS if 0.8 * min(xs) <= tick <= 1.25 * max(xs)] or [round(xs[0], 2)]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xticks([], minor=True)
+    scale_bytes(axes, xs)
     axes.set(title=title, xlabel="bytes a token, % of 16 bits (logarithmic)")
     axes.set_ylabel(label + (" (axis turned: up is better)" if less_is_better else ""))
     axes.margins(x=0.12, y=0.15)
@@ -92,11 +89,19 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
         axes.invert_yaxis()
 
 
-def _mark(axes: Any, found: list[dict[str, Any]], line: str, colour: str, marker: str) -> None:
-    """Points with their intervals, joined by a line from few to many bytes."""
+def scale_bytes(axes: Any, xs: list[float]) -> None:
+    """A logarithmic axis of percentages with ticks that are easy to read. xs: what it shows."""
+    axes.set_xscale("log")
+    ticks: list[float] = [tick for tick in TICKS if 0.8 * min(xs) <= tick <= 1.25 * max(xs)] or [round(xs[0], 2)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def mark(axes: Any, found: list[dict[str, Any]], line: str, colour: str, marker: str, label: str | None = None) -> None:
+    """Points (x, y, bars) with their intervals, joined by a line in the order of x."""
     found = sorted(found, key=lambda point: point["x"])
     x, y = [point["x"] for point in found], [point["y"] for point in found]
     below = [max(point["y"] - point["bars"][0], 0) for point in found]
     above = [max(point["bars"][1] - point["y"], 0) for point in found]
     style = {"linestyle": line, "linewidth": 1.4, "elinewidth": 1.2, "capsize": 3}
-    axes.errorbar(x, y, [below, above], color=colour, marker=marker, **style)
+    axes.errorbar(x, y, [below, above], color=colour, marker=marker, label=label, **style)
