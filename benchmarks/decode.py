@@ -19,7 +19,7 @@ from functools import partial
 import decode_peers as peers
 import lexico_kernels as kernels
 import torch
-from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
+from lexico_kernels import CodeLayout, LayerCache, RequestTables, order, reference
 from lexico_kernels.testing import random_codebook
 from lexico_kernels.timing import graph_milliseconds
 from record import record
@@ -97,6 +97,9 @@ class Step:
         key, value = (random_codebook(ATOMS, layout, generator, torch.device(device), DTYPE) for _ in range(2))
         for book in (key, value):
             book.mean.zero_()  # bf16 keys with large means, as some models have, would make the peer's error larger
+        cache = LayerCache(codes, tail, key, value, layout)
+        if order.takes(cache):  # as `omp_encode` leaves them
+            order.order_entries(cache, torch.arange(BLOCK_TOKENS, len(codes) * BLOCK_TOKENS, device=device))
         tables = RequestTables(
             table.to(device),
             tail_table.to(device),
@@ -104,7 +107,7 @@ class Step:
         )
         return cls(
             torch.randn(batch, case.heads, case.head_dim, device=device).to(DTYPE),
-            LayerCache(codes, tail, key, value, layout),
+            cache,
             tables,
             torch.arange(batch, dtype=torch.int32, device=device),
             torch.full((batch,), context, dtype=torch.int32, device=device),

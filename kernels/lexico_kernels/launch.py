@@ -118,6 +118,8 @@ class TableMatmul(NamedTuple):
     table_tile: int  # atoms
     bins_tile: int  # atoms
     chunk: int  # atoms that one program goes through
+    long_chunk: int  # the same where contexts may have as many parts as this or more: they come with small batches
+    long_parts: int
     parts_at_once: int
     num_warps: int
     bins_warps: int
@@ -137,7 +139,16 @@ TABLE_ATTEND = (
     TableLaunch(max_group=8, threads=512, lookup=0, max_blocks=1),
 )
 TABLE_MATMUL = TableMatmul(
-    columns=32, bins_columns=16, table_tile=128, bins_tile=64, chunk=256, parts_at_once=4, num_warps=4, bins_warps=4
+    columns=32,
+    bins_columns=16,
+    table_tile=128,
+    bins_tile=64,
+    chunk=256,
+    long_chunk=128,
+    long_parts=20,
+    parts_at_once=4,
+    num_warps=4,
+    bins_warps=4,
 )
 TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
 TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone

@@ -216,7 +216,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         COLUMNS=columns,
         PARTS_PAD=triton.next_power_of_2(shape.max_parts),
         PARTS_AT_ONCE=TABLE_MATMUL.parts_at_once,
-        CHUNK=TABLE_MATMUL.chunk,
+        CHUNK=shape.chunk,
         TILE=TABLE_MATMUL.bins_tile,
         num_warps=TABLE_MATMUL.bins_warps,
     )

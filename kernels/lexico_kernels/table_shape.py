@@ -59,9 +59,14 @@ class Shape:
         return power_of_two(self.group)
 
     @property
+    def chunk(self) -> int:
+        """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
+        return TABLE_MATMUL.long_chunk if self.max_parts >= TABLE_MATMUL.long_parts else TABLE_MATMUL.chunk
+
+    @property
     def chunks(self) -> int:
         """Shares of the atoms that `multiply_bins` takes apart."""
-        return divide_up(self.value_atoms, TABLE_MATMUL.chunk)
+        return divide_up(self.value_atoms, self.chunk)
 
     def scratch(self) -> dict[str, tuple[int, torch.dtype]]:
         """Numbers that a token needs of each buffer, and their type."""
