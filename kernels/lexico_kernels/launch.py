@@ -54,7 +54,7 @@ PURSUIT = (
 # Where atoms are chosen by copies of a byte a number: half the memory of a tile's atoms, and half of the traffic.
 SCREENED_PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
-    PursuitLaunch(UNLIMITED, 64, 128, 4, 3, 168),
+    PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
 SCREEN_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
 SCREEN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)

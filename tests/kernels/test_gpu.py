@@ -86,13 +86,16 @@ def test_omp_encode(encode, codec, S, count):
 )
 def test_omp_encode_shapes(head_dim, atoms, S, dtype):
     it = layout("packed16", S, dtype, Hk=2, head_dim=head_dim)
-    caches = [poisoned_cache(it, 4, atoms=atoms, dtype=dtype, device="cuda") for _ in range(2)]
-    key, value = vectors_like_the_dictionary(200, caches[0])
-    source, destination = torch.arange(200, device="cuda", dtype=torch.int32), torch.arange(200, device="cuda") + P
-    reference.omp_encode(key, value, caches[0], source, destination)
-    ops.omp_encode(key, value, caches[1], source, destination)
-    want, got = (energies(cache, destination, key, value) for cache in caches)
-    assert all(mine <= OMP_ENERGY_RATIO["many"] * twins for mine, twins in zip(got, want, strict=True)), (got, want)
+    for count in (200, 4000):  # by clusters where there are some, and by Triton
+        caches = [poisoned_cache(it, 2 + count // P, atoms=atoms, dtype=dtype, device="cuda") for _ in range(2)]
+        key, value = vectors_like_the_dictionary(count, caches[0])
+        source = torch.arange(count, device="cuda", dtype=torch.int32)
+        destination = torch.arange(count, device="cuda") + P
+        reference.omp_encode(key, value, caches[0], source, destination)
+        ops.omp_encode(key, value, caches[1], source, destination)
+        want, got = (torch.tensor(energies(cache, destination, key, value)) for cache in caches)
+        # Of 400 vectors a part, near ties that fall the other way move the energy by 1.5 % up or down; of all, by less.
+        assert got.sum() <= OMP_ENERGY_RATIO["many" if count > 1000 else "few"] * want.sum(), (got, want)
 
 
 def test_a_vector_has_the_same_code_alone_and_among_many():
@@ -212,13 +215,17 @@ def test_decode_through_tables_of_any_scale(peak):
     views = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")]
     values = (peak * torch.rand(views[0].shape[:-1], device="cuda")).bfloat16()
     views[0].copy_(values[..., None].view(torch.uint8))
-    query = torch.randn(1, HQ, D, device="cuda", dtype=torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(1, HQ, D, generator=generator, device="cuda").bfloat16()
     args = (problem.cache, problem.tables, cuda([0]), cuda([6000]))
-    for size in (0.0, 1.0, 100.0):
-        want, want_lse = reference.sparse_decode(size * query, *args, scale=SCALE)
-        out, lse = table_decode.sparse_decode(size * query, *args, scale=SCALE)
+    key = reference.history(problem.cache, problem.tables, 0, cuda([3000]))[0]
+    towards_one = 100 * torch.nn.functional.normalize(key, dim=-1).repeat_interleave(HQ // HK, 1).bfloat16()
+    for some in (0 * query, query, towards_one):
+        want, want_lse = reference.sparse_decode(some, *args, scale=SCALE)
+        out, lse = table_decode.sparse_decode(some, *args, scale=SCALE)
         assert_close(out, want, "attention", torch.bfloat16)
-        assert_close(lse / max(size, 1), want_lse / max(size, 1), "lse", torch.bfloat16)
+        size = max(1.0, float(want_lse.abs().max()) / 20)
+        assert_close(lse / size, want_lse / size, "lse", torch.bfloat16)
 
 
 @pytest.mark.parametrize("group", [4, 6])

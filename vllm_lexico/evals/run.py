@@ -73,6 +73,7 @@ def run_evaluation(
         print(f"{kept} of {len(caches) * len(tasks)} results are in {out} already and are kept", file=sys.stderr)
     failures: dict[str, str] = {}
     running: list[Running] = []
+    shown = ""
     # Ended from outside, it must end its processes too: each is in a session of its own and would run on.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tqdm(total=len(caches) * len(tasks), initial=kept, unit="result", smoothing=0) as bar:
@@ -95,8 +96,9 @@ def run_evaluation(
                     if waiting or running:
                         write_summary(out)
                 words = "; ".join(map(_describe, running))
-                if words != bar.postfix:
+                if words != shown:
                     bar.set_postfix_str(words)
+                    shown = words
                 elif sys.stderr.isatty():
                     bar.refresh()  # the clock; a file would only grow
         finally:
