@@ -21,7 +21,7 @@ from lexico_kernels.launch import TABLE, TABLE_MATMUL, TABLE_TAIL, table_launch
 from lexico_kernels.table_shape import Shape, constants, shape_for, shared_bytes
 
 LOG2_E = 1.4426950408889634
-FILES = ("table_records.cu", "table_decode.cu")
+FILES = ("table_primitives.cu", "table_records.cu", "table_decode.cu")
 DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -1,10 +1,15 @@
-"""The decode path through tables: its Triton steps against the twin, with the CUDA C++ step in torch where there is no
-GPU, and that step's compilation."""
+"""The decode path through tables against the twin, and the compilation of its step in CUDA C++."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from lexico_kernels import CodeLayout, nvrtc, reference, table_decode, table_shape
-from lexico_kernels.launch import TABLE_ATTEND, TABLE_MATMUL
+from lexico_kernels.launch import TABLE, TABLE_ATTEND, TABLE_MATMUL, table_launch
 from lexico_kernels.testing import assert_close, random_problem
 
 P = 32
@@ -13,55 +18,67 @@ SHARED_BYTES = 232448  # of a thread block on sm_90
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
 
 
-def attend_codes_in_torch(shape, scratch, cache, tables, token_request):
-    """What the CUDA C++ kernel leaves in the scratch memory, in float32 and without fixed point."""
-    T, H, row, group, layout = len(token_request), shape.blocks, shape.row, shape.group, cache.layout
-    plan = scratch["plan"].view(-1, 4)[:T].tolist()
-    table = scratch["table"][: T * H * shape.key_atoms * row].view(T, H, shape.key_atoms, row).float()
-    query_scale = scratch["query_scale"].view(-1, H, row)
-    bins = scratch["bins"][: T * H * shape.max_parts * group * shape.value_atoms]
-    bins = bins.view(T, H, shape.max_parts, group, shape.value_atoms)
-    stats = scratch["stats"][: 3 * T * H * shape.max_parts * row].view(3, T, H, shape.max_parts, row)
-    scratch["bins"].fill_(torch.nan)
-    scratch["stats"].fill_(torch.nan)
-    for t, (first, end, span, parts) in enumerate(plan):
-        for part in range(parts):
-            start = first // 32 * 32 + part * span
-            at = torch.arange(max(first, start), min(end, start + span))
-            pages = tables.block_table[token_request[t]][at // layout.block_tokens].long()
-            for h in range(H):
-                decoded = []
-                for name in ("key", "value"):
-                    views = dict(reference.field_views(cache.code_pages, layout, name))
-                    scale, entries = (
-                        view[pages, h // shape.head_groups, at % layout.block_tokens].contiguous()
-                        for view in views.values()
-                    )
-                    entries = entries.view(torch.int16).int() & 0xFFFF
-                    coefficients = cache.codebook(name).levels[entries & 15] * scale.view(torch.bfloat16).float()
-                    decoded.append(((entries >> 4).long(), coefficients))
-                (key_atoms, keys), (value_atoms, values) = decoded
-                scores = torch.einsum("ns,nsg->ng", keys, table[t, h][key_atoms]) * query_scale[t, h]
-                top = scores[:, :group].amax(0)
-                weights = torch.exp2(scores[:, :group] - top)
-                added = torch.zeros(shape.value_atoms, group)
-                amounts = values[:, :, None] * weights[:, None]
-                added.index_add_(0, value_atoms.flatten(), amounts.flatten(0, 1))
-                unit = added.abs().amax(0).clamp(min=1e-30) / 3e4
-                bins[t, h, part] = (added / unit).half().T
-                stats[:, t, h, part, :group] = torch.stack((top, weights.sum(0), unit))
+class OnCpu:
+    """`attend_codes` as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before."""
+
+    def __init__(self, shape, page_alignment, folder):
+        launch = table_decode.table_launch(shape.group)
+        self.shared = table_shape.shared_bytes(launch, shape.group, shape.key_atoms, shape.value_atoms)
+        macros = table_shape.constants(shape, launch, page_alignment, SHARED_BYTES)
+        source, path = folder / "source.cu", folder / "kernel.so"
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in table_decode.FILES[1:]))
+        flags = [f"-D{name}={value}" for name, value in macros.items()]
+        flags += [
+            f'-DSOURCE="{source}"',
+            "-DHALF=1",
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-U_FORTIFY_SOURCE",
+            "-shared",
+            "-fPIC",
+        ]
+        subprocess.run(["g++", *flags, Path(__file__).parent / "table_decode_on_cpu.cpp", "-o", path], check=True)
+        self.library = ctypes.CDLL(str(path))
+
+    def launch(self, grid, threads, *arguments):
+        bins, stats = arguments[-3:-1]
+        bins.fill_(torch.nan)
+        stats.fill_(torch.nan)
+        kinds = {
+            torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
+            nvrtc.Int64: ctypes.c_longlong,
+            int: ctypes.c_int,
+        }
+        self.library.launch(*grid[:2], self.shared, *(kinds[type(each)](each) for each in arguments))
+
+
+@pytest.fixture(scope="module")
+def kernels_on_cpu(tmp_path_factory):
+    """A kernel for each shape, built once."""
+    return functools.cache(lambda shape, alignment, _: OnCpu(shape, alignment, tmp_path_factory.mktemp("table")))
 
 
 @pytest.fixture
-def on_any_device(monkeypatch, device):
-    if device == "cpu":
-        monkeypatch.setattr(table_decode, "attend_codes", attend_codes_in_torch)
-        monkeypatch.setattr(table_decode, "shared_limit_bytes", lambda _: SHARED_BYTES)
+def on_any_device(monkeypatch, device, kernels_on_cpu):
+    """The whole path on a GPU; on a CPU its steps in Triton by the interpreter, with blocks of 64 threads."""
+    if device != "cpu":
+        return
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    for module in (table_shape, table_decode):
+        monkeypatch.setattr(module, "table_launch", lambda group: table_launch(group)._replace(threads=64))
+        monkeypatch.setattr(module, "TABLE", TABLE._replace(span=256, short_tokens=256, short_span=256))
+    monkeypatch.setattr(table_decode, "kernel_for", kernels_on_cpu)
+    monkeypatch.setattr(table_decode, "shared_limit_bytes", lambda _: SHARED_BYTES)
+    table_shape.shape_for.cache_clear()
+    yield
+    table_shape.shape_for.cache_clear()
 
 
 def short_spans(monkeypatch):
-    """So that small contexts have several parts; a multiple of the threads is needed on a GPU only."""
-    spans = table_shape.TABLE._replace(span=64, short_tokens=64, short_span=32)
+    """So that small contexts have several parts; a multiple of the threads."""
+    spans = table_shape.TABLE._replace(span=64, short_tokens=64, short_span=64)
     for module in (table_shape, table_decode):
         monkeypatch.setattr(module, "TABLE", spans)
     table_shape.shape_for.cache_clear()
@@ -101,6 +118,22 @@ def test_several_parts(device, on_any_device, monkeypatch):
     problem = random_problem(layout(), lengths, atoms=64, device=device, raw_tokens=40)
     check(problem, range(3), lengths, 4, device)
     table_shape.shape_for.cache_clear()
+
+
+def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
+    """They all name the null atom, whose bin could overflow and come out as infinity."""
+    problem = random_problem(layout(S=(5, 15)), [63, 40], atoms=64, device=device, sink_pages=0, raw_tokens=0)
+    views = reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")
+    views[1][1].view(torch.int16)[..., 2:] = 0
+    bins, multiply = [], table_decode.multiply_bins
+
+    def watched(shape, scratch, *rest):
+        bins.append(scratch["bins"].view(-1, shape.value_atoms)[:, 0].clone())
+        multiply(shape, scratch, *rest)
+
+    monkeypatch.setattr(table_decode, "multiply_bins", watched)
+    check(problem, range(2), [63, 40], 8, device)
+    assert len(bins) == 1 and not bins[0].any()
 
 
 @pytest.mark.parametrize(("D", "S"), [(128, (7, 3)), (96, (4, 15))])

@@ -36,27 +36,16 @@ constexpr float WEIGHT_UNIT = 1.0f / 32768;
 
 // Sums of level times table row of a record, for each head.
 template <int S>
-__device__ void table_sums(const Levels& levels, const Record<S>& record, u32 table, float (&sum)[GROUP]) {
+__device__ void table_sums(const Levels& levels, const Record<S>& record, Shared table, float (&sum)[GROUP]) {
   u32 level[S];
   find_levels<S, true>(levels, record, level);
   constexpr int PAIRS = (ROW + 1) / 2;
   u32 acc[2][PAIRS] = {};  // two chains: half the rounding, and half the waiting
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 at = table + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
+    const Shared at = table + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
     u32 row[PAIRS];
-    if constexpr (ROW == 1) {
-      u16 one;
-      asm("ld.shared.u16 %0, [%1];" : "=h"(one) : "r"(at));
-      row[0] = one;
-    } else if constexpr (ROW == 2) {
-      asm("ld.shared.u32 %0, [%1];" : "=r"(row[0]) : "r"(at));
-    } else if constexpr (ROW == 4) {
-      asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(row[0]), "=r"(row[1]) : "r"(at));
-    } else {
-      asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-          : "=r"(row[0]), "=r"(row[1]), "=r"(row[2]), "=r"(row[3]) : "r"(at));
-    }
+    load_halves<ROW>(row, at);
 #pragma unroll
     for (int p = 0; p < (GROUP + 1) / 2; p++) acc[i & 1][p] = multiply_add_halves(row[p], level[i], acc[i & 1][p]);
   }
@@ -70,7 +59,7 @@ __device__ int bin_of(int atom, int g) {
 
 // Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of atom 0's bin for each.
 template <int S>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const u32 (&bins)[GROUP],
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[GROUP],
                             const int (&weight)[GROUP]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
@@ -80,7 +69,7 @@ __device__ void add_to_bins(const Levels& levels, const Record<S>& record, const
 #pragma unroll
     for (int h = 0; h < GROUP; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
-      asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(bins[h] + offset), "r"(amount) : "memory");
+      add_shared(bins[h] + offset, amount);
     }
   }
 }
@@ -133,9 +122,7 @@ __device__ ValueRecord load_value(const Tokens& tokens, int index) {
 }
 
 __device__ u32 load_value_scale(const Tokens& tokens, int index) {
-  u16 bits;
-  asm("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES)));
-  return bits;
+  return load_half_once(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
 }
 
 // A token's weights, as ROW halves.
@@ -194,7 +181,7 @@ __device__ void rotate_heads(int (&value)[GROUP], int lane) {
 
 // Add a token to the bins. weight: its row of weights.
 __device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
-                          const float (&scale)[GROUP], const u32 (&bins)[GROUP]) {
+                          const float (&scale)[GROUP], const Shared (&bins)[GROUP]) {
   float weight[ROW];
   load_weights(weight_row, weight);
   int fixed[GROUP];
@@ -229,16 +216,12 @@ __device__ void store_bins(const int* bins, char* out) {
 __device__ void start_table(char* to, const char* from) {
   constexpr int BYTES = KEY_ATOMS * ROW * 2;
   if constexpr (BYTES % 16 == 0) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    for (int i = threadIdx.x * 16; i < BYTES; i += THREADS * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + i), "l"(from + i) : "memory");
-    }
+    const Shared address = shared_address(to);
+    for (int i = threadIdx.x * 16; i < BYTES; i += THREADS * 16) start_copy(address + i, from + i);
   } else {
     for (int i = threadIdx.x; i < BYTES / 2; i += THREADS) ((u16*)to)[i] = ((const u16*)from)[i];
   }
 }
-
-__device__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
 // table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
@@ -248,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
                  const char* code_pages, long long page_stride, const char* table, const float* query_scale,
                  const float* key_levels, const float* value_levels, char* bins_out, float* stats, int blocks_a_token) {
-  extern __shared__ __align__(16) char memory[];
+  SHARED_MEMORY(memory);
   __shared__ u32 level_words[2][NUM_LEVELS];
   __shared__ float scratch[WARPS * REDUCED];
   __shared__ const char* pages[MAX_PAGES];
@@ -295,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   float& largest_scale = top[GROUP];  // of the values, found in the same reduction
   largest_scale = 0;
-  const u32 table_at = (u32)__cvta_generic_to_shared(memory), bins_at = (u32)__cvta_generic_to_shared(bins);
+  const Shared table_at = shared_address(memory), bins_at = shared_address(bins);
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
@@ -324,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
   keep_levels(levels, level_words[1]);
-  u32 own_bins[GROUP];
+  Shared own_bins[GROUP];
 #pragma unroll
   for (int h = 0; h < GROUP; h++) {
     own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h));

@@ -3,10 +3,6 @@
 //
 // Macro: LOOKUP of levels, see below.
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
 enum { FROM_SHARED = 0, FROM_BYTES = 1 };  // where an entry's level is looked up
 
 constexpr int NUM_LEVELS = 16;
@@ -25,22 +21,9 @@ template <int ALIGN, int S>
 __device__ Record<S> load_record(const char* at) {
   Record<S> record;
   constexpr int BYTES = Record<S>::BYTES;
-  if constexpr (ALIGN == 16) {
+  if constexpr (ALIGN >= 4) {
 #pragma unroll
-    for (int i = 0; i < BYTES / 16; i++) {
-      u32* w = record.word + 4 * i;
-      asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-          : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at + 16 * i));
-    }
-  } else if constexpr (ALIGN == 8) {
-#pragma unroll
-    for (int i = 0; i < BYTES / 8; i++) {
-      u32* w = record.word + 2 * i;
-      asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at + 8 * i));
-    }
-  } else if constexpr (ALIGN == 4) {
-#pragma unroll
-    for (int i = 0; i < BYTES / 4; i++) asm("ld.global.nc.u32 %0, [%1];" : "=r"(record.word[i]) : "l"(at + 4 * i));
+    for (int i = 0; i < BYTES / ALIGN; i++) load_once<ALIGN>(record.word + ALIGN / 4 * i, at + ALIGN * i);
   } else {
 #pragma unroll
     for (int i = 0; i < BYTES / 2; i++) {
@@ -49,30 +32,6 @@ __device__ Record<S> load_record(const char* at) {
     }
   }
   return record;
-}
-
-__device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
-  u32 out;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-  return out;
-}
-
-__device__ float half_to_float(u32 pair, int which) {
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"((u16)(which ? pair >> 16 : pair & 0xffff)));
-  return out;
-}
-
-__device__ u32 floats_to_halves(float low, float high) {
-  u32 out;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
-
-__device__ float power_of_two(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
 }
 
 // Entry i of a record (0 .. S - 1) as it lies in the low half of a word; the halfword before entry 0 is the scale.
@@ -95,7 +54,7 @@ __device__ u32 row_offset(u32 entry) {
 
 // Sixteen levels of 16 bits: in shared memory a word each, or as bytes that instructions select from.
 struct Levels {
-  u32 shared;  // address of 16 words
+  Shared shared;  // 16 words
   u32 low[4], high[4];
 };
 
@@ -135,13 +94,13 @@ __device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (
 #pragma unroll
     for (int i = 0; i < S; i++) {
       const u32 entry = entry_of(record, i);
-      asm("ld.shared.u32 %0, [%1];" : "=r"(out[i]) : "r"(levels.shared + (entry & 15) * 4));
+      out[i] = load_shared(levels.shared + (entry & 15) * 4);
     }
   }
 }
 
 __device__ void keep_levels(Levels& levels, u32* words) {
-  levels.shared = (u32)__cvta_generic_to_shared(words);
+  levels.shared = shared_address(words);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 a = words[4 * i], b = words[4 * i + 1], c = words[4 * i + 2], d = words[4 * i + 3];
