@@ -62,7 +62,6 @@ class LayerLearners:
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers * 2, Hk, D]
         self.stretch = torch.zeros(0)  # the same, see `Codebook`
-        self.stretch = torch.ones(1, 1, 1)  # float32, the same shape or one that broadcasts to it
         self.scale = torch.zeros(0)  # float32 [layers * 2], root of a vector's mean energy
         self.losses: list[float] = []  # held-out, mean of all, by round
 
