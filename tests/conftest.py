@@ -54,6 +54,26 @@ def load_benchmark() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
+def write_letters_model() -> Callable[..., Path]:
+    """Write a random Llama of heads of 16, with the sizes given, and a tokenizer that knows single letters."""
+
+    def write(folder: Path, **sizes: int) -> Path:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=64, head_dim=16, bos_token_id=0, eos_token_id=1, initializer_range=0.3, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer = Tokenizer(models.WordLevel({chr(97 + at): at + 2 for at in range(26)} | {"?": 1}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def smollm2(pytestconfig: pytest.Config) -> Path:
     """A checkpoint of SmolLM2-135M-Instruct: the quickstart's, fetched by the same command."""
     if given := pytestconfig.getoption("--smollm2"):
