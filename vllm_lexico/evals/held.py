@@ -45,10 +45,15 @@ class PoolMeter:
 
 
 def block_bytes(kv_cache_config: Any) -> int:
-    """Bytes of one block of the pool, whichever group has it: of the allocation itself, since layers of a group may
-    have pages of unlike sizes, as TurboQuant's do."""
-    allocation = max(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-    return allocation // kv_cache_config.num_blocks
+    """Bytes of one block of the pool. Groups of layers overlay each other: a block belongs to one of them at a time."""
+    return max(_group_bytes(group) for group in kv_cache_config.kv_cache_groups)
+
+
+def _group_bytes(group: Any) -> int:
+    """Bytes of a group's page in all of its layers."""
+    spec = group.kv_cache_spec
+    whole = hasattr(spec, "kv_cache_specs")  # layers of unlike sizes: their spec has the sum already
+    return spec.page_size_bytes * (1 if whole else len(group.layer_names))
 
 
 def token_bytes(kv_cache_config: Any) -> float:
