@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from lexico_kernels import CodeLayout
+from lexico_kernels.layout import GROUP_TOKENS
 
 from vllm_lexico import refusals
 from vllm_lexico.config import TRAIN, LexicoConfig
 from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
 from vllm_lexico.first_start import find_or_train
-from vllm_lexico.plan import GROUP_TOKENS, MAX_WAITING_TOKENS
+from vllm_lexico.plan import MAX_WAITING_TOKENS
 
 
 @dataclass(frozen=True)

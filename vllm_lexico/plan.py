@@ -6,11 +6,9 @@ B requests, T tokens of the batch (both may be padded), P tokens a code page, R 
 from __future__ import annotations
 
 import torch
+from lexico_kernels.layout import GROUP_TOKENS
 from torch import Tensor
 
-# Tokens coded at a time: aligned groups of this many, so that in decode a launch has enough vectors to fill the device
-# while no step has to code a whole block. Divides every block size.
-GROUP_TOKENS = 32
 # A step leaves at most this many tokens to be coded that it could have coded: a group that waits, and one not complete.
 MAX_WAITING_TOKENS = 2 * GROUP_TOKENS - 1
 SKIPPED = -1

@@ -19,7 +19,6 @@ class PursuitLaunch(NamedTuple):
     atoms: int  # correlated at once
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # a thread, so that more tiles share a multiprocessor
 
 
 class ClusterLaunch(NamedTuple):
@@ -40,19 +39,10 @@ class LayersLaunch(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def chunk(self, padded_dim: int, element_bytes: int) -> int:
-        """Atoms correlated at once; fewer if they have more than 256 bytes, to fit shared memory."""
-        return min(self.atoms, 128 * 256 // (padded_dim * element_bytes))
-
 
 UNLIMITED = 1 << 62
 
 PURSUIT = (
-    PursuitLaunch(4096, 16, 128, 4, 3),
-    PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
-)
-# Where atoms are chosen by copies of a byte a number: half the memory of a tile's atoms, and half of the traffic.
-SCREENED_PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
     PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
@@ -81,14 +71,15 @@ MIN_SPLIT_TOKENS = 128
 MERGE = Launch(tile=1, num_warps=4)
 
 
-def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> PursuitLaunch:
-    """The row for that many vectors; atoms of more than 256 bytes are taken in smaller chunks, to fit shared memory.
+def fitting_atoms(atoms: int, padded_dim: int, element_bytes: int) -> int:
+    """Atoms correlated at once: that many, or fewer if they have more than 256 bytes, to fit shared memory."""
+    return min(atoms, 128 * 256 // (padded_dim * element_bytes))
 
-    element_bytes: of what vectors are correlated with.
-    """
-    table = SCREENED_PURSUIT if element_bytes == 1 else PURSUIT
-    row = next(row for row in table if vectors <= row.max_vectors)
-    return row._replace(atoms=min(row.atoms, 128 * 256 // (padded_dim * element_bytes)))
+
+def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> PursuitLaunch:
+    """The row for that many vectors; element_bytes: of what vectors are correlated with."""
+    row = next(row for row in PURSUIT if vectors <= row.max_vectors)
+    return row._replace(atoms=fitting_atoms(row.atoms, padded_dim, element_bytes))
 
 
 class TableSpans(NamedTuple):

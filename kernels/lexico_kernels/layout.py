@@ -22,6 +22,9 @@ MAX_ATOMS = 4096
 MAX_SPARSITY = 31
 NUM_LEVELS = 16
 LEVEL_BITS = 4
+# Tokens coded at a time: aligned groups of this many, so that in decode a launch has enough vectors to fill the device
+# while no step has to code a whole block. Divides every block size. A group's records are ordered together.
+GROUP_TOKENS = 32
 
 SCALE_BYTES = 2
 ENTRY_BYTES = 2  # packed16: atom and level

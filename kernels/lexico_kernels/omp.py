@@ -300,5 +300,4 @@ def omp_encode(
         TILE=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        maxnreg=launch.max_registers,
     )

@@ -8,7 +8,7 @@ from torch import Tensor, empty, float32, int32
 
 from lexico_kernels import omp, reference
 from lexico_kernels.cache import LayerStack
-from lexico_kernels.launch import LAYERS
+from lexico_kernels.launch import LAYERS, fitting_atoms
 from lexico_kernels.omp import _encode_part, _entries
 from lexico_kernels.pursuit import value_bits_for
 
@@ -159,7 +159,7 @@ def omp_encode_layers(
         D=layout.head_dim,
         D_PAD=D_PAD,
         S_PAD=S_PAD,
-        CHUNK=LAYERS.chunk(D_PAD, cache.key.atoms.element_size()),
+        CHUNK=fitting_atoms(LAYERS.atoms, D_PAD, cache.key.atoms.element_size()),
         TILE=LAYERS.tile,
         num_warps=LAYERS.num_warps,
         num_stages=LAYERS.num_stages,

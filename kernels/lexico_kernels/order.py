@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lexico_kernels import nvrtc
 from lexico_kernels.cache import LayerCache, LayerStack
-from lexico_kernels.layout import PARTS, CodeLayout
+from lexico_kernels.layout import GROUP_TOKENS, PARTS, CodeLayout
 
 FILES, NAME = ("order_entries.cu",), "order_entries"
-GROUP_TOKENS = 32
 THREADS = 128
 
 

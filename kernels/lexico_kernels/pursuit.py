@@ -258,6 +258,5 @@ def pursue(
         TILE=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        maxnreg=launch.max_registers,
     )
     return index, coefficients, residual
