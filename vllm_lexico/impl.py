@@ -86,8 +86,6 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
-        # int32 [B, pages] of the step that is being built, for the tail's builder.
-        self.block_table: Tensor | None = None
         self._cache: LayerCache | None = None
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
