@@ -17,6 +17,7 @@ import torch
 
 LOWEST_TOKEN = 1000  # below may be tokens that mean something
 SETTLE_STEPS = 16  # of decode, before steps count
+SLOW = 1.3  # medians; which steps take longer is kept
 BLOCK_TOKENS = 128  # a multiple of every backend's blocks: contexts end there so that all of them can be found again
 
 Prompts = list[list[int]]
@@ -96,14 +97,16 @@ def first_token(driver: Driver, length: int, repeats: int = 5) -> dict[str, floa
     return {"seconds": statistics.median(seconds[2:]), "worst_seconds": max(seconds[2:])}
 
 
-def decode(driver: Driver, contexts: Prompts, new_tokens: list[int], steps: int) -> dict[str, float]:
+def decode(driver: Driver, contexts: Prompts, new_tokens: list[int], steps: int) -> dict[str, Any]:
     """Steps of decode in which every request takes part, from contexts that the prefix cache holds already.
 
     contexts: prompts that `driver` has run. Each goes on with some new tokens, few enough for one step, so that all
     requests decode from the same step on and stand where `new_tokens` puts them.
     """
     prompts = [context + new for context, new in zip(contexts, driver.prompts(new_tokens), strict=True)]
-    intervals = sorted(driver.run(prompts, steps + SETTLE_STEPS + 1).intervals(len(prompts)))
+    in_order = driver.run(prompts, steps + SETTLE_STEPS + 1).intervals(len(prompts))
+    intervals = sorted(in_order)
+    slow = SLOW * statistics.median(intervals)
     return {
         "median_ms": 1e3 * statistics.median(intervals),
         "p99_ms": 1e3 * intervals[min(int(0.99 * len(intervals)), len(intervals) - 1)],
@@ -111,6 +114,7 @@ def decode(driver: Driver, contexts: Prompts, new_tokens: list[int], steps: int)
         "mean_ms": 1e3 * statistics.mean(intervals),
         "tokens_per_second": len(prompts) / statistics.mean(intervals),
         "steps": len(intervals),
+        "slow_steps": [[step, round(1e3 * seconds, 1)] for step, seconds in enumerate(in_order) if seconds > slow],
     }
 
 

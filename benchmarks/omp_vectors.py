@@ -40,7 +40,7 @@ class CapturedLayer:
     def book(self, part: str, sparsity: int) -> Codebook:
         """The codebook of "key" or "value", as the product's."""
         levels = self.levels[part][sparsity].contiguous()
-        return with_screen(Codebook(self.atoms[part], levels, self.means[part], self.stretches[part]))
+        return with_screen(Codebook(self.atoms[part], levels, self.means[part], self.stretches[part]), sparsity)
 
     def to(self, device: str) -> CapturedLayer:
         """The same on a device."""

@@ -11,6 +11,7 @@ product's own coding gives them back; no engine. Studies:
                128; 0 is measured with no token kept but the query's own, where the product keeps 32 at least
   sinks        first tokens kept, in the same way
   key_value    atoms moved from values to keys, at equal bytes
+  gain         codes made longer than the pursuit leaves them, keys and values
   layers       some layers finer and the others coarser, at equal bytes
   dictionary   those of --more-dictionaries beside --dictionary
   error        a pursuit that stops at a relative error: loss against the bytes that its atoms need
@@ -50,8 +51,9 @@ def make_codec(coding: Coding, dictionary: Dictionary, device: str) -> VectorCod
     pairs = dict.fromkeys(coding.sparsity)
     if coding.relative_error or len(pairs) == 1:
         kind = CountingCodec if coding.relative_error else DictionaryCodec
-        return kind(dictionary, device, *coding.sparsity[0], relative_error=coding.relative_error)
-    codecs = {pair: DictionaryCodec(dictionary, device, *pair) for pair in pairs}
+        key, value = coding.sparsity[0]
+        return kind(dictionary, device, key, value, relative_error=coding.relative_error, gains=coding.gains)
+    codecs = {pair: DictionaryCodec(dictionary, device, *pair, gains=coding.gains) for pair in pairs}
     return ByLayer([codecs[pair] for pair in coding.sparsity])
 
 

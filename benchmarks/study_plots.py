@@ -18,13 +18,14 @@ COLOURS = 32  # of a picture's palette: lines, text and their edges; keeps the f
 PANELS = {
     "sparsity": ("Sparsity: what a byte buys", "bytes a token, % of bf16"),
     "window": ("Window, from 0 to 256 tokens", f"held by a request of {REQUEST_TOKENS:,} tokens, % of bf16"),
+    "gain": ("Gain: codes made longer", ""),
     "layers": ("Some layers finer, others coarser, equal bytes", ""),
     "key_value": ("Keys against values, equal bytes", "keys' share of the atoms, %"),
     "error": ("Stopping at a relative error", "bytes a token if a code took only what it uses, % of bf16"),
     "sinks": ("Sinks: first tokens kept", f"held by a request of {REQUEST_TOKENS:,} tokens, % of bf16"),
     "dictionary": ("Dictionaries", ""),
 }
-NAMED = ("layers", "dictionary")  # their x axis has names
+NAMED = ("gain", "layers", "dictionary")  # their x axis has names
 TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LINES = (("#D55E00", "o"), ("#0072B2", "s"), *SPARE)
 BLOCK_LINES = {64: ":", 128: "-"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from vllm_lexico.dictionary import GAINS
+
 SPARSITIES = (3, 5, 7, 9, 11, 13, 15, 19, 23, 31)
 BASES = (15, 7)  # atoms a vector where something else is turned: 12.5 and 6.25 % of bf16 at D = 128
 WINDOWS = (0, 32, 64, 128, 256)
@@ -12,6 +14,7 @@ SINKS = (0, 16, 64)
 SHIFTS = {15: (-6, -4, -2, 0, 2, 4, 6), 7: (-4, -2, 0, 2, 4)}  # atoms that keys have more than the mean, values less
 FINER = 8  # atoms more of a layer that is kept finer
 ERRORS = (0.0, 0.1, 0.2, 0.3, 0.4)
+GAIN_PAIRS = ((0.0, 0.0), (0.375, 0.0), (0.0, 1.0), (0.375, 0.5), (0.375, 1.0), (0.5, 1.0), (1.0, 1.0))
 LIMITS = (31, 15)  # atoms at most, with an error threshold
 OWN = "given"  # the name of --dictionary
 
@@ -21,7 +24,7 @@ class Coding:
     """How a cache keeps tokens.
 
     sparsity: atoms of keys and values, a pair for each layer. window, sinks, relative_error: the product's settings.
-    dictionary: its name.
+    dictionary: its name. gains: of keys and values, see `Codebook`.
     """
 
     sparsity: tuple[tuple[int, int], ...]
@@ -29,6 +32,7 @@ class Coding:
     sinks: int = 16
     relative_error: float = 0.0
     dictionary: str = OWN
+    gains: tuple[float, float] = (GAINS["key"], GAINS["value"])
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,15 @@ def dictionary_points(setup: Setup) -> list[Point]:
     ]
 
 
+def gain_points(setup: Setup) -> list[Point]:
+    """Codes made longer than the pursuit leaves them."""
+    turned = [(S, at, gains) for S in BASES for at, gains in enumerate(GAIN_PAIRS)]
+    return [
+        Point("gain", f"S = {S}", f"K {key:g}, V {value:g}", at, replace(setup.even(S), gains=(key, value)))
+        for S, at, (key, value) in turned
+    ]
+
+
 def error_points(setup: Setup) -> list[Point]:
     """A pursuit that stops at a relative error."""
     turned = [(limit, error) for limit in LIMITS for error in ERRORS]
@@ -128,6 +141,7 @@ def error_points(setup: Setup) -> list[Point]:
 STUDIES: dict[str, Callable[[Setup], list[Point]]] = {
     "sparsity": sparsity_points,
     "window": window_points,
+    "gain": gain_points,
     "layers": layers_points,
     "key_value": key_value_points,
     "error": error_points,

@@ -25,7 +25,7 @@ def point_case(point: Point, shape: ModelFingerprint) -> dict[str, Any]:
         "sparsity": {part: round(mean, 4) for part, mean in zip(PARTS, means, strict=True)},
         "by_layer": [list(pair) for pair in coding.sparsity] if len(set(coding.sparsity)) > 1 else None,
         "window": coding.window, "sinks": coding.sinks, "relative_error": coding.relative_error,
-        "dictionary": coding.dictionary,
+        "dictionary": coding.dictionary, "gains": list(coding.gains),
     }  # fmt: skip
     if point.study in TAIL_STUDIES:
         plain, settings = plain_bytes(shape, REQUEST_TOKENS), (coding.sparsity[0], coding.window, coding.sinks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from lexico_kernels import ops
@@ -16,7 +16,7 @@ from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import ENTRY_BYTES, LEVEL_BITS, PARTS, SCALE_BYTES, CodeLayout
 from torch import Tensor
 
-from vllm_lexico.dictionary import Dictionary
+from vllm_lexico.dictionary import GAINS, Dictionary
 
 MAX_ROTATION_BITS = 4
 LLOYD_STEPS = 2000  # 16 levels settle to six digits
@@ -85,7 +85,8 @@ class DictionaryCodec(VectorCodec):
     """The engine's own path: `omp_encode` lays vectors into code pages, `reconstruct` reads them back.
 
     dictionary: of the model. device: where vectors will be. key_sparsity, value_sparsity: atoms a vector, 1 to 31.
-    codec: "packed16" or "paper". relative_error: where a pursuit stops early; 0 never does. ValueError as `CodeLayout`.
+    codec: "packed16" or "paper". relative_error: where a pursuit stops early; 0 never does. gains: of keys and values,
+    see `Codebook`; the product's if None. ValueError as `CodeLayout`.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class DictionaryCodec(VectorCodec):
         value_sparsity: int,
         codec: str = "packed16",
         relative_error: float = 0.0,
+        gains: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(dictionary_means(dictionary, device))
+        self.gains = dict(GAINS) if gains is None else dict(zip(PARTS, gains, strict=True))
         shape = dictionary.info.fingerprint
         self.dictionary, self.device, self.relative_error = dictionary, device, relative_error
         self.layout = CodeLayout(shape.head_dim, shape.num_kv_heads, key_sparsity, value_sparsity, codec)
@@ -134,7 +137,8 @@ class DictionaryCodec(VectorCodec):
         name = (layer, part, dtype)
         if name not in self._books:
             sparsity = self.layout.sparsity(part)
-            self._books[name] = self.dictionary.codebook(layer, part, sparsity, device=self.device, dtype=dtype)
+            book = self.dictionary.codebook(layer, part, sparsity, device=self.device, dtype=dtype)
+            self._books[name] = replace(book, gain=self.gains[part])
         return self._books[name]
 
 

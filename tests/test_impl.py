@@ -10,6 +10,7 @@ from lexico_kernels.testing import poisoned_cache
 
 pytest.importorskip("vllm")
 from vllm_lexico import impl
+from vllm_lexico.dictionary import GAINS
 from vllm_lexico.flash import Packed, dense_attention, merge_into
 
 
@@ -74,9 +75,10 @@ def test_codebooks_come_back_from_buffers_with_their_screen():
         layer = torch.nn.Module()
         impl._register(layer, "key", book)
         back = impl._book(layer, "key")
-        tensors = [tensor for tensor in vars(book).values() if tensor is not None]
-        assert len(dict(layer.named_buffers())) == len(tensors) and (back.screen is None) == (book.screen is None)
-        assert all(torch.equal(a.float(), b.float()) for a, b in zip(vars(back).values(), tensors, strict=False))
+        names = [name for name, field in vars(book).items() if isinstance(field, torch.Tensor)]
+        assert len(dict(layer.named_buffers())) == len(names) and (back.screen is None) == (book.screen is None)
+        assert all(torch.equal(getattr(back, name).float(), getattr(book, name).float()) for name in names)
+        assert back.gain == GAINS["key"]
 
 
 def packed(*starts):

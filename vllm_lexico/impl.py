@@ -24,6 +24,7 @@ from vllm_lexico.backend import (
     LexicoTailBackend,
     LexicoTailMetadata,
 )
+from vllm_lexico.dictionary import GAINS
 from vllm_lexico.engine import LexicoSetup
 from vllm_lexico.flash import dense_attention, merge_into
 from vllm_lexico.prefill import PrefillPlan, history_tokens
@@ -110,11 +111,12 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             if dictionary is None:
                 rows = self.num_kv_heads, self.head_size
                 shapes = (1, self.head_size), (16,), rows, rows
-                book = kernels.Codebook(*(torch.zeros(shape, device=device) for shape in shapes))
+                atoms, levels, mean, stretch = (torch.zeros(shape, device=device) for shape in shapes)
+                book = kernels.Codebook(atoms, levels, mean, stretch)
             else:
                 sparsity = getattr(self.setup.config.sparsity, part)
                 book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
-                book = kernels.with_screen(book)
+                book = kernels.with_screen(book, sparsity)
             _register(layer, part, book)
 
     def forward(
@@ -242,7 +244,8 @@ def _register(layer: nn.Module, part: str, book: kernels.Codebook) -> None:
 
 def _book(layer: nn.Module, part: str) -> kernels.Codebook:
     atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS)
-    return kernels.Codebook(atoms, levels, mean, stretch, getattr(layer, f"lexico_{part}_screen", None))
+    screen = getattr(layer, f"lexico_{part}_screen", None)
+    return kernels.Codebook(atoms, levels, mean, stretch, screen, GAINS[part])
 
 
 def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:

@@ -28,6 +28,9 @@ class Codebook:
             Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
         screen: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
             coefficients with the atoms themselves); or None, and it chooses by the atoms. See `screened`.
+        gain: a pursuit's code is shorter than its vector, along which it keeps the share 1 - lost of the energy. Coding
+            makes the scale (1 - lost) ** -gain times as large: 0 keeps the nearest code, 1/2 the vector's length, 1 its
+            inner product with itself. Decoding knows nothing of it.
     """
 
     atoms: Tensor
@@ -35,6 +38,7 @@ class Codebook:
     mean: Tensor
     stretch: Tensor
     screen: Tensor | None = None
+    gain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.atoms.ndim == 2:
@@ -59,6 +63,8 @@ class Codebook:
                 f"screen of shape {list(self.screen.shape)} beside atoms {list(self.atoms.shape)}; allowed: contiguous "
                 "and of one shape; make it by screened()"
             )
+        if not 0 <= self.gain <= 1:
+            raise ValueError(f"gain is {self.gain}; allowed: 0 to 1; 0 leaves codes as the pursuit finds them")
         if self.stretch.shape != self.mean.shape:
             raise ValueError(
                 f"stretch of {self.stretch.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many; "
@@ -92,7 +98,8 @@ class Codebook:
     def head(self, index: int) -> "Codebook":
         """The codebook of one head alone."""
         atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
-        return Codebook(atoms, self.levels, self.mean[index : index + 1], self.stretch[index : index + 1])
+        mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
+        return Codebook(atoms, self.levels, mean, stretch, gain=self.gain)
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,8 @@ def _kind(cache: LayerCache) -> tuple:
     """What layers of a stack have in common."""
     tensors = [_at(cache, column) for column in LayerStack.COLUMNS]
     strides = [pages.stride(0) for pages in tensors[:2]]
-    return cache.layout, *strides, *((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
+    gains = [cache.codebook(part).gain for part in PARTS]
+    return cache.layout, *strides, *gains, *((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
 
 
 @dataclass(frozen=True)

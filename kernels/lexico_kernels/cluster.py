@@ -158,6 +158,8 @@ def omp_encode(
         destination,
         M,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
     )
 
 
@@ -188,4 +190,6 @@ def omp_encode_layers(
         M,
         most,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
     )

@@ -48,6 +48,7 @@ PURSUIT = (
 )
 SCREEN_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
 SCREEN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)
+SCREEN_SPARSITY = 16  # with more atoms too: late residuals are so small that near ties decide
 
 CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 # Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).

@@ -26,6 +26,10 @@ LEVEL_BITS = 4
 # while no step has to code a whole block. Divides every block size. A group's records are ordered together.
 GROUP_TOKENS = 32
 
+# A code's scale is raised as if it lost this share of its vector's energy at most: worse codes say little.
+MOST_LOST = 0.7
+BF16_MAX = (2 - 2**-7) * 2.0**127
+
 SCALE_BYTES = 2
 ENTRY_BYTES = 2  # packed16: atom and level
 INDEX_BYTES = 2  # paper

@@ -8,11 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, float32, int32
 
+from lexico_kernels import layout as sizes
 from lexico_kernels import reference
 from lexico_kernels.cache import LayerCache
 from lexico_kernels.launch import WRITE_EXACT, pursuit_launch
 from lexico_kernels.pursuit import load_code, pursue_tile, quantize_tile, unit_rows, value_bits_for
 from lexico_kernels.records import FP8_PEAK, LEVEL_BITS, float_to_fp8
+
+MOST_LOST, BF16_MAX = tl.constexpr(sizes.MOST_LOST), tl.constexpr(sizes.BF16_MAX)
 
 
 @triton.jit
@@ -54,9 +57,9 @@ def _entries(entry, M, source_ptr, destination_ptr, P: tl.constexpr):
 
 @triton.jit
 def _write_records(
-    head_start, slot, coded, chosen, coefficients, levels_ptr, ADDRESS: tl.constexpr, CODEC: tl.constexpr
+    head_start, slot, coded, chosen, coefficients, levels_ptr, raising, ADDRESS: tl.constexpr, CODEC: tl.constexpr
 ):
-    """Quantise and store the records of a tile; see `reference.encode_vectors`."""
+    """Quantise and store the records of a tile, their scales times `raising`; see `reference.encode_vectors`."""
     columns = tl.arange(0, chosen.shape[1])
     level, peak, kept, _ = quantize_tile(chosen, coefficients, levels_ptr)
     mask = coded[:, None] & (columns < ADDRESS.sparsity)[None, :]
@@ -77,7 +80,7 @@ def _write_records(
     scale_ptr = (head_start + ADDRESS.scale_offset + slot * ADDRESS.scale_stride).to(
         tl.pointer_type(tl.bfloat16), bitcast=True
     )
-    tl.store(scale_ptr, tl.where(any_kept, peak, 0.0).to(tl.bfloat16), mask=coded)
+    tl.store(scale_ptr, tl.where(any_kept, tl.minimum(peak * raising, BF16_MAX), 0.0).to(tl.bfloat16), mask=coded)
 
 
 @triton.jit
@@ -102,6 +105,7 @@ def _encode_part(
     coefficient_rows,
     min_energy,
     value_bits,
+    gain,
     PART: tl.constexpr,
     ADDRESS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
@@ -122,13 +126,16 @@ def _encode_part(
     x = raw.to(tl.float32) - tl.load(mean_ptr + head * D + dims, mask=dims < D, other=0.0)[None, :]
     x = x / tl.load(stretch_ptr + head * D + dims, mask=dims < D, other=1.0)[None, :]
     x, norm = unit_rows(x)
-    pursue_tile(
+    residual = pursue_tile(
         x, atoms_ptr, screen_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits,
         N, D, D_PAD, CHUNK,
     )  # fmt: skip
     chosen, coefficients = load_code(chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, S_PAD)
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
-    _write_records(head_start, destination % P, coded, chosen, coefficients * norm[:, None], levels_ptr, ADDRESS, CODEC)
+    lost = tl.minimum(tl.sum(residual * residual, 1), MOST_LOST)
+    raising = tl.exp2(-gain * tl.log2(1 - lost))
+    coefficients *= norm[:, None]
+    _write_records(head_start, destination % P, coded, chosen, coefficients, levels_ptr, raising, ADDRESS, CODEC)
 
 
 @triton.jit
@@ -160,6 +167,8 @@ def _omp_encode(
     M,
     min_energy,
     value_bits,
+    key_gain,
+    value_gain,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
@@ -190,7 +199,7 @@ def _omp_encode(
             key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, key_stretch_ptr,
             key_screen_ptr + head * KEY_STRIDE,
             code_ptr, code_page_stride,
-            source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
+            source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, key_gain,
             0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip
     else:
@@ -199,7 +208,7 @@ def _omp_encode(
             value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, value_stretch_ptr,
             value_screen_ptr + head * VALUE_STRIDE,
             code_ptr, code_page_stride,
-            source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
+            source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, value_gain,
             1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
         )  # fmt: skip
 
@@ -289,6 +298,8 @@ def omp_encode(
         M,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         value_bits_for(max(cache.key.num_atoms, cache.value.num_atoms)),
+        cache.key.gain,
+        cache.value.gain,
         **sizes,
         CODEC=layout.codec,
         KEY_N=cache.key.num_atoms,

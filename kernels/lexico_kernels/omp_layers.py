@@ -49,6 +49,8 @@ def _omp_encode_layers(
     fewer,
     min_energy,
     value_bits,
+    key_gain,
+    value_gain,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
@@ -93,7 +95,7 @@ def _omp_encode_layers(
                 # Few vectors gain nothing by a screen: they are chosen by the atoms.
                 _place(key_atoms_ptr, places_ptr, layer, 2) + head * KEY_STRIDE,
                 code_ptr, code_page_stride,
-                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
+                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, key_gain,
                 0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
             )  # fmt: skip
         else:
@@ -106,7 +108,7 @@ def _omp_encode_layers(
                 # Few vectors gain nothing by a screen: they are chosen by the atoms.
                 _place(value_atoms_ptr, places_ptr, layer, 6) + head * VALUE_STRIDE,
                 code_ptr, code_page_stride,
-                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits,
+                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, value_gain,
                 1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
             )  # fmt: skip
         tl.debug_barrier()  # the next tile takes the same scratch
@@ -145,6 +147,8 @@ def omp_encode_layers(
         fewer,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         value_bits_for(max(cache.key.num_atoms, cache.value.num_atoms)),
+        cache.key.gain,
+        cache.value.gain,
         KEY=layout.address("key"),
         VALUE=layout.address("value"),
         HEAD_BYTES=layout.head_bytes,

@@ -12,7 +12,7 @@ from torch import Tensor, cuda
 
 from lexico_kernels import reference
 from lexico_kernels.cache import Codebook, LayerCache, LayerStack, RequestTables
-from lexico_kernels.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM
+from lexico_kernels.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM, SCREEN_SPARSITY
 from lexico_kernels.layout import CodeLayout
 from lexico_kernels.table_shape import scratch_bytes
 
@@ -22,11 +22,11 @@ def _module(module: str) -> ModuleType:
     return import_module(f"lexico_kernels.{module}")
 
 
-def with_screen(book: Codebook) -> Codebook:
+def with_screen(book: Codebook, sparsity: int) -> Codebook:
     """The same with a screen (`cache.Codebook`) where `omp_encode` on its device gains by one, else as it is."""
-    device = book.atoms.device
-    useful = device.type == "cuda" and cuda.get_device_capability(device) >= SCREEN_CAPABILITY
-    return book.screened() if useful and book.atoms.shape[2] >= SCREEN_DIM else book
+    device, fine = book.atoms.device, book.atoms.shape[2] >= SCREEN_DIM and sparsity <= SCREEN_SPARSITY
+    capable = device.type == "cuda" and cuda.get_device_capability(device) >= SCREEN_CAPABILITY
+    return book.screened() if capable and fine else book
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:

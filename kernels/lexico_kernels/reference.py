@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from lexico_kernels.cache import Codebook, LayerCache, LayerStack, RequestTables
-from lexico_kernels.layout import LEVEL_BITS, PARTS, CodeLayout
+from lexico_kernels.layout import BF16_MAX, LEVEL_BITS, MOST_LOST, PARTS, CodeLayout
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
 MIN_FRESH = 1e-2  # an atom this close to the span of those chosen (length of its remainder) is of no use
@@ -208,17 +208,31 @@ def encode_vectors(
     """Centred vectors [M, D] of one head -> records uint8 [M, bytes]; NaN or infinity gives an all-zero record."""
     indices, coefficients = omp(vectors, book.atoms[0], sparsity, relative_error)
     scale = _scale(coefficients)
+    stored = scale.float() * raising(vectors, indices, coefficients, book)
     if codec == "paper":
         ratio = coefficients * (FP8_PEAK / scale.float())
         small = torch.where(indices > 0, ratio, 0.0).to(torch.float8_e4m3fn)
-        fields = [scale / FP8_PEAK, indices.to(torch.int16), small]
+        fields = [_bf16(stored / FP8_PEAK), indices.to(torch.int16), small]
     else:
         indices, levels = quantize(indices, coefficients, scale, book.levels)
         entries = (indices << LEVEL_BITS) | levels
         entries = torch.where(entries < 1 << 15, entries, entries - (1 << 16))  # the bits of a uint16 as int16
-        fields = [scale, entries.to(torch.int16)]
+        fields = [_bf16(stored), entries.to(torch.int16)]
     records = torch.cat([field.contiguous().view(torch.uint8) for field in fields], 1)
     return records * (indices > 0).any(1, keepdim=True)
+
+
+def raising(vectors: Tensor, indices: Tensor, coefficients: Tensor, book: Codebook) -> Tensor:
+    """float32 [M, 1]: what the scales of codes [M, S] of vectors [M, D] are multiplied by, see `Codebook.gain`."""
+    unit, norm = _unit(vectors.float())
+    weights = torch.where(norm > 0, coefficients / norm, 0.0)
+    rest = unit - embedding_bag(indices, book.atoms[0].float(), per_sample_weights=weights, mode="sum")
+    lost = rest.square().sum(1, keepdim=True).clamp(max=MOST_LOST)
+    return (1 - lost) ** -book.gain
+
+
+def _bf16(scale: Tensor) -> Tensor:
+    return scale.clamp(max=BF16_MAX).to(torch.bfloat16)
 
 
 def decode_vectors(records: Tensor, book: Codebook, sparsity: int, codec: str = "packed16") -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from lexico_kernels.cache import Codebook, LayerCache, RequestTables
 from lexico_kernels.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
-from lexico_kernels.reference import decode_heads, field_views, omp_encode, write_tail
+from lexico_kernels.reference import decode_heads, field_views, omp, omp_encode, raising, write_tail
 
 # (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute
 # terms. Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding
@@ -119,6 +119,11 @@ def poisoned_cache(
         value,
         layout,
     )
+
+
+def raised_cache(cache: LayerCache, key_gain: float = 0.375, value_gain: float = 1.0) -> LayerCache:
+    """The same pages with codebooks that have a gain."""
+    return replace(cache, key=replace(cache.key, gain=key_gain), value=replace(cache.value, gain=value_gain))
 
 
 def screened_cache(cache: LayerCache) -> LayerCache:
@@ -235,6 +240,31 @@ def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, part: str
     book, records = cache.codebook(part), records_at(cache, slots, part)
     back = decode_heads(records, book, cache.layout, part, cache.tail_pages.dtype)
     return ((back.double() - vectors.double()) / book.stretch).square().sum(-1)
+
+
+def check_gain(encode: Callable[..., None], layout: CodeLayout, device: str, dtype: torch.dtype, atoms: int) -> None:
+    """A gain changes no entry of the records that `encode` makes, and the scales by what the twin says."""
+    count = 64
+    plain = poisoned_cache(layout, 2 + count // layout.block_tokens, atoms=atoms, dtype=dtype, device=device)
+    raised = raised_cache(replace(plain, code_pages=plain.code_pages.clone()))
+    tokens = fused_tokens(count, layout, dtype, device)
+    source = torch.arange(count, device=device, dtype=torch.int32)
+    slots = source.long() + layout.block_tokens
+    for cache in (plain, raised):
+        encode(*tokens, cache, source, slots)
+    for part, vectors in zip(PARTS, tokens, strict=True):
+        before, after = (records_at(cache, slots, part) for cache in (plain, raised))
+        assert torch.equal(before[..., 2:], after[..., 2:])
+        scales = [
+            records[..., :2].contiguous().view(torch.bfloat16).double().squeeze(-1) for records in (before, after)
+        ]
+        book, got = raised.codebook(part), scales[1] / scales[0]
+        centred = (vectors.float() - book.mean) / book.stretch
+        for head in range(layout.num_kv_heads):
+            code = omp(centred[:, head], book.head(head).atoms[0].float(), layout.sparsity(part))
+            want = raising(centred[:, head], *code, book.head(head)).double().squeeze(1)
+            assert float((got[:, head] / want - 1).abs().mean()) < 0.01, (part, got[:, head], want)
+            assert float(got.std()) > 0.005, "gains that do not differ test nothing"
 
 
 def check_encode(

@@ -7,19 +7,20 @@ extern "C" void launch_cluster_omp(int x, int y, unsigned seed, const u16* key, 
                        const u16* key_atoms, const float* key_levels, const float* key_mean, const float* key_stretch,
                        const u16* value_atoms, const float* value_levels, const float* value_mean,
                        const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
-                       const i64* destination, int M, float min_energy) {
+                       const i64* destination, int M, float min_energy, float key_gain, float value_gain) {
   cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, CLUSTER, SHARED_BYTES, seed, [=] {
     cluster_omp(key, key_stride_t, key_stride_h, value, value_stride_t, value_stride_h, tail, tail_page_stride, key_atoms,
                 key_levels, key_mean, key_stretch, value_atoms, value_levels, value_mean, value_stretch, codes,
-                code_page_stride, source, destination, M, min_energy);
+                code_page_stride, source, destination, M, min_energy, key_gain, value_gain);
   });
 }
 
 extern "C" void launch_cluster_omp_layers(int x, int y, unsigned seed, const i64* places, int dictionaries, int heads,
                                           i64 tail_page_stride, i64 code_page_stride, const int* source,
-                                          const i64* destination, int M, int most, float min_energy) {
+                                          const i64* destination, int M, int most, float min_energy,
+                                          float key_gain, float value_gain) {
   cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, CLUSTER, SHARED_BYTES, seed, [=] {
     cluster_omp_layers(places, dictionaries, heads, tail_page_stride, code_page_stride, source, destination, M, most,
-                       min_energy);
+                       min_energy, key_gain, value_gain);
   });
 }

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from lexico_kernels import CodeLayout, LayerStack, RequestTables, cluster, nvrtc, reference
-from lexico_kernels.testing import check_encode, fused_tokens, poisoned_cache, records_at, residual_energy
+from lexico_kernels.testing import (
+    check_encode,
+    check_gain,
+    fused_tokens,
+    poisoned_cache,
+    raised_cache,
+    records_at,
+    residual_energy,
+)
 from torch import Tensor
 
 P = 32
@@ -91,6 +99,11 @@ def test_sizes(count, device):
 )
 def test_shapes(D, S, dtype, atoms, device):
     check_encode(encode, layout(D, 1, S), 60, device, dtype, atoms)
+
+
+@pytest.mark.parametrize(("D", "S"), [(64, (20, 12)), (128, (15, 31))])
+def test_gain(D, S, device):
+    check_gain(encode, layout(D, 1, S), device, torch.float16, 200)
 
 
 def test_several_tiles_and_clusters(device, monkeypatch):
@@ -172,7 +185,10 @@ def test_all_layers_code_as_each_does(S, atoms, device, monkeypatch):
     it = layout(64, 2, S)
     pages = 2 + 40 // it.tail_tokens
     each, at_once = (
-        [poisoned_cache(it, pages, atoms=atoms, dtype=torch.float16, device=device, seed=seed) for seed in range(2)]
+        [
+            raised_cache(poisoned_cache(it, pages, atoms=atoms, dtype=torch.float16, device=device, seed=seed))
+            for seed in range(2)
+        ]
         for _ in range(2)
     )
     for seed, cache in enumerate(each + at_once):

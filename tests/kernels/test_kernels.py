@@ -7,6 +7,7 @@ from lexico_kernels.launch import DECODE_SPLITS
 from lexico_kernels.testing import (
     assert_close,
     check_encode,
+    check_gain,
     fused_tokens,
     poisoned_cache,
     random_problem,
@@ -82,6 +83,11 @@ def test_omp_encode_shapes(D, S, dtype, atoms, device):
 @pytest.mark.parametrize(("D", "S", "atoms"), [(64, (5, 4), 200), (128, (7, 3), 130)])
 def test_omp_encode_chooses_by_a_screen(D, S, atoms, device):
     check_encode(omp.omp_encode, layout(D, 2, S), 33, device, atoms=atoms, screened=True)
+
+
+@pytest.mark.parametrize("codec", ["packed16", "paper"])
+def test_gain(codec, device):
+    check_gain(omp.omp_encode, layout(64, 2, (20, 12), codec=codec), device, torch.float16, 200)
 
 
 def test_a_screen_is_what_atoms_are_chosen_by_and_nothing_else(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, LayerStack, cluster, omp, omp_layers, ops, reference
 from lexico_kernels.launch import PursuitLaunch
-from lexico_kernels.testing import poisoned_cache
+from lexico_kernels.testing import poisoned_cache, raised_cache
 
 P, TILE = 32, 16
 DTYPE = torch.float16  # the interpreter has no bfloat16 products
@@ -24,7 +24,7 @@ def layers_of(it, device, count=2, atoms=60, dtype=DTYPE):
         generator = torch.Generator().manual_seed(seed)
         key, value = torch.randn(2, len(slots), it.num_kv_heads, it.head_dim, generator=generator).to(device, dtype)
         reference.write_tail(key, value, cache, slots)
-    return caches
+    return [raised_cache(cache) for cache in caches]
 
 
 def entries(it, count, room, device):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lexico_kernels import Codebook, CodeLayout, reference
+from lexico_kernels.layout import MOST_LOST
 from lexico_kernels.testing import poisoned_cache, random_problem
 from torch.nn.functional import normalize
 
@@ -158,6 +159,36 @@ def test_codecs_come_near_the_unquantised_code(codec):
     full = (x - rebuilt(atoms, indices, coefficients)).square().sum()
     back = reference.decode_vectors(reference.encode_vectors(x, book, 12, codec), book, 12, codec)
     assert (x - back).square().sum() < full + 0.03 * x.square().sum()
+
+
+@pytest.mark.parametrize("codec", ["packed16", "paper"])
+def test_gain_keeps_length_or_inner_product(codec):
+    atoms, x = dictionary(512, 64), torch.randn(100, 64, generator=torch.Generator().manual_seed(1))
+    fine = torch.linspace(-1, 1, 16)
+    backs = {}
+    for gain in (0.0, 0.5, 1.0):
+        book = Codebook(atoms, fine, torch.zeros(1, 64), torch.ones(1, 64), gain=gain)
+        backs[gain] = reference.decode_vectors(reference.encode_vectors(x, book, 12, codec), book, 12, codec)
+    kept = (backs[0.0] * x).sum(1) / x.square().sum(1)
+    assert kept.mean() < 0.9
+    lengths, products = backs[0.5].norm(dim=1) / x.norm(dim=1), (backs[1.0] * x).sum(1) / x.square().sum(1)
+    torch.testing.assert_close(lengths.mean(), torch.tensor(1.0), rtol=0, atol=0.02)
+    torch.testing.assert_close(products.mean(), torch.tensor(1.0), rtol=0, atol=0.02)
+
+
+def test_gain_of_the_worst_codes_and_of_the_largest_vectors_is_bounded():
+    book = Codebook(axes(), LEVELS, torch.zeros(1, 16), torch.ones(1, 16), gain=1.0)
+    x = torch.ones(2, 16)  # of which one atom has a sixteenth
+    x[1] = torch.tensor([2e38, 2e38] + [0] * 14)  # and of this a half, so that the scale would be 4e38
+    scales = reference.encode_vectors(x, book, 1)[:, :2].clone().view(torch.bfloat16).float()
+    torch.testing.assert_close(scales[0, 0], torch.tensor(1 / (1 - MOST_LOST)), rtol=0.01, atol=0)
+    assert scales[1, 0] == torch.finfo(torch.bfloat16).max
+
+
+@pytest.mark.parametrize("gain", [-0.1, 1.5, math.nan])
+def test_gains_that_make_no_sense_are_refused(gain):
+    with pytest.raises(ValueError, match="allowed: 0 to 1"):
+        Codebook(axes(), LEVELS, torch.zeros(1, 16), torch.ones(1, 16), gain=gain)
 
 
 @pytest.mark.parametrize("codec", ["packed16", "paper", "exact"])

@@ -49,6 +49,7 @@ struct Place {
   const u16* tail;
   i64 tail_page_stride;
   const float *levels, *mean, *stretch;
+  float gain;
   u8* codes;
   i64 code_page_stride;
 };
@@ -69,7 +70,7 @@ __device__ __forceinline__ void code_listed(Shared& s, const Atoms& own, const u
     pursue(s, own, atoms, count, rank, part.sparsity, min_energy, parity);
     for (int owned = warp, vector; (vector = owned * CLUSTER + rank) < count; owned += WARPS) {
       const i64 to = destination[s.list[first + vector]];
-      write_record(s, owned, part, place.levels, place.codes + to / P * place.code_page_stride, to % P);
+      write_record(s, owned, part, place.levels, place.gain, place.codes + to / P * place.code_page_stride, to % P);
     }
   }
 }
@@ -85,7 +86,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u16* key_atoms, const float* key_levels,
                 const float* key_mean, const float* key_stretch, const u16* value_atoms, const float* value_levels,
                 const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
-                const i64* destination, int M, float min_energy) {
+                const i64* destination, int M, float min_energy, float key_gain, float value_gain) {
   SHARED_MEMORY(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int head = blockIdx.y / 2, is_value = blockIdx.y % 2;
@@ -99,6 +100,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                        is_value ? value_levels : key_levels,
                        (is_value ? value_mean : key_mean) + head * D,
                        (is_value ? value_stretch : key_stretch) + head * D,
+                       is_value ? value_gain : key_gain,
                        codes + i64(head) * HEAD_BYTES,
                        code_page_stride};
   Atoms own;
@@ -124,7 +126,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 // coded: then the entry of that number is. `places` has the addresses of a layer's tensors in a row.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     cluster_omp_layers(const i64* places, int dictionaries, int heads, i64 tail_page_stride, i64 code_page_stride,
-                       const int* source, const i64* destination, int M, int most, float min_energy) {
+                       const int* source, const i64* destination, int M, int most, float min_energy,
+                       float key_gain, float value_gain) {
   SHARED_MEMORY(memory);
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (M > most && destination[most] >= P) return;
@@ -148,6 +151,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                          reinterpret_cast<const float*>(book[1]),
                          reinterpret_cast<const float*>(book[2]) + head * D,
                          reinterpret_cast<const float*>(book[3]) + head * D,
+                         is_value ? value_gain : key_gain,
                          reinterpret_cast<u8*>(row[1]) + i64(head) * HEAD_BYTES,
                          code_page_stride};
     load_atoms(own, atoms, part.atoms, rank * BLOCK_ATOMS, M >> 31);

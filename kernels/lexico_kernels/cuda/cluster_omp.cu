@@ -29,6 +29,7 @@ constexpr int UNIT = 32, UNITS = (TILE + UNIT - 1) / UNIT;  // of vectors that a
 constexpr u32 BESTS_BYTES = CLUSTER * WARPS * 4;  // of one vector
 constexpr int WINDOW = 4 * THREADS;           // entries that are looked through at a time
 // A float that is not negative orders like an integer, and its low bits can hold an atom's number (N <= 4096).
+constexpr float MOST_LOST = 0.7f, BF16_MAX = 3.3895313892515355e38f;  // as in layout.py
 constexpr u32 INDEX_BITS = 0xFFF, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
 
 struct Part {
@@ -189,6 +190,14 @@ __device__ __forceinline__ void send_residual(Shared& s, int vector, const Piece
 #endif
 }
 
+__device__ __forceinline__ void keep_energy(Shared& s, int owned, const float (&x)[2 * LANE_WORDS]) {
+  float energy = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * LANE_WORDS; ++i) energy += x[i] * x[i];
+  energy = lane_sum(energy);
+  if (threadIdx.x % 32 == 0) s.energy[owned] = energy;
+}
+
 // The residual of one vector, at unit length: keep it, and send what products need to every block of the cluster.
 __device__ __forceinline__ void keep_residual(Shared& s, int owned, int vector, const float (&x)[2 * LANE_WORDS]) {
   const int lane = threadIdx.x % 32, byte = lane * 4 * LANE_WORDS;
@@ -208,11 +217,7 @@ __device__ __forceinline__ void keep_residual(Shared& s, int owned, int vector, 
   send_residual(s, vector, piece);
   store_piece(s.rests + row_at(2 * owned, byte), rest);
   store_piece(s.rests + row_at(2 * owned + 1, byte), last);
-  float energy = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * LANE_WORDS; ++i) energy += x[i] * x[i];
-  energy = lane_sum(energy);
-  if (lane == 0) s.energy[owned] = energy;
+  keep_energy(s, owned, x);
 }
 
 // Load a vector, centre and stretch it and bring it to unit length; no finite norm or none at all makes it 0.
@@ -349,7 +354,10 @@ __device__ __forceinline__ void solve(Shared& s, const u16* atoms, int owned, in
       x[2 * i + 1] -= weight * second;
     }
   }
-  if (step + 1 < sparsity) keep_residual(s, owned, vector, x);
+  if (step + 1 < sparsity)
+    keep_residual(s, owned, vector, x);
+  else
+    keep_energy(s, owned, x);
 }
 
 // All passes over a tile. A warp solves its own vectors as soon as their bests are there and correlates meanwhile.
@@ -380,10 +388,12 @@ __device__ __forceinline__ void pursue(Shared& s, const Atoms& own, const u16* a
   }
 }
 
-// Quantise and store one vector's record; see `reference.encode_vectors`.
-__device__ __forceinline__ void write_record(const Shared& s, int owned, const Part& part, const float* levels, u8* head,
-                                             int slot) {
+// Quantise and store one vector's record, its scale raised by `gain`; see `reference.encode_vectors`.
+__device__ __forceinline__ void write_record(const Shared& s, int owned, const Part& part, const float* levels,
+                                             float gain, u8* head, int slot) {
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // the last residual's energy is there
+  const float raising = exp2f(-gain * log2f(1 - fminf(s.energy[owned], MOST_LOST)));
   const float coefficient = s.coefficients[owned][lane] * s.norm[owned];
   const int index = s.chosen[owned][lane];
   const u16 scale = bfloat16_bits(lane_max(fabsf(coefficient)));
@@ -403,5 +413,6 @@ __device__ __forceinline__ void write_record(const Shared& s, int owned, const P
     *reinterpret_cast<u16*>(head + part.index_offset + slot * part.index_stride + 2 * lane) =
         kept ? u16(index << 4 | level) : u16(0);
   if (lane == 0)
-    *reinterpret_cast<u16*>(head + part.scale_offset + slot * part.scale_stride) = any ? scale : u16(0);
+    *reinterpret_cast<u16*>(head + part.scale_offset + slot * part.scale_stride) =
+        any ? bfloat16_bits(fminf(peak * raising, BF16_MAX)) : u16(0);
 }
