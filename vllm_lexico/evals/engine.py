@@ -10,6 +10,7 @@ from typing import Any
 from vllm_lexico import register
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
+from vllm_lexico.evals.peers import mend_turboquant
 from vllm_lexico.evals.settings import EvalSettings
 
 MARGIN_TOKENS = 8  # beyond what a task asks for
@@ -87,6 +88,8 @@ class Engine:
         self.token_bytes = token_bytes(kv_cache_config)
         self.plain_token_bytes = plain_token_bytes(self.vllm_config)
         self._check_cache(cache)
+        if self.vllm_config.cache_config.cache_dtype.startswith("turboquant_"):
+            self.llm.collective_rpc(mend_turboquant)
         # How far a running task is, and of how many sequences; the worker shows it.
         self.expect: Callable[[int], None] = lambda _total: None
 
