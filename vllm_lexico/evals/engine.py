@@ -10,6 +10,7 @@ from typing import Any
 from vllm_lexico import register
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
+from vllm_lexico.evals.peers import mend_turboquant
 from vllm_lexico.evals.settings import EvalSettings
 
 MARGIN_TOKENS = 8  # beyond what a task asks for
@@ -24,6 +25,37 @@ def needed_tokens(settings: EvalSettings, tasks: Sequence[str]) -> int:
         "needle": max(settings.needle.lengths, default=0),
     }
     return max(needs[task] for task in tasks)
+
+
+def unread_caches(worker: Any) -> set[str]:
+    """What the attention layers of a worker were told to keep and their backends do not know, in words.
+
+    vLLM's CUDA platform refuses such a pair at start. Its CPU platform does not ask: it takes TurboQuant's names, gives
+    those layers eight bits a number and reads them as if they were 16, which bytes alone do not tell from a cache.
+    """
+    from vllm.config import set_current_vllm_config
+
+    unread = set()
+    with set_current_vllm_config(worker.vllm_config):  # what a backend knows may depend on it
+        for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+            backend, dtype = getattr(layer, "attn_backend", None), getattr(layer, "kv_cache_dtype", None)
+            if backend is not None and dtype is not None and not backend.supports_kv_cache_dtype(dtype):
+                unread.add(f"its {backend.get_name()} does not know {dtype}")
+    return unread
+
+
+def check_cache(name: str, unread: Sequence[str], token_bytes: float, plain_token_bytes: int) -> None:
+    """Refuse a cache that vLLM accepted by its name and does not have.
+
+    unread: what `unread_caches` found in the workers.
+    """
+    reasons = list(unread)
+    if token_bytes >= plain_token_bytes:
+        reasons.append(f"a token takes {token_bytes:.0f} bytes, no fewer than in 16 bits")
+    if reasons:
+        raise RuntimeError(
+            f"vLLM started with {name}, but {' and '.join(reasons)}; the platform does not have this cache"
+        )
 
 
 class Engine:
@@ -56,17 +88,16 @@ class Engine:
         self.token_bytes = token_bytes(kv_cache_config)
         self.plain_token_bytes = plain_token_bytes(self.vllm_config)
         self._check_cache(cache)
+        if self.vllm_config.cache_config.cache_dtype.startswith("turboquant_"):
+            self.llm.collective_rpc(mend_turboquant)
         # How far a running task is, and of how many sequences; the worker shows it.
         self.expect: Callable[[int], None] = lambda _total: None
 
     def _check_cache(self, cache: Cache) -> None:
-        """Refuse figures of a cache that is not there: vLLM's CPU backend takes TurboQuant's names and ignores them."""
-        compressed = cache.engine.get("kv_cache_dtype", "auto") != "auto"
-        if compressed and self.token_bytes >= self.plain_token_bytes:
-            raise RuntimeError(
-                f"vLLM started with {cache.name}, but a token takes {self.token_bytes:.0f} bytes, no fewer than in 16 "
-                f"bits; the platform does not have this cache"
-            )
+        """Refuse figures of a cache that is not there (see `check_cache`)."""
+        if cache.engine.get("kv_cache_dtype", "auto") != "auto":
+            unread = sorted(set().union(*self.llm.collective_rpc(unread_caches)))
+            check_cache(cache.name, unread, self.token_bytes, self.plain_token_bytes)
 
     @property
     def vllm_config(self) -> Any:

@@ -45,15 +45,17 @@ class PoolMeter:
 
 
 def block_bytes(kv_cache_config: Any) -> int:
-    """Bytes of one block of the pool. Groups of layers overlay each other: a block belongs to one of them at a time."""
-    return max(_group_bytes(group) for group in kv_cache_config.kv_cache_groups)
+    """Bytes of one block of the pool, whichever group has it: its share of the allocation, padding and all.
 
+    Not from the groups' specs: of a group whose layers have pages of unlike sizes vLLM tells the scheduler the first
+    layer's alone (`generate_scheduler_kv_cache_config`), and TurboQuant's first layers are in 16 bits. Every tensor of
+    the configuration names the size of the one allocation that all layers of all groups lie in.
 
-def _group_bytes(group: Any) -> int:
-    """Bytes of a group's page in all of its layers."""
-    spec = group.kv_cache_spec
-    whole = hasattr(spec, "kv_cache_specs")  # layers of unlike sizes: their spec has the sum already
-    return spec.page_size_bytes * (1 if whole else len(group.layer_names))
+    Raises:
+        ValueError: there are several allocations; vLLM's worker refuses them too.
+    """
+    (allocation,) = {tensor.size for tensor in kv_cache_config.kv_cache_tensors if not tensor.host_resident}
+    return allocation // kv_cache_config.num_blocks
 
 
 def token_bytes(kv_cache_config: Any) -> float:

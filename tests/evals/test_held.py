@@ -1,0 +1,155 @@
+"""Bytes of the pool as vLLM's configurations of the cache say them, counted by hand, and caches that are not there."""
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_lexico.evals.engine import check_cache, unread_caches
+from vllm_lexico.evals.held import Held, PoolMeter, block_bytes, token_bytes
+from vllm_lexico.tail import LexicoTailSpec
+
+# Qwen2.5-Coder-1.5B: a token of a layer has two heads of 128 keys and as many values, 1,024 bytes in 16 bits.
+LAYERS, SHAPE = 28, {"num_kv_heads": 2, "head_size": 128, "dtype": torch.bfloat16}
+NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+PLAIN_BYTES = LAYERS * 1_024
+
+
+def full(block_size=16, **more):
+    return FullAttentionSpec(block_size=block_size, **SHAPE | more)
+
+
+def config(num_blocks, block, *groups):
+    """What vLLM's scheduler gets. block: bytes that the planner gives one; groups: of (names, spec)."""
+    tensors = []
+    for names, spec in groups:
+        per_layer = getattr(spec, "kv_cache_specs", dict.fromkeys(names, spec))
+        offset = 0
+        for each in dict.fromkeys(per_layer.values()):  # layers of one spec lie together
+            layers = [name for name in names if per_layer[name] == each]
+            stride = -(-each.page_size_bytes // each.get_block_stride_alignment()) * each.get_block_stride_alignment()
+            tensors.append(KVCacheTensor(num_blocks * block, layers, num_blocks * stride, stride, offset))
+            offset += len(layers) * num_blocks * stride
+        assert offset <= num_blocks * block
+    groups = [KVCacheGroupSpec(names, spec) for names, spec in groups]
+    return generate_scheduler_kv_cache_config([KVCacheConfig(num_blocks, tensors, groups)])
+
+
+def plain():
+    return config(7, LAYERS * 16 * 1_024, (NAMES, full()))
+
+
+def lexico(cell_bytes, tail_tokens):
+    """Code pages of 128 tokens and tail pages, which are padded to as many bytes, over each other."""
+    codes = full(128, state_content_bytes=cell_bytes)
+    page = 128 * 2 * cell_bytes
+    own = {"sliding_window": 129, "sink_blocks": 1, "window_hits": False, "concurrent_batches": 1}
+    tail = LexicoTailSpec(block_size=tail_tokens, page_size_padded=page, **SHAPE, **own)
+    return config(5, LAYERS * page, (NAMES, codes), ([f"{name}.lexico_tail" for name in NAMES], tail))
+
+
+def turboquant(slot_bytes, pool_bytes=6_500_000_000):
+    """The first and last two layers in 16 bits, the others of `slot_bytes` a head and token, in blocks of 32 tokens."""
+    slots = full(32, dtype=torch.uint8, state_content_bytes=slot_bytes)
+    specs = {name: full(32) if i in (0, 1, 26, 27) else slots for i, name in enumerate(NAMES)}
+    block = 4 * 32 * 1_024 + 24 * 32 * 2 * slot_bytes
+    return config(pool_bytes // block, block, (NAMES, UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs=specs)))
+
+
+def padded():
+    """Pages of 16 KiB in strides of 24: what lies between them is held too."""
+    return config(3, LAYERS * 24 * 1_024, (NAMES, full(block_stride_alignment=24 * 1_024)))
+
+
+def unlike_groups():
+    """Groups of 12 and 13 layers over each other: a block has room for the larger."""
+    window = {"sliding_window": 64}
+    return config(4, 13 * 16 * 1_024, (NAMES[:12], full(**window)), (NAMES[12:25], full()))
+
+
+@pytest.mark.parametrize(
+    ("make", "block", "token"),
+    [
+        (plain, 458_752, PLAIN_BYTES),
+        (lambda: lexico(64, 16), 458_752, 3_584),  # sparsity 15
+        (lambda: lexico(48, 8), 344_064, 2_688),  # sparsity 11: a third of a tail page is padding
+        (lambda: turboquant(134), 336_896, 10_528),  # 4 bits
+        (lambda: turboquant(102), 287_744, 8_992),  # 3 bits
+        (padded, 688_128, 43_008),
+        (unlike_groups, 212_992, 13_312),
+    ],
+)
+def test_bytes_are_those_of_the_allocation(make, block, token):
+    made = make()
+    assert (block_bytes(made), token_bytes(made)) == (block, token)
+
+
+@pytest.mark.parametrize(("slot_bytes", "tokens"), [(134, 617_376), (102, 722_848)])
+def test_a_pool_has_room_for_as_many_tokens_as_vllm_said(slot_bytes, tokens):
+    """Of 6.5 GB, on an H100."""
+    made = turboquant(slot_bytes)
+    assert made.num_blocks * 32 == tokens and 0 <= 6_500_000_000 - tokens * token_bytes(made) < block_bytes(made)
+
+
+def test_several_allocations_are_refused():
+    made = plain()
+    made.kv_cache_tensors.append(KVCacheTensor(1, ["another"], 1, 1))
+    with pytest.raises(ValueError, match="too many values"):
+        block_bytes(made)
+
+
+def test_memory_of_the_host_is_no_block():
+    made = plain()
+    made.kv_cache_tensors.append(KVCacheTensor(1, ["another"], 1, 1, host_resident=True))
+    assert block_bytes(made) == 458_752
+
+
+def test_a_sequence_is_measured_when_it_ends():
+    page, null = types.SimpleNamespace(is_null=False), types.SimpleNamespace(is_null=True)
+    given_back = []
+    manager = types.SimpleNamespace(
+        get_blocks=lambda _: types.SimpleNamespace(blocks=([page, page, null], [page])), free=given_back.append
+    )
+    meter = PoolMeter(types.SimpleNamespace(kv_cache_manager=manager), turboquant(134))
+    for finished in (False, True):  # preempted, then done
+        manager.free(types.SimpleNamespace(request_id="r", num_computed_tokens=70, is_finished=lambda f=finished: f))
+    assert meter.take() == [Held(70, 3 * 336_896)] and meter.take() == []
+    assert len(given_back) == 2 and meter.finished == 1
+
+
+def worker(*layers):
+    """A worker with attention layers of (backend, dtype), and something else that vLLM keeps beside them."""
+    made = {str(i): types.SimpleNamespace(attn_backend=b, kv_cache_dtype=d) for i, (b, d) in enumerate(layers)}
+    compilation = types.SimpleNamespace(static_forward_context=made | {"experts": types.SimpleNamespace()})
+    return types.SimpleNamespace(vllm_config=types.SimpleNamespace(compilation_config=compilation))
+
+
+def test_a_name_that_a_backend_does_not_know_is_found():
+    """As vLLM's CPU build makes TurboQuant: some layers in 16 bits, the others with a name and eight bits."""
+    found = unread_caches(worker((CPUAttentionBackend, "auto"), *[(CPUAttentionBackend, "turboquant_4bit_nc")] * 3))
+    assert found == {"its CPU_ATTN does not know turboquant_4bit_nc"}
+
+
+def test_turboquant_beside_layers_in_16_bits_is_read():
+    layers = (CPUAttentionBackend, "auto"), (TurboQuantAttentionBackend, "turboquant_3bit_nc")
+    assert unread_caches(worker(*layers)) == set()
+
+
+def test_a_cache_that_is_not_there_is_refused():
+    check_cache("turboquant_4bit_nc", [], 10_528, PLAIN_BYTES)
+    with pytest.raises(RuntimeError, match=r"but its X does not know Y; the platform does not have this cache"):
+        check_cache("turboquant_4bit_nc", ["its X does not know Y"], 16_256, PLAIN_BYTES)
+    with pytest.raises(RuntimeError, match=r"takes 28672 bytes, no fewer than in 16 bits; the platform"):
+        check_cache("fp8", [], PLAIN_BYTES, PLAIN_BYTES)
