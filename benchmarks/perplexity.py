@@ -37,7 +37,9 @@ DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,lexico:15/11,paper:10,rotation:2"
 ROW = "{:14} {:>6} {:>7} {:>9} {:>8} {:>8} {:>7} {:>7} {:>7}"
 
 
-def make_codec(name: str, dictionary: Dictionary, device: torch.device | str) -> tuple[VectorCodec, dict[str, Any]]:
+def make_codec(
+    name: str, dictionary: Dictionary, device: torch.device | str, gains: tuple[float, float] | None = None
+) -> tuple[VectorCodec, dict[str, Any]]:
     """A cache by its name (see the module), and what its rows say of it; ValueError for other names."""
     kind, _, given = name.partition(":")
     try:
@@ -54,7 +56,8 @@ def make_codec(name: str, dictionary: Dictionary, device: torch.device | str) ->
         )
     key, value = numbers[0], numbers[-1]
     sparsity = key if key == value else {"key": key, "value": value}
-    return DictionaryCodec(dictionary, device, key, value, CODECS[kind]), {"codec": CODECS[kind], "sparsity": sparsity}
+    codec = DictionaryCodec(dictionary, device, key, value, CODECS[kind], gains=gains)
+    return codec, {"codec": CODECS[kind], "sparsity": sparsity, "gains": list(codec.gains.values())}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     path = find_dictionary(args.dictionary, args.model, fingerprint)
     dictionary = load_dictionary(path)
     dictionary.check(fingerprint, args.model)
-    codecs = {name: make_codec(name, dictionary, args.device) for name in args.caches.split(",")}
+    codecs = {name: make_codec(name, dictionary, args.device, args.gains) for name in args.caches.split(",")}
     file, read_windows = TEXTS[args.text]
     windows = read_windows(args.data / file, AutoTokenizer.from_pretrained(args.model), args.length, args.windows)
     measure = CodedPerplexity(args.model, args.device, args.sinks, args.window, args.skip)
@@ -133,6 +136,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=256, help="first tokens without a score (default: %(default)s)")
     parser.add_argument("--sinks", type=int, default=16, help="first tokens kept as they are (default: %(default)s)")
     parser.add_argument("--window", type=int, default=128, help="newest tokens kept as they are (default: %(default)s)")
+    parser.add_argument(
+        "--gains", type=float, nargs=2, metavar=("KEY", "VALUE"),
+        help="of codes over what the pursuit leaves (default: the product's); 0 0 for what a dictionary itself loses",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="text windows a pass (default: %(default)s; 8 for a GPU)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)"

@@ -11,7 +11,7 @@ import torch
 from lexico_kernels import reference
 from lexico_kernels.layout import PARTS, CodeLayout
 
-from vllm_lexico.dictionary import load_dictionary
+from vllm_lexico.dictionary import GAINS, load_dictionary
 
 SINKS, WINDOW, SKIP, LENGTH = 4, 8, 6, 48
 
@@ -219,7 +219,7 @@ def script_args(model, folder, **changed):
     given = {
         "model": str(model), "data": folder, "dictionary": str(model / "random.safetensors"), "text": "wikitext",
         "caches": "lexico:5/3,rotation:2", "windows": 2, "length": LENGTH, "skip": SKIP, "sinks": SINKS,
-        "window": WINDOW, "batch": 2, "device": "cpu", "out": folder / "out",
+        "window": WINDOW, "batch": 2, "device": "cpu", "out": folder / "out", "gains": None,
     }  # fmt: skip
     return Namespace(**(given | changed))
 
@@ -242,6 +242,11 @@ def test_the_script_prints_and_records(perplexity, model, dictionary, tmp_path, 
     assert rows[0]["metric"] == "perplexity_ratio" and rows[0]["value"] > 0 and rows[0]["peer"] is None
     assert rows[1]["case"] | {"bits": 2, "windows": 2, "atoms": 64, "dtype": "float32"} == rows[1]["case"]
     assert "lexico:5/3" in capsys.readouterr().out
+    perplexity.run(script_args(model, tmp_path, caches="lexico:5/3", gains=[0.0, 0.0]))
+    plain = json.loads((tmp_path / "out" / "dictionary.jsonl").read_text().splitlines()[6])["case"]
+    assert (rows[0]["case"]["gains"], plain["gains"]) == (list(GAINS.values()), [0, 0])
+    # A gain is no better in energy than what the pursuit finds.
+    assert all(plain["energy_lost"][part] < rows[0]["case"]["energy_lost"][part] for part in ("key", "value"))
 
 
 @pytest.mark.parametrize("cache", ["", "lexico", "lexico:x", "lexico:1/2/3", "lexico:32", "rotation:2/2", "other:1"])

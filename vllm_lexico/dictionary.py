@@ -45,7 +45,8 @@ HUB_OWNER = "vllm-lexico"
 HUB_TIMEOUT_SECONDS = 3.0
 # `Codebook.gain`. Attention is an average of values, in which errors of many tokens cancel and what every code lacks of
 # its length does not: 1 takes it back. A score goes through an exponential, where errors do not cancel and a longer
-# key has larger ones: on text, attention is nearest to that of raw keys between 1/4 and 1/2 (docs/log.md).
+# key has larger ones: on text, attention is nearest to that of raw keys between 1/4 and 1/2, and retrieval from long
+# texts wants more than that (docs/log.md).
 GAINS = {"key": 0.5, "value": 1.0}
 
 
