@@ -106,15 +106,16 @@ def decode(driver: Driver, contexts: Prompts, new_tokens: list[int], steps: int)
     prompts = [context + new for context, new in zip(contexts, driver.prompts(new_tokens), strict=True)]
     in_order = driver.run(prompts, steps + SETTLE_STEPS + 1).intervals(len(prompts))
     intervals = sorted(in_order)
-    slow = SLOW * statistics.median(intervals)
+    median = statistics.median(intervals)
+    slow = [[step, round(1e3 * seconds, 1)] for step, seconds in enumerate(in_order) if seconds > SLOW * median]
     return {
-        "median_ms": 1e3 * statistics.median(intervals),
+        "median_ms": 1e3 * median,
         "p99_ms": 1e3 * intervals[min(int(0.99 * len(intervals)), len(intervals) - 1)],
         "worst_ms": 1e3 * intervals[-1],
         "mean_ms": 1e3 * statistics.mean(intervals),
         "tokens_per_second": len(prompts) / statistics.mean(intervals),
         "steps": len(intervals),
-        "slow_steps": [[step, round(1e3 * seconds, 1)] for step, seconds in enumerate(in_order) if seconds > slow],
+        "slow_steps": slow,
     }
 
 

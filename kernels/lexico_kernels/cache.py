@@ -99,7 +99,7 @@ class Codebook:
         """The codebook of one head alone."""
         atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
         mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
-        return Codebook(atoms, self.levels, mean, stretch, gain=self.gain)
+        return replace(self, atoms=atoms, mean=mean, stretch=stretch, screen=None)
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,9 @@ def poisoned_cache(
     )
 
 
-def raised_cache(cache: LayerCache, key_gain: float = 0.375, value_gain: float = 1.0) -> LayerCache:
-    """The same pages with codebooks that have a gain."""
-    return replace(cache, key=replace(cache.key, gain=key_gain), value=replace(cache.value, gain=value_gain))
+def raised_cache(cache: LayerCache) -> LayerCache:
+    """The same pages with codebooks that have a gain, each another."""
+    return replace(cache, key=replace(cache.key, gain=0.375), value=replace(cache.value, gain=1.0))
 
 
 def screened_cache(cache: LayerCache) -> LayerCache:

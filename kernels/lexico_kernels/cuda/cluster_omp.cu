@@ -28,8 +28,8 @@ constexpr int STEPS_PADDED = MAX_S <= 16 ? 16 : 32;
 constexpr int UNIT = 32, UNITS = (TILE + UNIT - 1) / UNIT;  // of vectors that are correlated at a time
 constexpr u32 BESTS_BYTES = CLUSTER * WARPS * 4;  // of one vector
 constexpr int WINDOW = 4 * THREADS;           // entries that are looked through at a time
-// A float that is not negative orders like an integer, and its low bits can hold an atom's number (N <= 4096).
 constexpr float MOST_LOST = 0.7f, BF16_MAX = 3.3895313892515355e38f;  // as in layout.py
+// A float that is not negative orders like an integer, and its low bits can hold an atom's number (N <= 4096).
 constexpr u32 INDEX_BITS = 0xFFF, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
 
 struct Part {
