@@ -129,16 +129,16 @@ def decode_after_fill(
     return results | {"fill_tokens_per_second": count * context / fill.seconds}
 
 
-def starved(driver: Driver, count: int, context: int, new_tokens: int, answer: int) -> dict[str, Any]:
-    """Two turns of as many conversations as some caches cannot hold together, all sent at once; output tokens/s.
+def starved(driver: Driver, count: int, context: int, new_tokens: int, answer: int, turns: int = 2) -> dict[str, Any]:
+    """Turns of as many conversations as some caches cannot hold together, all sent at once; output tokens/s.
 
     The first turn is a burst of cold prompts. The second repeats all that was said and adds `new_tokens`; what the
     cache has kept need not be computed again, in every backend by vLLM's prefix caching.
     """
-    turns = {}
+    results = {}
     prompts = driver.prompts([context] * count)
-    for turn in ("1", "2"):
+    for turn in range(1, turns + 1):
         timeline = driver.run(prompts, answer)
-        turns[turn] = {"tokens_per_second": count * answer / timeline.seconds, "seconds": timeline.seconds}
+        results[str(turn)] = {"tokens_per_second": count * answer / timeline.seconds, "seconds": timeline.seconds}
         prompts = [old + new for old, new in zip(prompts, driver.prompts([new_tokens] * count), strict=True)]
-    return turns
+    return results

@@ -16,12 +16,12 @@ steady   64 sequences of 8k context: latency between tokens and `decode_tokens_p
          part of a mean step that the engine without coding does not need. Once with all sequences at the same
          position (`aligned`), once with positions spread at random (`spread`). 40 s, of which 30 to fill the cache.
 decode   8 sequences of 32k context: `decode_tokens_per_second` against FLASH_ATTN and its fp8 cache. 20 s.
-starved  64 requests of 32k tokens that bf16 cannot hold together, in two turns, 128 tokens of answer each:
+starved  64 requests of 32k tokens that bf16 cannot hold together, in --turns, --answer-tokens (128) of answer each:
          `output_tokens_per_second` against both. 64 such prompts take minutes to compute, so the model has 4 of its 32
          layers and the cache an eighth of the memory that a card of 80 GB leaves beside the whole model, which keeps
-         layers, pages and how many requests fit as they are. In turn 1 all prompts are cold and computing them is
-         nearly all of the time, whatever the cache. In turn 2 the prompts go on from turn 1 and prefix caching,
-         which all backends have, saves what the cache still holds. 25 s.
+         layers, pages and how many requests fit as they are. In turn 1 all prompts are cold and, if answers are short,
+         computing them is nearly all of the time, whatever the cache. In turn 2 the prompts go on from turn 1 and prefix
+         caching, which all backends have, saves what the cache still holds. 25 s.
 
 Rows go to benchmarks/results/engine.jsonl. Without --compile the model's other layers run as they are, in CUDA graphs
 for decode and eagerly in prefill, for all backends alike: that starts in a third of the time.
@@ -60,6 +60,7 @@ STARVED_LAYERS = 4
 CACHE_BYTES = 54 << 30
 ENGINES = ("FLASH_ATTN", "fp8", "LEXICO-15", "LEXICO-7", "LEXICO-15-uncoded")
 MEASURES = ("ttft", "prefill", "steady", "decode", "starved")
+PASSED_ON = ("shrink", "steps", "answer_tokens", "turns")  # options that an engine's process is told
 LEAST_SECONDS = 30  # left, to start another engine
 
 
@@ -102,8 +103,9 @@ def spreads(count: int, step_tokens: int) -> dict[str, list[int]]:
     return {"aligned": [most // 2] * count, "spread": [random.Random(i).randrange(1, most) for i in range(count)]}
 
 
-def run_measure(measure: str, driver: loads.Driver, shrink: int, steps: int) -> dict[str, Any]:
+def run_measure(measure: str, driver: loads.Driver, options: argparse.Namespace) -> dict[str, Any]:
     """One measure in the engine of this process."""
+    shrink, steps = options.shrink, options.steps
     positions = functools.partial(spreads, step_tokens=8192 // shrink)
     long, short = 32768 // shrink, 8192 // shrink
     by_name: dict[str, Callable[[], dict[str, Any]]] = {
@@ -111,23 +113,23 @@ def run_measure(measure: str, driver: loads.Driver, shrink: int, steps: int) -> 
         "prefill": lambda: loads.first_token(driver, long, repeats=3),
         "steady": lambda: loads.decode_after_fill(driver, 64, short, steps, positions(64)),
         "decode": lambda: loads.decode_after_fill(driver, 8, long, steps, {"spread": positions(8)["spread"]}),
-        "starved": lambda: loads.starved(driver, 64, long, 64, 128 // min(shrink, 16)),
+        "starved": lambda: loads.starved(driver, 64, long, 64, options.answer_tokens // min(shrink, 16), options.turns),
     }
     return by_name[measure]()
 
 
-def serve(measures: list[str], shrink: int, steps: int) -> None:
+def serve(options: argparse.Namespace) -> None:
     """Wait for an engine's settings on standard input, start it and print each measure's result, null if it failed."""
     from vllm import LLM
 
     driver = loads.Driver(LLM(**json.loads(sys.stdin.readline())))
     gc.collect()
     gc.freeze()  # as vLLM's server does: what the imports made is not looked through again while tokens are timed
-    for measure in measures:
+    for measure in options.measure:
         began = time.perf_counter()
         result = None
         try:
-            result = run_measure(measure, driver, shrink, steps)
+            result = run_measure(measure, driver, options)
         except Exception:
             traceback.print_exc()
         print(f"{ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
@@ -140,11 +142,13 @@ class EngineProcess:
         self.run, self._settings, self._stopped = run, settings, False
         self.log = options.logs / f"{run.engine}-{'-'.join(run.measures)}.log"
         command = [sys.executable, __file__, "--serve", "--measure", *run.measures]
+        for name in PASSED_ON:
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         # An engine's worker imports `uncoded` by its name.
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as file:
             self._process = subprocess.Popen(
-                [*command, "--shrink", str(options.shrink), "--steps", str(options.steps)],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -211,7 +215,7 @@ class Measured:
         self._written = {json.dumps(row) for row in self._rows()}
 
     def _rows(self) -> list[Row]:
-        return rows(self._results, self._case, self._options.shrink, self._starved_layers)
+        return rows(self._results, self._case, self._options, self._starved_layers)
 
     def add(self, engine: str, measure: str, result: dict[str, Any]) -> None:
         """Keep a result and write the rows that it completes."""
@@ -231,9 +235,10 @@ class Measured:
         print(f"{metric} ({words}): {value:.4g}" + (f", {row['ratio']:.3f} of {peer}" if peer else ""), flush=True)
 
 
-def rows(results: Results, case: dict[str, Any], shrink: int, starved_layers: int) -> list[Row]:
+def rows(results: Results, case: dict[str, Any], options: argparse.Namespace, starved_layers: int) -> list[Row]:
     """Rows of everything that was measured and has what it is compared with."""
     out: list[Row] = []
+    shrink = options.shrink
     peers = {peer: results.get(peer, {}) for peer in ("FLASH_ATTN", "fp8")}
     uncoded = results.get("LEXICO-15-uncoded", {})
     for engine, measured in results.items():
@@ -267,6 +272,7 @@ def rows(results: Results, case: dict[str, Any], shrink: int, starved_layers: in
                 if other := theirs.get("starved", {}).get(turn):
                     at = own | {"load": "starved", "turn": int(turn), "requests": 64, "seconds": numbers["seconds"]}
                     at |= {"prompt_tokens": 32768 // shrink, "layers": starved_layers}
+                    at |= {"answer_tokens": options.answer_tokens // min(shrink, 16)}
                     pair = numbers["tokens_per_second"], peer, other["tokens_per_second"]
                     out.append((at, "output_tokens_per_second", *pair))
     return out
@@ -289,7 +295,7 @@ def common_settings(options: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": 32768 // options.shrink + 1024,
+        "max_model_len": 32768 // options.shrink + 1024 + options.answer_tokens,
         "max_num_batched_tokens": max(8192 // options.shrink, 64),
         "max_num_seqs": 64,
         "gpu_memory_utilization": 0.9,
@@ -364,13 +370,15 @@ def main() -> None:
     parser.add_argument("--shape", type=json.loads, default={}, help="other values of config.json, to try this out")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this, to try this out")
     parser.add_argument("--steps", type=int, default=144, help="of decode; every block's end is among 128")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of each starved request (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=2, help="of each starved conversation (default: %(default)s)")
     parser.add_argument("--engine-seconds", type=float, default=600, help="most that an engine may take")
     parser.add_argument("--logs", type=Path, default=Path("engine_speed_logs"), help="folder for the engines' messages")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of engine.jsonl")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.measure, options.shrink, options.steps)
+        return serve(options)
     options.logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ def decode_numbers(median, p99, mean, tokens_per_second):
     return {"median_ms": median, "p99_ms": p99, "mean_ms": mean, "tokens_per_second": tokens_per_second}
 
 
-def test_rows_compare_each_engine_with_its_peers(speed):
+def test_rows_compare_each_engine_with_its_peers(speed, tmp_path):
     steady = decode_numbers(10.0, 12.0, 10.0, 6400.0)
     results = {
         "LEXICO-15": {"ttft": {"seconds": 0.3}, "steady": {"aligned": steady, "fill_tokens_per_second": 1.0}},
@@ -35,7 +35,8 @@ def test_rows_compare_each_engine_with_its_peers(speed):
         },
         "LEXICO-7": {},  # did not start
     }
-    rows = {metric: (case, value, peer) for case, metric, value, peer, _ in speed.rows(results, {}, 1, 4)}
+    written = speed.rows(results, {}, options(speed, tmp_path), 4)
+    rows = {metric: (case, value, peer) for case, metric, value, peer, _ in written}
     assert rows["ttft_ratio"][1:] == (pytest.approx(1.5), "FLASH_ATTN")
     assert rows["ttft_ratio"][0]["bytes_percent"] == 12.5 and rows["ttft_ratio"][0]["coding"]
     assert rows["prefill_ratio"][1] == pytest.approx(1.1) and not rows["prefill_ratio"][0]["coding"]
@@ -46,7 +47,7 @@ def test_rows_compare_each_engine_with_its_peers(speed):
     }  # fmt: skip
 
 
-def test_rows_of_decode_and_starved_name_both_peers(speed):
+def test_rows_of_decode_and_starved_name_both_peers(speed, tmp_path):
     def engine(rate):
         turn = {"tokens_per_second": rate, "seconds": 1.0}
         return {"decode": {"spread": decode_numbers(1.0, 1.0, 1.0, rate)}, "starved": {"1": turn, "2": turn}}
@@ -54,7 +55,7 @@ def test_rows_of_decode_and_starved_name_both_peers(speed):
     results = {"FLASH_ATTN": engine(100.0), "fp8": engine(200.0), "LEXICO-15": engine(400.0)}
     ratios = {
         (metric, case.get("turn"), peer): value / peer_value
-        for case, metric, value, peer, peer_value in speed.rows(results, {}, 1, 4)
+        for case, metric, value, peer, peer_value in speed.rows(results, {}, options(speed, tmp_path), 4)
         if "bytes_percent" in case
     }
     for metric, turn in (("decode_tokens_per_second", None), ("output_tokens_per_second", 2)):
@@ -65,7 +66,7 @@ def options(speed, folder, *words):
     """What the command line's defaults are to `Measured`, and to `planned` with other words."""
     return types.SimpleNamespace(
         logs=folder, results=folder, resume="--resume" in words, shrink=1, peer="FLASH_ATTN",
-        measure=list(speed.MEASURES), engines=list(speed.ENGINES), steps=16,
+        measure=list(speed.MEASURES), engines=list(speed.ENGINES), steps=16, answer_tokens=128, turns=2,
     )  # fmt: skip
 
 
