@@ -20,8 +20,8 @@ starved  64 requests of 32k tokens that bf16 cannot hold together, in --turns, -
          `output_tokens_per_second` against both. 64 such prompts take minutes to compute, so the model has 4 of its 32
          layers and the cache an eighth of the memory that a card of 80 GB leaves beside the whole model, which keeps
          layers, pages and how many requests fit as they are. In turn 1 all prompts are cold and, if answers are short,
-         computing them is nearly all of the time, whatever the cache. In turn 2 the prompts go on from turn 1 and prefix
-         caching, which all backends have, saves what the cache still holds. 25 s.
+         computing them is nearly all of the time, whatever the cache. In turn 2 the prompts go on from turn 1 and
+         prefix caching, which all backends have, saves what the cache still holds. 25 s.
 
 Rows go to benchmarks/results/engine.jsonl. Without --compile the model's other layers run as they are, in CUDA graphs
 for decode and eagerly in prefill, for all backends alike: that starts in a third of the time.
