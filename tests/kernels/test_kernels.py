@@ -87,7 +87,7 @@ def test_omp_encode_chooses_by_a_screen(D, S, atoms, device):
 
 @pytest.mark.parametrize("codec", ["packed16", "paper"])
 def test_gain(codec, device):
-    check_gain(omp.omp_encode, layout(64, 2, (20, 12), codec=codec), device, torch.float16, 200)
+    check_gain(omp.omp_encode, layout(64, 2, (8, 5), codec=codec), device, torch.float16, 200)
 
 
 def test_a_screen_is_what_atoms_are_chosen_by_and_nothing_else(device):
