@@ -139,6 +139,7 @@ def starved(driver: Driver, count: int, context: int, new_tokens: int, answer: i
     prompts = driver.prompts([context] * count)
     for turn in range(1, turns + 1):
         timeline = driver.run(prompts, answer)
-        results[str(turn)] = {"tokens_per_second": count * answer / timeline.seconds, "seconds": timeline.seconds}
+        rate = count * answer / timeline.seconds
+        results[str(turn)] = {"tokens_per_second": rate, "seconds": timeline.seconds, "answer_tokens": answer}
         prompts = [old + new for old, new in zip(prompts, driver.prompts([new_tokens] * count), strict=True)]
     return results

@@ -215,7 +215,7 @@ class Measured:
         self._written = {json.dumps(row) for row in self._rows()}
 
     def _rows(self) -> list[Row]:
-        return rows(self._results, self._case, self._options, self._starved_layers)
+        return rows(self._results, self._case, self._options.shrink, self._starved_layers)
 
     def add(self, engine: str, measure: str, result: dict[str, Any]) -> None:
         """Keep a result and write the rows that it completes."""
@@ -235,10 +235,9 @@ class Measured:
         print(f"{metric} ({words}): {value:.4g}" + (f", {row['ratio']:.3f} of {peer}" if peer else ""), flush=True)
 
 
-def rows(results: Results, case: dict[str, Any], options: argparse.Namespace, starved_layers: int) -> list[Row]:
+def rows(results: Results, case: dict[str, Any], shrink: int, starved_layers: int) -> list[Row]:
     """Rows of everything that was measured and has what it is compared with."""
     out: list[Row] = []
-    shrink = options.shrink
     peers = {peer: results.get(peer, {}) for peer in ("FLASH_ATTN", "fp8")}
     uncoded = results.get("LEXICO-15-uncoded", {})
     for engine, measured in results.items():
@@ -269,10 +268,11 @@ def rows(results: Results, case: dict[str, Any], options: argparse.Namespace, st
                 pair = numbers["tokens_per_second"], peer, other["tokens_per_second"]
                 out.append((at, "decode_tokens_per_second", *pair))
             for turn, numbers in measured.get("starved", {}).items():
-                if other := theirs.get("starved", {}).get(turn):
-                    at = own | {"load": "starved", "turn": int(turn), "requests": 64, "seconds": numbers["seconds"]}
+                other = theirs.get("starved", {}).get(turn)
+                if other and other.get("answer_tokens") == numbers.get("answer_tokens"):
+                    at = own | {"load": "starved", "turn": int(turn), "requests": 64, **numbers}
+                    del at["tokens_per_second"]
                     at |= {"prompt_tokens": 32768 // shrink, "layers": starved_layers}
-                    at |= {"answer_tokens": options.answer_tokens // min(shrink, 16)}
                     pair = numbers["tokens_per_second"], peer, other["tokens_per_second"]
                     out.append((at, "output_tokens_per_second", *pair))
     return out

@@ -54,10 +54,10 @@ History = list[tuple[Tensor, Tensor]]  # keys and values [tokens, Hk, D] of each
 class Reader(CodedPerplexity):
     """A model that computes a text, and then answers from a history of its keys and values that it is given."""
 
-    def __init__(self, model_path: str, device: torch.device | str) -> None:
+    def __init__(self, model_path: str, device: torch.device | str, window: int) -> None:
         self._history: History = []
         self._reads = False
-        super().__init__(model_path, device)
+        super().__init__(model_path, device, window=window)
 
     @torch.no_grad()
     def compute(self, ids: list[int]) -> History:
@@ -200,20 +200,20 @@ def ways(dictionary: Dictionary, sparsities: list[int], others: list[Text], devi
     ]
     yield Way("exact")
     for S in sparsities:
-        codec = DictionaryCodec(dictionary, device, S, S)
-        yield Way(f"sparsity {S}", codec)
+        coder = partial(DictionaryCodec, dictionary, device, S, S)  # a new one each time: it counts what it loses
+        yield Way(f"sparsity {S}", coder())
         for part in PARTS:
-            yield Way(f"sparsity {S}, {part}s alone", codec, (part,))
-        yield Way(f"sparsity {S}, all but needles", codec, needles=False)
-        yield Way(f"sparsity {S}, needles alone", codec, others=False)
+            yield Way(f"sparsity {S}, {part}s alone", coder(), (part,))
+        yield Way(f"sparsity {S}, all but needles", coder(), needles=False)
+        yield Way(f"sparsity {S}, needles alone", coder(), others=False)
         bits = 8 * CodeLayout(shape.head_dim, shape.num_kv_heads, S, S).key_bytes
         yield Way(f"ideal, {bits} bits", IdealCodec(dictionary, vectors, bits, device))
 
 
-def load_texts(reader: Reader, builder: Builder, length: int, count: int, *, quiet: bool = False) -> list[Text]:
+def load_texts(reader: Reader, builder: Builder, length: int, count: int) -> list[Text]:
     """Documents with several passwords, computed."""
     texts = []
-    for i in tqdm(range(count), desc="computing texts", unit="text", leave=False, disable=quiet):
+    for i in tqdm(range(count), desc="computing texts", unit="text", leave=False):
         document = builder.document(length, "multi", i)
         needles = torch.zeros(len(document.prompt), dtype=torch.bool, device=reader.device)
         for question in document.questions:
@@ -231,11 +231,11 @@ def find(ids: list[int], tokens: list[int], key: str) -> int:
     raise ValueError(f"the sentence of {key!r} is not in the text as the tokenizer splits it alone; take another model")
 
 
-def ask(reader: Reader, encode: Callable[[str], list[int]], texts: list[Text], way: Way, window: int) -> dict[str, Any]:
+def ask(reader: Reader, encode: Callable[[str], list[int]], texts: list[Text], way: Way) -> dict[str, Any]:
     """Share of passwords found, mean loss of their first piece in nats, and their number."""
     found, losses = [], []
     for text in tqdm(texts, desc=way.name, unit="text", leave=False):
-        history = way.read(text, reader.sinks, window)
+        history = way.read(text, reader.sinks, reader.window)
         for question in text.document.questions:
             value = encode(question.value)
             scores = reader.answer(question.prompt + value, len(value), history)
@@ -263,7 +263,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every way and record it."""
     args = parse_args(arguments)
-    reader, dictionary = Reader(args.model, args.device), load_dictionary(args.dictionary)
+    reader, dictionary = Reader(args.model, args.device, args.window), load_dictionary(args.dictionary)
     tokenizer, documents = AutoTokenizer.from_pretrained(args.model), read_documents(args.data / DATA_FILES[0])
     builders = [Builder(documents, tokenizer, NeedleSettings(seed=seed)) for seed in (SEED, SEED + 1)]
     texts = load_texts(reader, builders[0], args.length, args.texts)
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     case |= {"length": args.length, "texts": args.texts, "window": args.window}
     exact: float | None = None
     for way in ways(dictionary, args.sparsity, others, reader.device):
-        measured = ask(reader, builders[0].encode, texts, way, args.window)
+        measured = ask(reader, builders[0].encode, texts, way)
         exact = measured["found"] if exact is None else exact
         lost = way.codec.energy_lost() if way.codec else dict.fromkeys(PARTS, 0.0)
         print(

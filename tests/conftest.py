@@ -1,11 +1,12 @@
 """Fixtures that the tests share: models to run, and tests that need a GPU left out where there is none."""
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -53,17 +54,36 @@ def load_benchmark() -> Callable[[str], ModuleType]:
     return load
 
 
+@pytest.fixture(scope="module")
+def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a file of benchmarks/ that imports its neighbours; the folder is on sys.path for one module of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module
+
+
 @pytest.fixture(scope="session")
 def write_letters_model() -> Callable[..., Path]:
-    """Write a random Llama of heads of 16, with the sizes given, and a tokenizer that knows single letters."""
+    """Write a random Llama of heads of 16, two queries a KV head, and a tokenizer that knows single letters."""
 
-    def write(folder: Path, **sizes: int) -> Path:
+    def write(folder: Path, layers: int, kv_heads: int = 1) -> Path:
         import torch
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=64, head_dim=16, bos_token_id=0, eos_token_id=1, initializer_range=0.3, **sizes)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32 * kv_heads,
+            intermediate_size=32 * kv_heads,
+            num_hidden_layers=layers,
+            num_attention_heads=2 * kv_heads,
+            num_key_value_heads=kv_heads,
+            head_dim=16,
+            bos_token_id=0,
+            eos_token_id=1,
+            initializer_range=0.3,
+        )
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer = Tokenizer(models.WordLevel({chr(97 + at): at + 2 for at in range(26)} | {"?": 1}, unk_token="?"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

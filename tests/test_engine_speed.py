@@ -24,7 +24,7 @@ def decode_numbers(median, p99, mean, tokens_per_second):
     return {"median_ms": median, "p99_ms": p99, "mean_ms": mean, "tokens_per_second": tokens_per_second}
 
 
-def test_rows_compare_each_engine_with_its_peers(speed, tmp_path):
+def test_rows_compare_each_engine_with_its_peers(speed):
     steady = decode_numbers(10.0, 12.0, 10.0, 6400.0)
     results = {
         "LEXICO-15": {"ttft": {"seconds": 0.3}, "steady": {"aligned": steady, "fill_tokens_per_second": 1.0}},
@@ -35,8 +35,7 @@ def test_rows_compare_each_engine_with_its_peers(speed, tmp_path):
         },
         "LEXICO-7": {},  # did not start
     }
-    written = speed.rows(results, {}, options(speed, tmp_path), 4)
-    rows = {metric: (case, value, peer) for case, metric, value, peer, _ in written}
+    rows = {metric: (case, value, peer) for case, metric, value, peer, _ in speed.rows(results, {}, 1, 4)}
     assert rows["ttft_ratio"][1:] == (pytest.approx(1.5), "FLASH_ATTN")
     assert rows["ttft_ratio"][0]["bytes_percent"] == 12.5 and rows["ttft_ratio"][0]["coding"]
     assert rows["prefill_ratio"][1] == pytest.approx(1.1) and not rows["prefill_ratio"][0]["coding"]
@@ -47,7 +46,7 @@ def test_rows_compare_each_engine_with_its_peers(speed, tmp_path):
     }  # fmt: skip
 
 
-def test_rows_of_decode_and_starved_name_both_peers(speed, tmp_path):
+def test_rows_of_decode_and_starved_name_both_peers(speed):
     def engine(rate):
         turn = {"tokens_per_second": rate, "seconds": 1.0}
         return {"decode": {"spread": decode_numbers(1.0, 1.0, 1.0, rate)}, "starved": {"1": turn, "2": turn}}
@@ -55,7 +54,7 @@ def test_rows_of_decode_and_starved_name_both_peers(speed, tmp_path):
     results = {"FLASH_ATTN": engine(100.0), "fp8": engine(200.0), "LEXICO-15": engine(400.0)}
     ratios = {
         (metric, case.get("turn"), peer): value / peer_value
-        for case, metric, value, peer, peer_value in speed.rows(results, {}, options(speed, tmp_path), 4)
+        for case, metric, value, peer, peer_value in speed.rows(results, {}, 1, 4)
         if "bytes_percent" in case
     }
     for metric, turn in (("decode_tokens_per_second", None), ("output_tokens_per_second", 2)):
@@ -86,6 +85,12 @@ def test_rows_are_written_once_and_as_soon_as_they_can_be(speed, tmp_path):
     assert [(row["metric"], row["ratio"], row["case"]["layers"]) for row in written()][1:] == [
         ("output_tokens_per_second", 3.0, 4)
     ]
+    longer = {"2": {"tokens_per_second": 3.0, "seconds": 1.0, "answer_tokens": 4096}}
+    measured.add("fp8", "starved", longer)  # answers of another length are no peer
+    measured.add("LEXICO-7", "starved", longer)
+    rows = written()[2:]
+    assert [(row["peer"], row["case"]["answer_tokens"]) for row in rows] == [("fp8", 4096)]
+    assert "tokens_per_second" not in rows[0]["case"]
 
 
 def test_every_row_has_its_peer_before_it(speed, tmp_path):

@@ -1,6 +1,5 @@
 """Where codes lose a needle: reading from a given history, what each way codes, ideal codes, rows; on the CPU."""
 
-import importlib
 import json
 import lzma
 
@@ -13,22 +12,13 @@ LENGTH = 900
 
 
 @pytest.fixture(scope="module")
-def limits(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        yield importlib.import_module("needle_limits")
+def limits(import_benchmark):
+    return import_benchmark("needle_limits")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, write_letters_model):
-    return write_letters_model(
-        tmp_path_factory.mktemp("tiny"),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    return write_letters_model(tmp_path_factory.mktemp("tiny"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +28,7 @@ def dictionary(model, load_benchmark):
 
 @pytest.fixture(scope="module")
 def reader(limits, model):
-    return limits.Reader(str(model), "cpu")
+    return limits.Reader(str(model), "cpu", window=8)
 
 
 @pytest.fixture(scope="module")
@@ -125,5 +115,8 @@ def test_every_way_has_its_row(limits, model, dictionary, data, tmp_path):
     }
     losses = [row["case"]["first_loss"] for row in rows]
     assert len(set(losses)) == len(losses)  # each reads something else
+    lost = [row["case"]["energy_lost"] for row in rows]
+    assert [set(of_way) for of_way in lost[2:4]] == [{"key"}, {"value"}]  # of this way alone
+    assert lost[2]["key"] == lost[1]["key"] and lost[5]["key"] != lost[1]["key"]
     energy = rows[1]["case"]["energy_lost"]
     assert 0 < energy["key"] < 1 and 0 < energy["value"] < 1

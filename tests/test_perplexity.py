@@ -1,6 +1,5 @@
 """Perplexity with a coded cache on the CPU: attention by hand, codecs against the twins, text, the script's rows."""
 
-import importlib
 import json
 import math
 import sys
@@ -26,10 +25,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def perplexity(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        return importlib.import_module("perplexity")
+def perplexity(import_benchmark):
+    return import_benchmark("perplexity")
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +36,7 @@ def codecs(perplexity):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, write_letters_model):
-    return write_letters_model(
-        tmp_path_factory.mktemp("tiny"),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    return write_letters_model(tmp_path_factory.mktemp("tiny"), layers=2, kv_heads=2)
 
 
 @pytest.fixture(scope="module")

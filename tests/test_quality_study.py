@@ -1,7 +1,6 @@
 """The study of settings: its points, what a tail holds, what codecs count, its rows, table and pictures; on the CPU."""
 
 import csv
-import importlib
 import json
 import sys
 
@@ -15,10 +14,8 @@ LLAMA_8B = ModelFingerprint("llama", 32, 8, 128, 4096, "")
 
 
 @pytest.fixture(scope="module")
-def study(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        yield importlib.import_module("quality_study")
+def study(import_benchmark):
+    return import_benchmark("quality_study")
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +25,7 @@ def points(study):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, write_letters_model):
-    return write_letters_model(
-        tmp_path_factory.mktemp("tiny"),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    return write_letters_model(tmp_path_factory.mktemp("tiny"), layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
