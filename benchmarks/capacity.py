@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.record import record
+from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 from lexico_kernels import CodeLayout
-from record import record
-from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 HEADS, HEAD_DIM = LLAMA_3_1_8B["num_key_value_heads"], LLAMA_3_1_8B["head_dim"]
 ANSWER = "kv_cache_tokens="

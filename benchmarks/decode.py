@@ -16,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import decode_peers as peers
-import lexico_kernels as kernels
 import torch
-from lexico_kernels import CodeLayout, LayerCache, RequestTables, order, reference
+from bench import decode_peers as peers
+from bench.record import record
+from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
+from lexico_kernels import ops as kernels
+from lexico_kernels.omp_encode import entry_order as order
 from lexico_kernels.testing import random_codebook
 from lexico_kernels.timing import graph_milliseconds
-from record import record
 from torch import Tensor
 
 ATOMS, BLOCK_TOKENS, DTYPE = 4096, 128, torch.bfloat16

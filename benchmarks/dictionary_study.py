@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coded_model import CodedPerplexity, ratio
+from bench.coded_model import CodedPerplexity, ratio
+from bench.record import RESULTS, record
+from bench.study_codecs import QUANTIZERS, Adapted, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
+from bench.vector_codecs import ByLayer, RotationCodec, VectorCodec
 from lexico_kernels import PARTS
-from record import RESULTS, record
-from study_codecs import QUANTIZERS, Adapted, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
 from torch import Tensor
-from vector_codecs import ByLayer, RotationCodec, VectorCodec
 
-from vllm_lexico.dictionary import ModelFingerprint
-from vllm_lexico.evals.windows import wikitext_windows
+from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.evals.tasks.windows import wikitext_windows
 from vllm_lexico.train.capture import capture, load_model
-from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.levels import learn_levels
 from vllm_lexico.train.texts import TextSequences

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.record import RESULTS, record
 from lexico_kernels import PARTS
-from record import RESULTS, record
 from torch import Tensor
 
-from vllm_lexico.dictionary import ModelFingerprint
+from vllm_lexico.dictionary.file import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model
-from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings, evaluate
 from vllm_lexico.train.levels import learn_levels
 from vllm_lexico.train.texts import TextSequences, sequences_from_model

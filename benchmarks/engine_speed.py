@@ -11,7 +11,7 @@ Measures, with the seconds that one takes beside an engine's start of some 25, f
 
 ttft     One prompt of 8,192 tokens: time to the first token over FLASH_ATTN's (`ttft_ratio`). 4 s.
 prefill  One prompt of 32,768 tokens in chunks of 8,192, coding aside: the same ratio (`prefill_ratio`) for an engine
-         whose coding does nothing (`uncoded.py`). 8 s.
+         whose coding does nothing (`bench/uncoded.py`). 8 s.
 steady   64 sequences of 8k context: latency between tokens and `decode_tokens_per_second`; `coding_share`, the
          part of a mean step that the engine without coding does not need. Once with all sequences at the same
          position (`aligned`), once with positions spread at random (`spread`). 40 s, of which 30 to fill the cache.
@@ -48,10 +48,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import engine_loads as loads
+from bench import engine_loads as loads
+from bench.record import RESULTS, record
+from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 from lexico_kernels import CodeLayout
-from record import RESULTS, record
-from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 ANSWER = "engine_speed="
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
@@ -91,7 +91,7 @@ def engine_settings(name: str, peer: str, dictionary: Path) -> dict[str, Any]:
         return {"attention_backend": peer} | ({"kv_cache_dtype": "fp8"} if name == "fp8" else {})
     lexico = {"dictionary": str(dictionary), "sparsity": int(name.split("-")[1])}
     settings: dict[str, Any] = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
-    return settings | ({"worker_extension_cls": "uncoded.Uncoded"} if name.endswith("uncoded") else {})
+    return settings | ({"worker_extension_cls": "bench.uncoded.Uncoded"} if name.endswith("uncoded") else {})
 
 
 def spreads(count: int, step_tokens: int) -> dict[str, list[int]]:
@@ -144,7 +144,7 @@ class EngineProcess:
         command = [sys.executable, __file__, "--serve", "--measure", *run.measures]
         for name in PASSED_ON:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        # An engine's worker imports `uncoded` by its name.
+        # An engine's worker imports `bench.uncoded` by its name.
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as file:
             self._process = subprocess.Popen(

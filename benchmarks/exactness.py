@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import record
-from texts import TEXT
+from bench.record import record
+from bench.texts import TEXT
 
 ANSWER_TOKENS = 32
 CROWD = 64

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import record
-from shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
+from bench.record import record
+from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 
 NUM_DECODED = 8
 CACHE_BYTES = 8 << 30

@@ -32,18 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coded_model import CodedPerplexity
-from lexico_kernels.layout import PARTS, CodeLayout
-from record import RESULTS, record
+from bench.coded_model import CodedPerplexity
+from bench.record import RESULTS, record
+from bench.vector_codecs import DictionaryCodec, VectorCodec, dictionary_means
+from lexico_kernels.memory.layout import PARTS, CodeLayout
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from vector_codecs import DictionaryCodec, VectorCodec, dictionary_means
 
-from vllm_lexico.dictionary import GAINS, Dictionary, load_dictionary
-from vllm_lexico.evals.needle import DATA_FILES, NEEDLE, Builder, Document
+from vllm_lexico.dictionary.file import GAINS, Dictionary, load_dictionary
 from vllm_lexico.evals.settings import NeedleSettings
+from vllm_lexico.evals.tasks.needle import DATA_FILES, NEEDLE, Builder, Document
 from vllm_lexico.train.texts import read_documents
 
 SEED = 77  # other passwords than the evaluation's

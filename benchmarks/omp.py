@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels import PARTS, omp_encode, pursue
-from lexico_kernels.cache import LayerCache
+from bench.omp_peers import Authors, OmpGpu, float64_energies
+from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors
+from bench.record import RESULTS, record
+from lexico_kernels import PARTS
+from lexico_kernels.memory.pages import LayerCache
+from lexico_kernels.ops import omp_encode, pursue
 from lexico_kernels.testing import residual_energy
 from lexico_kernels.timing import milliseconds
 from omp_latency import record_latencies
-from omp_peers import Authors, OmpGpu, float64_energies
-from omp_vectors import CapturedLayer, capture_vectors, load_vectors
-from record import RESULTS, record
 from torch import Tensor
 
 SOURCES = ("books", "textbooks", "docs", "math", "code")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels import omp, ops
+from bench.omp_vectors import CapturedLayer
+from bench.record import record
+from lexico_kernels import ops
+from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.timing import graph_milliseconds
-from omp_vectors import CapturedLayer
-from record import record
 
 HEADS = 8  # of the shape that is timed; a token has 2 * HEADS vectors
 VECTORS = (32, 256, 1024, 2048)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coded_model import CodedPerplexity, ratio
-from record import RESULTS, record
+from bench.coded_model import CodedPerplexity, ratio
+from bench.record import RESULTS, record
+from bench.vector_codecs import DictionaryCodec, RotationCodec, VectorCodec, dictionary_means
 from torch import Tensor
-from vector_codecs import DictionaryCodec, RotationCodec, VectorCodec, dictionary_means
 
-from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
-from vllm_lexico.evals.windows import jsonl_windows, wikitext_windows
+from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.evals.tasks.windows import jsonl_windows, wikitext_windows
 
 TEXTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "wikitext": ("wikitext2_raw_test.txt.xz", wikitext_windows),

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, record
+from bench.record import RESULTS, record
 
 from vllm_lexico.cli import main as command
+from vllm_lexico.evals.results.summary import flat_rows, read_metrics
 from vllm_lexico.evals.settings import write_json
-from vllm_lexico.evals.summary import flat_rows, read_metrics
 
 RECORDED_FILE = "recorded.json"  # in the evaluation's folder: what has rows already
 ABOUT = ("bytes_percent", "held_percent", "sequence_tokens", "count", "low", "high", "ratio_low", "ratio_high")

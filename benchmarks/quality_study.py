@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coded_model import CodedPerplexity, ratio
-from lexico_kernels.layout import PARTS
-from record import RESULTS, ROOT, find_commit, record
-from study_plots import draw
-from study_points import OWN, STUDIES, Coding, Setup
-from study_rows import METRIC, finished, point_case, write_csv
+from bench.coded_model import CodedPerplexity, ratio
+from bench.record import RESULTS, ROOT, find_commit, record
+from bench.study_plots import draw
+from bench.study_points import OWN, STUDIES, Coding, Setup
+from bench.study_rows import METRIC, finished, point_case, write_csv
+from bench.vector_codecs import ByLayer, CountingCodec, DictionaryCodec, VectorCodec
+from lexico_kernels.memory.layout import PARTS
 from torch import Tensor
-from vector_codecs import ByLayer, CountingCodec, DictionaryCodec, VectorCodec
 
-from vllm_lexico.dictionary import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
-from vllm_lexico.evals.windows import wikitext_windows
+from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.evals.tasks.windows import wikitext_windows
 
 WIKITEXT = "wikitext2_raw_test.txt.xz"
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float32"}

@@ -20,8 +20,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from record import record
-from texts import TEXT
+from bench.record import record
+from bench.texts import TEXT
 
 from vllm_lexico.evals.run import stop
 

@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from record import RESULTS, record
+from bench.record import RESULTS, record
 
-from vllm_lexico.dictionary import load_dictionary
+from vllm_lexico.dictionary.file import load_dictionary
 
 HOW = (
     "as many vectors a layer and part; reading scaled by the weights a token meets over the KV heads it fills, "

@@ -45,7 +45,9 @@ def load_benchmark() -> Callable[[str], ModuleType]:
     """Load a file of benchmarks/ by its name; the folder is no package and stays off sys.path."""
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            f"benchmark_{name.replace('/', '_')}", ROOT / "benchmarks" / f"{name}.py"
+        )
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

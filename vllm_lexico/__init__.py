@@ -5,7 +5,7 @@ not used. So nothing heavy is imported here: `register` only adds a name.
 """
 
 NAME = "LEXICO"
-BACKEND = "vllm_lexico.backend.LexicoBackend"
+BACKEND = "vllm_lexico.serve.backend.LexicoBackend"
 
 __version__ = "0.1.0"
 __all__ = ["BACKEND", "NAME", "register"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lexico_kernels.layout import CODECS, MAX_SPARSITY
+from lexico_kernels.memory.layout import CODECS, MAX_SPARSITY
 
 PREFIX_HITS = ("codes", "window")
 TRAIN = "train"  # the setting `dictionary` that makes a missing one

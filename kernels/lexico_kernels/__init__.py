@@ -1,31 +1,10 @@
-"""Sparse-coded KV cache on torch and Triton: code a token's K and V, attend over codes, rebuild dense history."""
+"""Sparse-coded KV cache on torch and Triton: code a token's K and V, attend over codes, rebuild dense history.
 
-from lexico_kernels.cache import Codebook, LayerCache, LayerStack, RequestTables
-from lexico_kernels.layout import PARTS, CodeLayout
-from lexico_kernels.ops import (
-    decode_scratch_bytes,
-    omp_encode,
-    omp_encode_layers,
-    pursue,
-    reconstruct,
-    sparse_decode,
-    with_screen,
-    write_tail,
-)
+The operations are in `lexico_kernels.ops`. Modules of this package have their names, so they
+are not repeated here.
+"""
 
-__all__ = [
-    "PARTS",
-    "CodeLayout",
-    "Codebook",
-    "LayerCache",
-    "LayerStack",
-    "RequestTables",
-    "decode_scratch_bytes",
-    "omp_encode",
-    "omp_encode_layers",
-    "pursue",
-    "reconstruct",
-    "sparse_decode",
-    "with_screen",
-    "write_tail",
-]
+from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.pages import Codebook, LayerCache, LayerStack, RequestTables
+
+__all__ = ["PARTS", "CodeLayout", "Codebook", "LayerCache", "LayerStack", "RequestTables"]

@@ -11,10 +11,10 @@ from types import ModuleType
 from torch import Tensor, cuda
 
 from lexico_kernels import reference
-from lexico_kernels.cache import Codebook, LayerCache, LayerStack, RequestTables
-from lexico_kernels.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM, SCREEN_SPARSITY
-from lexico_kernels.layout import CodeLayout
-from lexico_kernels.table_shape import scratch_bytes
+from lexico_kernels.device.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM, SCREEN_SPARSITY
+from lexico_kernels.memory.layout import CodeLayout
+from lexico_kernels.memory.pages import Codebook, LayerCache, LayerStack, RequestTables
+from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
 
 
 @once
@@ -31,7 +31,7 @@ def with_screen(book: Codebook, sparsity: int) -> Codebook:
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
     """Store raw tokens in the tail pages; see `reference.write_tail`."""
-    module = _module("tail") if key.is_cuda else reference
+    module = _module("write_tail") if key.is_cuda else reference
     module.write_tail(key, value, cache, tail_slot_mapping)
 
 
@@ -41,11 +41,11 @@ def omp_encode(
     """Code tokens of this batch or of the tail into the code pages; see `reference.omp_encode`."""
     module: ModuleType = reference
     if key.is_cuda:
-        cluster = _module("cluster")
-        module = cluster if cluster.takes(key, value, cache) else _module("omp")
+        cluster = _module("omp_encode.clusters")
+        module = cluster if cluster.takes(key, value, cache) else _module("omp_encode.tiles")
     module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
-    if key.is_cuda and _module("order").takes(cache):
-        _module("order").order_entries(cache, destination)
+    if key.is_cuda and _module("omp_encode.entry_order").takes(cache):
+        _module("omp_encode.entry_order").order_entries(cache, destination)
 
 
 def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
@@ -54,13 +54,15 @@ def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *
         reference.omp_encode_layers(layers, source, destination, relative_error=relative_error)
         return
     # How many there are is known on the device alone: one of two launches finds that they are not its own.
-    cluster, fewer = _module("cluster"), 0
+    cluster, fewer = _module("omp_encode.clusters"), 0
     if cluster.takes_layers(layers):
         fewer = LAYERS.cluster_tokens
         cluster.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
-    _module("omp_layers").omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
-    if _module("order").takes(layers.caches[0]):
-        _module("order").order_entries_layers(layers, destination)
+    _module("omp_encode.all_layers").omp_encode_layers(
+        layers, source, destination, relative_error=relative_error, fewer=fewer
+    )
+    if _module("omp_encode.entry_order").takes(layers.caches[0]):
+        _module("omp_encode.entry_order").order_entries_layers(layers, destination)
 
 
 def sparse_decode(
@@ -83,8 +85,8 @@ def _decode(query: Tensor, cache: LayerCache, tables: RequestTables) -> ModuleTy
     """Which decode serves these: through tables where that can be, else the portable kernel, else the twin."""
     if not query.is_cuda:
         return reference
-    through_tables = _module("table_decode")
-    return through_tables if through_tables.supports(query, cache, tables) else _module("decode")
+    through_tables = _module("sparse_decode.lookup")
+    return through_tables if through_tables.supports(query, cache, tables) else _module("sparse_decode.portable")
 
 
 def reconstruct(
@@ -96,7 +98,7 @@ def reconstruct(
     out_value: Tensor,
 ) -> None:
     """Write tokens of any requests as dense K and V; see `reference.reconstruct`."""
-    module = _module("history") if cache.code_pages.is_cuda else reference
+    module = _module("reconstruct") if cache.code_pages.is_cuda else reference
     module.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
 
 
@@ -117,5 +119,5 @@ def pursue(
     vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of many vectors over several dictionaries; see `reference.pursue`."""
-    module = _module("pursuit") if vectors.is_cuda else reference
+    module = _module("omp_encode.pursuit") if vectors.is_cuda else reference
     return module.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)

@@ -3,9 +3,8 @@ first."""
 
 import torch
 
-import lexico_kernels as ops
-from lexico_kernels import reference
-from lexico_kernels.layout import CodeLayout
+from lexico_kernels import ops, reference
+from lexico_kernels.memory.layout import CodeLayout
 from lexico_kernels.testing import assert_close, poisoned_cache, random_problem
 
 LAYOUT = CodeLayout(head_dim=128, num_kv_heads=8, key_sparsity=15, value_sparsity=15)

@@ -55,7 +55,7 @@ def test_windows_are_read_out_of_the_codes(out, smollm2):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_lexico.evals.windows import wikitext_windows
+    from vllm_lexico.evals.tasks.windows import wikitext_windows
 
     path = out.parent / "wikitext2_raw_test.txt.xz"
     windows = wikitext_windows(path, AutoTokenizer.from_pretrained(smollm2), LENGTH, 2)

@@ -40,7 +40,7 @@ CODED = {
 @pytest.fixture(scope="module")
 def dictionary(tiny_llama, load_benchmark):
     """A dictionary of random atoms for the tiny model."""
-    return load_benchmark("shapes").write_random_dictionary(tiny_llama, atoms=128)
+    return load_benchmark("bench/shapes").write_random_dictionary(tiny_llama, atoms=128)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_lexico.evals import gsm8k
 from vllm_lexico.evals.settings import EvalSettings, Gsm8kSettings
-from vllm_lexico.evals.wikitext import token_losses
+from vllm_lexico.evals.tasks import gsm8k
+from vllm_lexico.evals.tasks.wikitext import token_losses
 
 
 def test_agreed_tokens():

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_lexico.evals.engine import check_cache, unread_caches
 from vllm_lexico.evals.held import Held, PoolMeter, block_bytes, token_bytes
-from vllm_lexico.tail import LexicoTailSpec
+from vllm_lexico.serve.tail_pages import LexicoTailSpec
 
 # Qwen2.5-Coder-1.5B: a token of a layer has two heads of 128 keys and as many values, 1,024 bytes in 16 bits.
 LAYERS, SHAPE = 28, {"num_kv_heads": 2, "head_size": 128, "dtype": torch.bfloat16}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from vllm_lexico.evals.needle import ANSWER_TOKENS, Builder, batches, hide, is_found, measures
 from vllm_lexico.evals.settings import NeedleSettings
+from vllm_lexico.evals.tasks.needle import ANSWER_TOKENS, Builder, batches, hide, is_found, measures
 from vllm_lexico.train.texts import read_documents
 
 

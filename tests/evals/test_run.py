@@ -42,7 +42,7 @@ WORKER = """
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They are tested elsewhere, and take most of the time."""
-    monkeypatch.setattr("vllm_lexico.evals.summary.plot_frontier", lambda metrics, path: None)
+    monkeypatch.setattr("vllm_lexico.evals.results.summary.plot_frontier", lambda metrics, path: None)
 
 
 @pytest.fixture

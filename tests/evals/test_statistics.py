@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vllm_lexico.evals.statistics import Measure, estimate, wilson
+from vllm_lexico.evals.results.statistics import Measure, estimate, wilson
 
 
 def test_wilson_by_hand():

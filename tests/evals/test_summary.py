@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from vllm_lexico import cli
-from vllm_lexico.evals.frontier import points
-from vllm_lexico.evals.summary import COLUMNS, write_summary
-from vllm_lexico.evals.tables import dominating, report
+from vllm_lexico.evals.results.frontier import points
+from vllm_lexico.evals.results.summary import COLUMNS, write_summary
+from vllm_lexico.evals.results.tables import dominating, report
 
 CACHES = (("bf16", 1.0, 1000.0), ("lexico:15", 0.8, 125.0), ("lexico:7", 0.4, 62.5), ("turboquant_3bit_nc", 0.5, 250.0))
 

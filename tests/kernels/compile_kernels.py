@@ -12,8 +12,15 @@ from pathlib import Path
 
 import torch
 import triton
-from lexico_kernels import CodeLayout, LayerStack, decode, history, omp, omp_layers, pursuit, table_decode, tail
-from lexico_kernels.launch import SCREEN_DIM
+from lexico_kernels import CodeLayout, LayerStack
+from lexico_kernels import reconstruct as history
+from lexico_kernels import write_tail as tail
+from lexico_kernels.device.launch import SCREEN_DIM
+from lexico_kernels.omp_encode import all_layers as omp_layers
+from lexico_kernels.omp_encode import pursuit
+from lexico_kernels.omp_encode import tiles as omp
+from lexico_kernels.sparse_decode import lookup as table_decode
+from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import random_problem, screened_cache
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

@@ -22,13 +22,13 @@ if DEVICE == "cpu":
     previous = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        import lexico_kernels.decode
-        import lexico_kernels.history
-        import lexico_kernels.omp
-        import lexico_kernels.omp_layers
-        import lexico_kernels.pursuit
-        import lexico_kernels.table_decode
-        import lexico_kernels.tail  # noqa: F401
+        import lexico_kernels.omp_encode.all_layers
+        import lexico_kernels.omp_encode.pursuit
+        import lexico_kernels.omp_encode.tiles
+        import lexico_kernels.reconstruct
+        import lexico_kernels.sparse_decode.lookup
+        import lexico_kernels.sparse_decode.portable
+        import lexico_kernels.write_tail  # noqa: F401
 
         # The interpreter's first launch would import this, which looks at the switch again.
         import triton.experimental.gluon  # noqa: F401

@@ -1,10 +1,15 @@
 """Compiled kernels at serving shapes, on a CUDA device: `pytest -m gpu tests/kernels/test_gpu.py`."""
 
-import lexico_kernels as ops
 import pytest
 import torch
-from lexico_kernels import CodeLayout, cluster, decode, nvrtc, omp, reference, table_decode, table_shape
-from lexico_kernels.launch import SCREEN_SPARSITY
+from lexico_kernels import CodeLayout, ops, reference
+from lexico_kernels.device import nvrtc
+from lexico_kernels.device.launch import SCREEN_SPARSITY
+from lexico_kernels.omp_encode import clusters as cluster
+from lexico_kernels.omp_encode import tiles as omp
+from lexico_kernels.sparse_decode import lookup as table_decode
+from lexico_kernels.sparse_decode import lookup_sizes as table_shape
+from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
     assert_close,

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, RequestTables, decode, history, omp, reference, tail
-from lexico_kernels.launch import DECODE_SPLITS
+from lexico_kernels import CodeLayout, RequestTables, reference
+from lexico_kernels import reconstruct as history
+from lexico_kernels import write_tail as tail
+from lexico_kernels.device.launch import DECODE_SPLITS
+from lexico_kernels.omp_encode import tiles as omp
+from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import (
     assert_close,
     check_encode,

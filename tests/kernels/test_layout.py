@@ -1,7 +1,7 @@
 """Sizes and offsets worked by hand."""
 
 import pytest
-from lexico_kernels.layout import PARTS, CodeLayout, Field
+from lexico_kernels.memory.layout import PARTS, CodeLayout, Field
 
 
 def layout(D=128, Hk=8, S=15, **kwargs):

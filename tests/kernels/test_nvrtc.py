@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lexico_kernels import nvrtc
+from lexico_kernels.device import nvrtc
 
 ADD = """
 extern "C" __global__ void add(float* out, int count, long long offset, float amount, const float* more) {

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lexico_kernels import pursuit, reference
+from lexico_kernels import reference
+from lexico_kernels.omp_encode import pursuit
 from lexico_kernels.testing import OMP_ENERGY_RATIO
 from torch.nn.functional import normalize
 

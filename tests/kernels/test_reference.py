@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lexico_kernels import Codebook, CodeLayout, reference
-from lexico_kernels.layout import MOST_LOST
+from lexico_kernels.memory.layout import MOST_LOST
 from lexico_kernels.testing import poisoned_cache, random_problem
 from torch.nn.functional import normalize
 

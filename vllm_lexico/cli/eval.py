@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lexico.evals.caches import DEFAULT_CACHES, parse_caches
+from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
+from vllm_lexico.evals.results.tables import overview, report
 from vllm_lexico.evals.run import run_evaluation
 from vllm_lexico.evals.settings import (
     EvalSettings,
@@ -14,8 +16,6 @@ from vllm_lexico.evals.settings import (
     WikitextSettings,
     parse_tasks,
 )
-from vllm_lexico.evals.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
-from vllm_lexico.evals.tables import overview, report
 
 EXAMPLES = """examples:
   vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --data data --out results/qwen

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lexico_kernels.layout import PARTS
+from lexico_kernels.memory.layout import PARTS
 
-from vllm_lexico.dictionary import Dictionary, load_dictionary, train_command
-from vllm_lexico.train.plot import plot_dictionary
-from vllm_lexico.usage import dead_atoms, effective_atoms
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary, train_command
+from vllm_lexico.dictionary.picture import plot_dictionary
+from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
 
 EXAMPLES = """examples:
   vllm-lexico inspect ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors

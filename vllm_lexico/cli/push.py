@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vllm_lexico.hub import push_dictionary
+from vllm_lexico.dictionary.push import push_dictionary
 
 EXAMPLES = """examples:
   vllm-lexico push ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors me/qwen2.5-7b-lexico

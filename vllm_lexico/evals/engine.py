@@ -74,7 +74,7 @@ class Engine:
         arguments |= {**settings.engine, **cache.engine}
         self.harness: Any = None
         if "gsm8k" in tasks:
-            from vllm_lexico.evals.gsm8k import HarnessModel
+            from vllm_lexico.evals.tasks.gsm8k import HarnessModel
 
             self.harness = HarnessModel(settings.model, arguments)
             self.llm = self.harness.llm

@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vllm_lexico.evals.caches import Cache
+from vllm_lexico.evals.results.summary import write_summary
 from vllm_lexico.evals.settings import TASKS, EvalSettings, settle, write_json
-from vllm_lexico.evals.summary import write_summary
 from vllm_lexico.evals.worker import PROGRESS_FILE, task_module, write_job
 
 JOB_FILE, LOG_FILE, CACHE_FILE = "job.json", "log.txt", "cache.json"

@@ -32,7 +32,7 @@ def write_job(path: Path, settings: EvalSettings, cache: Cache, tasks: tuple[str
 
 def task_module(task: str) -> Any:
     """The module of a task: `run(engine, settings)`, `measures(rows, reference)` and DATA_FILES."""
-    return importlib.import_module(f"vllm_lexico.evals.{task}")
+    return importlib.import_module(f"vllm_lexico.evals.tasks.{task}")
 
 
 class Progress:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lexico_kernels import pursue
+from lexico_kernels.ops import pursue
 from torch.nn.functional import normalize
 
-from vllm_lexico.dictionary import unit_atoms
+from vllm_lexico.dictionary.file import unit_atoms
 from vllm_lexico.train.levels import Levels
 
 MOMENTUM = 0.7

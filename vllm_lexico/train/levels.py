@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from lexico_kernels import pursue
-from lexico_kernels.layout import MAX_SPARSITY, NUM_LEVELS
+from lexico_kernels.memory.layout import MAX_SPARSITY, NUM_LEVELS
+from lexico_kernels.ops import pursue
 
 BINS = 4096
 LLOYD_ROUNDS = 60

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels.layout import MAX_ATOMS, MAX_SPARSITY, PARTS
+from lexico_kernels.memory.layout import MAX_ATOMS, MAX_SPARSITY, PARTS
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from vllm_lexico.dictionary import (
+from vllm_lexico.dictionary.file import (
     ATOM_BITS,
     Dictionary,
     DictionaryInfo,
@@ -31,7 +31,7 @@ from vllm_lexico.dictionary import (
     file_name,
 )
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
-from vllm_lexico.train.layers import LayerLearners
+from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.texts import TextSequences, check_source, sequences_from_model
 

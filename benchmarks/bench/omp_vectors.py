@@ -1,0 +1,137 @@
+"""Captured K and V of one layer with what codes them, kept in a file, and the pages that they are coded into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.pages import Codebook, LayerCache
+from lexico_kernels.ops import with_screen
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SEQUENCE_TOKENS = 2048
+KEPT_TOKENS = 1024  # of a sequence, as in training
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One layer's vectors and dictionary.
+
+    Attributes:
+        vectors: [2, T, Hk, D] in the model's dtype: K after RoPE, and V.
+        atoms: [H, N, D] in the same dtype, by part; H is Hk, or 1 for shared ones.
+        means, stretches: float32 [Hk, D] by part.
+        levels: float32 [32, 16] by part; row s serves sparsity s.
+        words: where they come from, for the rows of results.
+    """
+
+    vectors: Tensor
+    atoms: dict[str, Tensor]
+    means: dict[str, Tensor]
+    stretches: dict[str, Tensor]
+    levels: dict[str, Tensor]
+    words: dict[str, str]
+
+    def book(self, part: str, sparsity: int) -> Codebook:
+        """The codebook of "key" or "value", as the product's."""
+        levels = self.levels[part][sparsity].contiguous()
+        return with_screen(Codebook(self.atoms[part], levels, self.means[part], self.stretches[part]), sparsity)
+
+    def to(self, device: str) -> CapturedLayer:
+        """The same on a device."""
+        atoms, means, stretches, levels = (
+            {part: tensor.to(device) for part, tensor in tensors.items()}
+            for tensors in (self.atoms, self.means, self.stretches, self.levels)
+        )
+        return CapturedLayer(self.vectors.to(device), atoms, means, stretches, levels, self.words)
+
+    def spread(self, num_kv_heads: int, shared: bool, layer: int = 0) -> CapturedLayer:
+        """The same vectors as those of a layer of `num_kv_heads` heads, each with a copy of a head's dictionary.
+
+        shared: all heads code with the first one's atoms, from one place. layer: copies differ in where they lie only;
+        a number says that another copy is wanted.
+        """
+        T, Hk, D = self.vectors.shape[1:]
+        tokens = T * Hk // num_kv_heads
+        heads = torch.arange(num_kv_heads) % Hk
+        # Head by head, so that a vector stays with its own head's dictionary where the number of heads is a multiple.
+        parts = self.vectors.permute(0, 2, 1, 3).reshape(2, Hk, num_kv_heads // Hk, tokens, D)
+        vectors = parts.permute(0, 3, 2, 1, 4).reshape(2, tokens, num_kv_heads, D).contiguous()
+        atoms = {
+            part: (own[:1] if shared else own[heads % len(own)]).clone() for part, own in self.atoms.items()
+        }  # fmt: skip
+        means = {part: own[heads].clone() for part, own in self.means.items()}
+        stretches = {part: own[heads].clone() for part, own in self.stretches.items()}
+        return CapturedLayer(vectors, atoms, means, stretches, self.levels, self.words | {"copy": str(layer)})
+
+    def cache(self, sparsity: int, codec: str = "packed16") -> LayerCache:
+        """Empty pages for all tokens, page 0 aside."""
+        T, Hk, D = self.vectors.shape[1:]
+        layout = CodeLayout(D, Hk, sparsity, sparsity, codec, element_bytes=self.vectors.element_size())
+        pages, device = 1 + -(-T // layout.block_tokens), self.vectors.device
+        codes = torch.zeros(pages, layout.page_bytes, dtype=torch.uint8, device=device)
+        tail = torch.zeros(1, Hk, layout.tail_tokens, 2, D, dtype=self.vectors.dtype, device=device)
+        return LayerCache(codes, tail, self.book("key", sparsity), self.book("value", sparsity), layout)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"vectors": self.vectors}
+        for part in PARTS:
+            tensors |= {f"{part}_atoms": self.atoms[part], f"{part}_mean": self.means[part]}
+            tensors |= {f"{part}_stretch": self.stretches[part], f"{part}_levels": self.levels[part]}
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(path), metadata=self.words)
+
+
+def load_vectors(path: Path) -> CapturedLayer:
+    """What `CapturedLayer.save` wrote; KeyError or SafetensorError where it did not."""
+    with safe_open(str(path), framework="pt") as file:
+        tensors, words = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    atoms, means, stretches, levels = (
+        {part: tensors[f"{part}_{name}"] for part in PARTS} for name in ("atoms", "mean", "stretch", "levels")
+    )
+    return CapturedLayer(tensors["vectors"], atoms, means, stretches, levels, words)
+
+
+def capture_vectors(
+    model: str, sources: Iterable[Path], dictionary_file: Path, layer: int, count: int, device: str
+) -> CapturedLayer:
+    """`count` vectors of one layer, half of them K, while the model reads text that training held out.
+
+    model: folder or hub id. sources: text files. dictionary_file: of `vllm-lexico train` for this model.
+    """
+    from transformers import AutoTokenizer
+
+    from vllm_lexico.dictionary.file import ModelFingerprint, load_dictionary
+    from vllm_lexico.train.capture import capture, load_model
+    from vllm_lexico.train.texts import TextSequences
+
+    dictionary = load_dictionary(dictionary_file)
+    loaded = load_model(model, device, "auto")
+    shape = ModelFingerprint.of(loaded.config.get_text_config())
+    dictionary.check(shape, model)
+    names = [str(source) for source in sources]
+    texts = TextSequences(names, AutoTokenizer.from_pretrained(model), SEQUENCE_TOKENS, seed=0)
+    tokens = count // (2 * shape.num_kv_heads)
+    sequences = texts.take(-(-tokens // KEPT_TOKENS), None)
+    store = capture(
+        loaded, sequences, KEPT_TOKENS, [layer], (shape.num_kv_heads, shape.head_dim), 0, 8 if device != "cpu" else 1
+    )
+    books = {part: dictionary.codebook(layer, part, 15, device=device, dtype=store.dtype) for part in PARTS}
+    return CapturedLayer(
+        store[0, :, :tokens].contiguous(),
+        {part: book.atoms for part, book in books.items()},
+        {part: book.mean for part, book in books.items()},
+        {part: book.stretch for part, book in books.items()},
+        {part: dictionary.tensors[f"{part}_levels"][layer].to(device) for part in PARTS},
+        {
+            "model": Path(model).name,
+            "layer": str(layer),
+            "dictionary": dictionary_file.name,
+            "data": ", ".join(Path(name).name for name in names),
+        },
+    )

@@ -1,0 +1,50 @@
+"""LEXICO without coding, to measure what the rest costs: `worker_extension_cls="bench.uncoded.Uncoded"`.
+
+Importing this replaces the coding operations by nothing, before a CUDA graph can hold it. Pages then start out with
+random codes: what was never written would decode to one atom, which is read faster than many.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lexico_kernels import PARTS, LayerCache, LayerStack, ops, reference
+
+RANDOM_PAGES = 256  # that differ from each other
+_filled: set[tuple[int, int]] = set()  # address and number of pages
+
+
+class Uncoded:
+    """Nothing to add to a worker; vLLM imports the module for it."""
+
+
+def _fill(cache: LayerCache) -> None:
+    pages = cache.code_pages
+    for part in PARTS:
+        scales, entries = (view for _, view in reference.field_views(pages, cache.layout, part))
+        scales.copy_(torch.ones(1, dtype=torch.bfloat16, device=pages.device).view(torch.uint8))
+        random = torch.randint(256, entries[:RANDOM_PAGES].shape, dtype=torch.uint8, device=pages.device)
+        for block in entries.split(RANDOM_PAGES):
+            block.copy_(random[: len(block)])
+
+
+def _fill_once(cache: LayerCache) -> None:
+    pages = cache.code_pages
+    place = pages.data_ptr(), len(pages)
+    if place not in _filled and not (pages.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _fill(cache)
+        _filled.add(place)
+
+
+def _omp_encode(key: Any, value: Any, cache: LayerCache, *args: Any, **kwargs: Any) -> None:
+    _fill_once(cache)
+
+
+def _omp_encode_layers(layers: LayerStack, *args: Any, **kwargs: Any) -> None:
+    for cache in layers.caches:
+        _fill_once(cache)
+
+
+ops.omp_encode = _omp_encode
+ops.omp_encode_layers = _omp_encode_layers

@@ -1,0 +1,1 @@
+"""What kernels share: device functions, launch settings, the compiler of CUDA C++."""

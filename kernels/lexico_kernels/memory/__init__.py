@@ -1,0 +1,1 @@
+"""What a byte means: sizes and offsets, codebooks, pages."""

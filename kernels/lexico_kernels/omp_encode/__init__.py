@@ -1,0 +1,1 @@
+"""omp_encode: orthogonal matching pursuit of K and V into code pages."""

@@ -1,0 +1,1 @@
+"""sparse_decode: attention of single tokens over codes and the raw tail."""

@@ -1,0 +1,337 @@
+// Attention of one token over a part of its codes, for the query heads that share a KV head, without rebuilding a vector.
+//
+// Scores: a record's key is scale * sum of level * atom, so its score is scale * sum of level * (q . atom). The products
+// q . atom of all heads lie in shared memory, a row of halves an atom: one gather an entry serves every head.
+// Values: weight * scale * level is added to the atom's bin of each head, in fixed point: integer additions in shared
+// memory are native and their order does not matter, so results are the same bits every time. What is left for later is
+// one product of bins and atoms.
+//
+// Shared memory is used twice: scores lie where the bins will be, and weights where the table was.
+//
+// Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), ROTATE (below), THREADS, ROUNDS of
+// tokens a thread, MIN_BLOCKS a processor, LOOKUP of levels (`lookup_records.cu`, which comes before), PAGE_TOKENS,
+// HEAD_BYTES, HEAD_GROUPS blocks that share a KV head, and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, OFFSET of the
+// records in a head, ALIGN bytes of any record.
+//
+// ROTATE (GROUP a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
+// different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
+
+constexpr int WARPS = THREADS / 32;
+constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
+constexpr int REDUCED = GROUP + 1;
+constexpr int MAX_TOKENS = ROUNDS * THREADS;
+constexpr int BINS = GROUP * VALUE_ATOMS;
+constexpr int SCORES = GROUP * MAX_TOKENS;  // as [GROUP][MAX_TOKENS]
+constexpr int TABLE_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
+constexpr int TABLE_BYTES = (TABLE_ROWS * ROW * 2 + 15) / 16 * 16;
+static_assert(!ROTATE || (GROUP & (GROUP - 1)) == 0, "heads cannot be rotated");
+constexpr float NO_SCORE = -1e30f;
+// All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
+constexpr float FULL_SCALE = 2.1e9f;
+constexpr float FULL_LEVEL = 32767;
+constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
+constexpr float BIN_TO_HALF = 1.0f / 32768;
+constexpr float WEIGHT_BITS = 15;  // weights are halves of at most 2^15, so that small ones are normal numbers
+constexpr float WEIGHT_UNIT = 1.0f / 32768;
+
+// Sums of level times table row of a record, for each head.
+template <int S>
+__device__ void table_sums(const Levels& levels, const Record<S>& record, Shared table, float (&sum)[GROUP]) {
+  u32 level[S];
+  find_levels<S, true>(levels, record, level);
+  constexpr int PAIRS = (ROW + 1) / 2;
+  u32 acc[2][PAIRS] = {};  // two chains: half the rounding, and half the waiting
+#pragma unroll
+  for (int i = 0; i < S; i++) {
+    const Shared at = table + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
+    u32 row[PAIRS];
+    load_halves<ROW>(row, at);
+#pragma unroll
+    for (int p = 0; p < (GROUP + 1) / 2; p++) acc[i & 1][p] = multiply_add_halves(row[p], level[i], acc[i & 1][p]);
+  }
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
+}
+
+__device__ int bin_of(int atom, int g) {
+  return ROTATE ? atom * GROUP + g : g * VALUE_ATOMS + atom;
+}
+
+// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of atom 0's bin for each.
+template <int S>
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[GROUP],
+                            const int (&weight)[GROUP]) {
+  u32 level[S];
+  find_levels<S, false>(levels, record, level);
+#pragma unroll
+  for (int i = 0; i < S; i++) {
+    const u32 offset = row_offset<4 * (ROTATE ? GROUP : 1), VALUE_ATOMS>(entry_of(record, i));
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) {
+      const int amount = __mulhi(weight[h], (int)level[i]);
+      add_shared(bins[h] + offset, amount);
+    }
+  }
+}
+
+template <bool MAXIMUM, int COUNT>
+__device__ void block_reduce(float (&value)[COUNT], float* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    for (int offset = 16; offset; offset >>= 1) {
+      const float other = __shfl_xor_sync(~0u, value[i], offset);
+      value[i] = MAXIMUM ? fmaxf(value[i], other) : value[i] + other;
+    }
+    if (lane == 0) scratch[warp * REDUCED + i] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    value[i] = scratch[i];
+    for (int w = 1; w < WARPS; w++) {
+      const float other = scratch[w * REDUCED + i];
+      value[i] = MAXIMUM ? fmaxf(value[i], other) : value[i] + other;
+    }
+  }
+  __syncthreads();
+}
+
+// Where the tokens of a part lie.
+struct Tokens {
+  const char* const* pages;  // this head's codes in each page, in shared memory, from the part's first page on
+  int first;                 // position of token 0, counted from the start of its page
+  int begin, end;            // tokens of the part; lanes start at a multiple of 32, and those before `begin` idle
+
+  // Of a token; those before the first or behind the last have the first's or the last's.
+  __device__ const char* slot(int index, int offset, int bytes) const {
+    const u32 at = first + max(min(index, end - 1), begin);
+    return pages[at / PAGE_TOKENS] + (offset + at % PAGE_TOKENS * bytes);
+  }
+};
+
+using KeyRecord = Record<KEY_SPARSITY>;
+using ValueRecord = Record<VALUE_SPARSITY>;
+
+__device__ KeyRecord load_key(const Tokens& tokens, int index) {
+  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KeyRecord::BYTES));
+}
+
+__device__ ValueRecord load_value(const Tokens& tokens, int index) {
+  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
+}
+
+__device__ u32 load_value_scale(const Tokens& tokens, int index) {
+  return load_half_once(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
+}
+
+// A token's weights, as ROW halves.
+constexpr int WEIGHT_PAIRS = (ROW + 1) / 2;
+
+__device__ void store_weights(char* row, const u32 (&pair)[WEIGHT_PAIRS]) {
+  if constexpr (ROW == 1) *(u16*)row = (u16)pair[0];
+  else if constexpr (ROW == 2) *(u32*)row = pair[0];
+  else if constexpr (ROW == 4) *(uint2*)row = make_uint2(pair[0], pair[1]);
+  else *(uint4*)row = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+
+__device__ void load_weights(const char* row, float (&weight)[ROW]) {
+  alignas(16) u32 pair[4];
+  if constexpr (ROW == 1) pair[0] = *(const u16*)row;
+  else if constexpr (ROW == 2) pair[0] = *(const u32*)row;
+  else if constexpr (ROW == 4) *(uint2*)pair = *(const uint2*)row;
+  else *(uint4*)pair = *(const uint4*)row;
+#pragma unroll
+  for (int g = 0; g < ROW; g++) weight[g] = half_to_float(pair[g / 2], g & 1);
+}
+
+// Scores to weights relative to the largest, and zeros where scores were. total: of the weights as they are rounded.
+__device__ void make_weights(float* scores, char* weights, const Tokens& tokens, const float (&top)[REDUCED],
+                             float (&total)[GROUP]) {
+#pragma unroll 2
+  for (int index = threadIdx.x; index < MAX_TOKENS; index += THREADS) {
+    float weight[2 * WEIGHT_PAIRS] = {};
+    u32 pair[WEIGHT_PAIRS];
+    const bool used = index >= tokens.begin && index < tokens.end;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      if (used) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
+      scores[g * MAX_TOKENS + index] = 0;
+    }
+    if (!used) continue;
+#pragma unroll
+    for (int p = 0; p < WEIGHT_PAIRS; p++) pair[p] = floats_to_halves(weight[2 * p], weight[2 * p + 1]);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) total[g] += half_to_float(pair[g / 2], g & 1);
+    store_weights(weights + index * (2 * ROW), pair);
+  }
+}
+
+// Weight w at place (h + lane) % GROUP goes to place h.
+__device__ void rotate_heads(int (&value)[GROUP], int lane) {
+#pragma unroll
+  for (int by = 1; by < GROUP; by *= 2) {
+    int turned[GROUP];
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) turned[h] = lane & by ? value[(h + by) % GROUP] : value[h];
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) value[h] = turned[h];
+  }
+}
+
+// Add a token to the bins. weight: its row of weights.
+__device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
+                          const float (&scale)[GROUP], const Shared (&bins)[GROUP]) {
+  float weight[ROW];
+  load_weights(weight_row, weight);
+  int fixed[GROUP];
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) fixed[g] = __float2int_rn(weight[g] * scale[g] * record.scale());
+  if constexpr (ROTATE) rotate_heads(fixed, threadIdx.x % 32);
+  add_to_bins(levels, record, bins, fixed);
+}
+
+// The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record may name
+// it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would be NaN.
+__device__ void store_bins(const int* bins, char* out) {
+  constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
+#pragma unroll 2
+  for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
+    float value[2][GROUP] = {};
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+      for (int g = 0; g < GROUP; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
+    }
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      const u32 halves = floats_to_halves(value[0][g], value[1][g]);
+      if constexpr (AT_ONCE == 2) ((u32*)out)[(g * VALUE_ATOMS + atom) / 2] = halves;
+      else ((u16*)out)[g * VALUE_ATOMS + atom] = (u16)halves;
+    }
+  }
+}
+
+// Start copying a table to shared memory; finish_copies waits for this thread's share.
+__device__ void start_table(char* to, const char* from) {
+  constexpr int BYTES = KEY_ATOMS * ROW * 2;
+  if constexpr (BYTES % 16 == 0) {
+    const Shared address = shared_address(to);
+    for (int i = threadIdx.x * 16; i < BYTES; i += THREADS * 16) start_copy(address + i, from + i);
+  } else {
+    for (int i = threadIdx.x; i < BYTES / 2; i += THREADS) ((u16*)to)[i] = ((const u16*)from)[i];
+  }
+}
+
+// grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
+// table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
+// in base 2. Per part as well: bins_out halves [GROUP][VALUE_ATOMS]; stats [3][...][ROW]: largest score, sum of weights
+// relative to it, and the worth of a unit of bins_out.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
+                 const char* code_pages, long long page_stride, const char* table, const float* query_scale,
+                 const float* key_levels, const float* value_levels, char* bins_out, float* stats, int blocks_a_token) {
+  SHARED_MEMORY(memory);
+  __shared__ u32 level_words[2][NUM_LEVELS];
+  __shared__ float scratch[WARPS * REDUCED];
+  __shared__ const char* pages[MAX_PAGES];
+  float* const scores = (float*)(memory + TABLE_BYTES);
+  int* const bins = (int*)scores;
+
+  const int part = blockIdx.x, row = blockIdx.y, token = row / blocks_a_token;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int4 place = plan[token];
+  const int own_request = request[token];
+  if (part >= place.w) return;
+  start_table(memory, table + row * (long long)(KEY_ATOMS * ROW * 2));
+  float factor[GROUP], top[REDUCED];
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
+  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
+  float largest_level = fmaxf(fabsf(value_level), 1e-30f);
+#pragma unroll
+  for (int by = NUM_LEVELS / 2; by; by /= 2) {
+    largest_level = fmaxf(largest_level, __shfl_xor_sync(~0u, largest_level, by));
+  }
+
+  const int start = place.x / 32 * 32 + part * place.z;  // lanes of a warp have the tokens of an ordered group
+  const char* head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
+  const Tokens tokens{pages, start % PAGE_TOKENS, max(place.x - start, 0), min(place.z, place.y - start)};
+  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
+#pragma unroll 1
+  for (int i = thread; i <= (tokens.first + tokens.end - 1) / PAGE_TOKENS; i += THREADS) {
+    pages[i] = head + own_pages[i] * page_stride;
+  }
+  if (thread < NUM_LEVELS) {
+    level_words[0][thread] = floats_to_halves(key_level, key_level);
+    level_words[1][thread] = (u32)__float2int_rn(value_level / largest_level * FULL_LEVEL) << 16;
+  }
+  __syncthreads();
+  KeyRecord key = load_key(tokens, thread);
+  u32 value_scale = load_value_scale(tokens, thread);
+#pragma unroll 1
+  for (int i = SCORES + thread; i < BINS; i += THREADS) bins[i] = 0;  // the rest is set to zero when scores are read
+  Levels levels;
+  keep_levels(levels, level_words[0]);
+  finish_copies();
+  __syncthreads();
+
+  float& largest_scale = top[GROUP];  // of the values, found in the same reduction
+  largest_scale = 0;
+  const Shared table_at = shared_address(memory), bins_at = shared_address(bins);
+#pragma unroll 1
+  for (int r = 0; r < ROUNDS; r++) {
+    const int index = r * THREADS + thread;
+    if (r * THREADS >= tokens.end) break;
+    const KeyRecord next = load_key(tokens, index + THREADS);
+    const u32 next_scale = load_value_scale(tokens, index + THREADS);
+    largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(value_scale << 16)));
+    float sum[GROUP];
+    table_sums(levels, key, table_at, sum);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      const float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
+      top[g] = fmaxf(top[g], score);
+      scores[g * MAX_TOKENS + index] = score;
+    }
+    key = next;
+    value_scale = next_scale;
+  }
+  ValueRecord value = load_value(tokens, thread);
+  block_reduce<true>(top, scratch);
+
+  float total[GROUP] = {}, scale[GROUP];
+  make_weights(scores, memory, tokens, top, total);
+  block_reduce<false>(total, scratch);
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
+
+  keep_levels(levels, level_words[1]);
+  Shared own_bins[GROUP];
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h));
+  }
+#pragma unroll 1
+  for (int r = 0; r < ROUNDS; r++) {
+    const int index = r * THREADS + thread;
+    if (r * THREADS >= tokens.end) break;
+    const ValueRecord next = load_value(tokens, index + THREADS);
+    if (index >= tokens.begin && index < tokens.end) {
+      add_token(levels, value, memory + index * (2 * ROW), scale, own_bins);
+    }
+    value = next;
+  }
+  __syncthreads();
+
+  const long long place_out = (long long)row * gridDim.x + part, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  store_bins(bins, bins_out + place_out * (VALUE_ATOMS * GROUP * 2));
+#pragma unroll
+  for (int g = 0; g < GROUP; g++) {
+    if (thread != g) continue;
+    float* out = stats + place_out * ROW + g;
+    out[0] = top[g];
+    out[statistics] = total[g] * WEIGHT_UNIT;
+    out[2 * statistics] = 65536 / FULL_LEVEL * largest_level * WEIGHT_UNIT / (scale[g] * BIN_TO_HALF);
+  }
+}

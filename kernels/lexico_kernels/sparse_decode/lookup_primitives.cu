@@ -1,0 +1,87 @@
+// What `lookup_records.cu` and `lookup.cu` ask of the device, in PTX; they come behind this in one translation unit. Tests
+// that run the kernel on a CPU bring the same functions (tests/kernels/lookup_on_cpu.cpp).
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using Shared = u32;  // an address in shared memory
+
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
+
+__device__ Shared shared_address(const void* local) { return (u32)__cvta_generic_to_shared(local); }
+
+// BYTES of global memory that are read once, into words; whole words and aligned to BYTES.
+template <int BYTES>
+__device__ void load_once(u32* w, const char* at) {
+  if constexpr (BYTES == 16) {
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at));
+  } else if constexpr (BYTES == 8) {
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at));
+  } else {
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(w[0]) : "l"(at));
+  }
+}
+
+__device__ u16 load_half_once(const char* at) {
+  u16 bits;
+  asm("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(at));
+  return bits;
+}
+
+__device__ u32 load_shared(Shared at) {
+  u32 word;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
+  return word;
+}
+
+// HALVES, a power of two, of shared memory as pairs.
+template <int HALVES>
+__device__ void load_halves(u32* pair, Shared at) {
+  if constexpr (HALVES == 1) {
+    u16 one;
+    asm("ld.shared.u16 %0, [%1];" : "=h"(one) : "r"(at));
+    pair[0] = one;
+  } else if constexpr (HALVES == 2) {
+    asm("ld.shared.u32 %0, [%1];" : "=r"(pair[0]) : "r"(at));
+  } else if constexpr (HALVES == 4) {
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(pair[0]), "=r"(pair[1]) : "r"(at));
+  } else {
+    asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3]) : "r"(at));
+  }
+}
+
+__device__ void add_shared(Shared at, int amount) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at), "r"(amount) : "memory");
+}
+
+// Start to copy 16 bytes; finish_copies waits for this thread's.
+__device__ void start_copy(Shared to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
+  u32 out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
+__device__ float half_to_float(u32 pair, int which) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"((u16)(which ? pair >> 16 : pair & 0xffff)));
+  return out;
+}
+
+__device__ u32 floats_to_halves(float low, float high) {
+  u32 out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+__device__ float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}

@@ -1,0 +1,135 @@
+"""`"dictionary": "train"`: trained once however many start together, found by the next start, and failing in words."""
+
+import logging
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_lexico.dictionary import file as dictionary
+from vllm_lexico.dictionary import first_start
+from vllm_lexico.dictionary.file import Dictionary, DictionaryInfo, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.first_start import find_or_train
+from vllm_lexico.serve.setup import LexicoSetup, _checked_dictionary
+
+FINGERPRINT = ModelFingerprint("llama", 1, 2, 16, 64, "{}")
+
+# Stands for the training: notes that it ran, takes a while, and leaves a copy of a dictionary made before.
+TRAINER = """
+import shutil, sys, time
+made, out, notes = sys.argv[1:]
+open(notes, "a").write("trained ")
+time.sleep(0.5)
+shutil.copy(made, out)
+"""
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    """Nothing is bundled, the user's cache is empty, the hub is off; what was found before is forgotten."""
+    monkeypatch.setattr(dictionary, "bundled_folder", lambda: tmp_path / "bundled")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dictionary, "_answers", lambda repo, file: False)
+    _checked_dictionary.cache_clear()
+    return tmp_path
+
+
+@pytest.fixture
+def trainer(places, monkeypatch):
+    """The command replaced; notes.txt has a word for each training."""
+    tensors = {}
+    for part in ("key", "value"):
+        tensors[f"{part}_atoms"] = torch.ones(1, 4, 8, dtype=torch.uint8)
+        tensors[f"{part}_mean"] = torch.zeros(1, 2, 16)
+        tensors[f"{part}_stretch"] = torch.ones(1, 2, 16)
+        tensors[f"{part}_levels"] = torch.zeros(1, 32, 16)
+    info = DictionaryInfo("some/model", FINGERPRINT, 4, 4, 2, "a test", 1, 1)
+    Dictionary(info, tensors).save(places / "made.safetensors")
+    notes = places / "notes.txt"
+    notes.touch()
+
+    def command(model_name, out):
+        return [sys.executable, "-c", TRAINER, str(places / "made.safetensors"), str(out), str(notes)]
+
+    monkeypatch.setattr(first_start, "_command", command)
+    return notes
+
+
+def test_trained_once_and_found_by_the_next_start(trainer, places, caplog):
+    found = []
+    with caplog.at_level(logging.INFO, logger="vllm.lexico"):
+        ranks = [
+            threading.Thread(target=lambda: found.append(find_or_train("some/model", FINGERPRINT))) for _ in range(4)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    out = places / "cache" / "vllm-lexico" / "some_model.safetensors"
+    assert found == [out] * 4 and trainer.read_text() == "trained "
+    words = caplog.text
+    assert words.count("there is no dictionary for some/model, so one is trained now") == 1
+    assert words.count("waiting for another process") == 3 and " s: " in words.split("trained the dictionary of")[1]
+    assert find_or_train("some/model", FINGERPRINT) == out and trainer.read_text() == "trained "
+
+
+def test_failure_stops_the_start_and_says_what_to_run(trainer, monkeypatch):
+    monkeypatch.setattr(first_start, "_command", lambda model_name, out: [sys.executable, "-c", "raise SystemExit(2)"])
+    with pytest.raises(ValueError, match=r"some/model failed with status 2.*by hand: vllm-lexico train some/model$"):
+        find_or_train("some/model", FINGERPRINT)
+    monkeypatch.setattr(first_start, "_command", lambda model_name, out: [sys.executable, "-c", ""])
+    with pytest.raises(ValueError, match="failed with status 0"):  # a command that leaves no file
+        find_or_train("some/model", FINGERPRINT)
+
+
+def test_another_models_file_is_not_replaced(trainer, places):
+    out = places / "cache" / "vllm-lexico" / "some_model.safetensors"
+    out.parent.mkdir(parents=True)
+    out.write_text("something else")
+    with pytest.raises(
+        ValueError, match=r"no dictionary for some/model.*some_model\.safetensors is there and of no use"
+    ):
+        find_or_train("some/model", FINGERPRINT)
+    assert out.read_text() == "something else" and not trainer.read_text()
+
+
+def setup_of(model, config) -> LexicoSetup:
+    vllm_config = SimpleNamespace(
+        additional_config={"lexico": {"dictionary": "train"}},
+        model_config=SimpleNamespace(hf_text_config=config, model=model),
+        num_speculative_tokens=0,
+        max_concurrent_batches=1,
+    )
+    return LexicoSetup.of(vllm_config)
+
+
+def test_what_was_trained_is_checked_like_any_other(trainer):
+    shape = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = SimpleNamespace(**shape, hidden_size=64, head_dim=16)
+    with pytest.raises(ValueError, match="the dictionary of some/model does not fit some/model: rope"):
+        setup_of("some/model", config)
+
+
+@pytest.mark.slow
+def test_the_real_training_of_a_local_model(places, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = places / "tiny model"
+    LlamaForCausalLM(config).save_pretrained(model)
+    small = ["--atoms", "16", "--vectors", "2048", "--sequence-tokens", "256", "--passes", "1", "--rounds", "1"]
+    small += ["--device", "cpu"]
+    command = first_start._command
+    monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
+    setup = setup_of(str(model), config)
+    assert setup.dictionary_path == places / "cache" / "vllm-lexico" / "tiny_model.safetensors"
+    assert load_dictionary(setup.dictionary_path).info.atoms == 16
+    monkeypatch.setattr(first_start, "_command", None)  # not needed again
+    _checked_dictionary.cache_clear()
+    assert setup_of(str(model), config).dictionary_path == setup.dictionary_path

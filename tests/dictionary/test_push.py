@@ -1,0 +1,217 @@
+"""Sharing a dictionary: pushed to a stand-in for the Hugging Face hub and loaded from it, by processes of their own."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from statistics import fmean
+
+import pytest
+import torch
+
+from vllm_lexico import cli
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.push import model_card
+
+TOKEN, COMMIT = "hf_stand_in", "c" * 40
+
+
+class StandIn(ThreadingHTTPServer):
+    """As much of the hub as is needed to make a repository, commit to it (LFS for .safetensors) and download."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        self.private, self.files, self.uploads = {}, {}, {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: StandIn
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, content=b"", status=200, headers=None):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        repo, _, file = self.path.lstrip("/").partition("/resolve/main/")
+        info = self.path.removeprefix("/api/models/")
+        if info in self.server.private:
+            self.answer({"id": info, "private": self.server.private[info], "sha": COMMIT, "siblings": [], "tags": []})
+        elif (repo, file) in self.server.files:
+            content = self.server.files[repo, file]
+            self.answer(content, headers={"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_PUT(self):
+        self.server.uploads[self.path.removeprefix("/upload/")] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer()
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path == "/api/repos/create":
+            self.create(json.loads(content))
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            modes = {True: "lfs", False: "regular"}
+            files = [file["path"] for file in json.loads(content)["files"]]
+            of_files = [
+                {"path": p, "uploadMode": modes[p.endswith(".safetensors")], "shouldIgnore": False} for p in files
+            ]
+            self.answer({"files": of_files})
+        elif self.path.endswith("/lfs/objects/batch"):
+            upload = {"href": f"{self.server.address}/upload/"}
+            objects = json.loads(content)["objects"]
+            for item in objects:
+                item["actions"] = {"upload": upload | {"href": upload["href"] + item["oid"]}}
+            self.answer({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/json"})
+        elif "/commit/" in self.path:
+            self.commit(self.path.removeprefix("/api/models/").partition("/commit/")[0], content)
+        else:
+            self.answer(status=501)
+
+    def create(self, wanted):
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        existed = repo in self.server.private
+        self.server.private.setdefault(repo, wanted.get("visibility") == "private")
+        self.answer({"url": f"{self.server.address}/{repo}", "id": repo}, 409 if existed else 200)
+
+    def commit(self, repo, content):
+        for line in map(json.loads, content.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.files[repo, value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.server.files[repo, value["path"]] = self.server.uploads[value["oid"]]
+        self.answer({"commitUrl": f"{self.server.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+
+@pytest.fixture
+def hub():
+    server = StandIn()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def in_process(hub, tmp_path):
+    """Run Python against the stand-in with an empty cache of its own; the hub's client reads its settings at import."""
+
+    def run(*arguments: str, cache: str = "one", token: str = TOKEN) -> subprocess.CompletedProcess:
+        unset = {"HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}
+        env = {name: value for name, value in os.environ.items() if name not in unset}
+        env |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / cache), "XDG_CACHE_HOME": str(tmp_path / cache)}
+        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_TOKEN": token} if token else {}
+        return subprocess.run([sys.executable, "-P", *arguments], env=env, capture_output=True, text=True, timeout=100)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dictionary(root) -> Dictionary:
+    """A real one under another name, so that no search finds a bundled twin first."""
+    bundled = load_dictionary(root / "dictionaries" / "HuggingFaceTB_SmolLM2-135M-Instruct.safetensors")
+    fingerprint = replace(bundled.info.fingerprint, hidden_size=577)
+    return Dictionary(replace(bundled.info, model_name="some/Model-1", fingerprint=fingerprint), bundled.tensors)
+
+
+FIND = """
+import sys
+from pathlib import Path
+from statistics import fmean
+from vllm_lexico.dictionary.file import find_dictionary, read_info
+info = read_info(Path(sys.argv[1]))
+print(find_dictionary(sys.argv[2] or None, info.model_name, info.fingerprint))
+"""
+
+
+def test_pushed_and_loaded_again(hub, in_process, dictionary, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    dictionary.save(path)
+    for repo in ("me/shared", "vllm-lexico/some_Model-1"):
+        pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), repo)
+        assert pushed.returncode == 0, pushed.stderr
+        assert f"pushed to {hub.address}/{repo}" in pushed.stdout
+        assert not hub.private[repo] and hub.files[repo, "README.md"].startswith(b"---\nlibrary_name: vllm-lexico\n")
+        assert hub.files[repo, "dictionary.safetensors"] == path.read_bytes()
+    for at, setting in enumerate(("me/shared", "me/shared/dictionary.safetensors", "")):  # "": without a setting
+        found = in_process("-c", FIND, str(path), setting, cache=f"fresh{at}", token="")
+        assert found.returncode == 0, found.stderr
+        assert f"{os.sep}fresh{at}{os.sep}" in found.stdout
+        loaded = load_dictionary(found.stdout.strip())
+        assert loaded.info == dictionary.info
+        assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in dictionary.tensors.items())
+
+
+def test_what_stops_a_push(hub, in_process, dictionary, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    dictionary.save(path)
+
+    def refusal(repo: str, *options: str, **settings: str) -> str:
+        pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), repo, *options, **settings)
+        assert pushed.returncode == 2 and "Traceback" not in pushed.stderr, pushed.stderr
+        return pushed.stderr
+
+    assert "there is no Hugging Face token; log in with `hf auth login`" in refusal("me/shared", token="")
+    assert "could not be pushed to me/shared" in refusal("me/shared", token="hf_wrong") and not hub.files
+    hub.private["me/shared"] = False
+    assert "me/shared exists and is public, so nothing was pushed" in refusal("me/shared", "--private")
+    assert not hub.files and not hub.uploads
+    pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), "me/secret", "--private")
+    assert pushed.returncode == 0 and hub.private["me/secret"] and ("me/secret", "README.md") in hub.files
+
+
+@pytest.mark.parametrize("repo", ["name", "org/name/file", "https://huggingface.co/org/name", "a b/c", ""])
+def test_names_that_are_no_repository(repo, root, capsys):
+    path = root / "dictionaries" / "HuggingFaceTB_SmolLM2-135M-Instruct.safetensors"
+    assert cli.main(["push", str(path), repo]) == 2
+    assert f"{repo!r} is no name of a repository on the hub; allowed: org/name" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_not_pushed(dictionary, tmp_path, capsys):
+    path = tmp_path / "d.safetensors"
+    dictionary.save(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cli.main(["push", str(path), "me/shared"]) == 2
+    assert "is damaged, cut short" in capsys.readouterr().err
+
+
+def test_model_card(dictionary):
+    card = model_card(dictionary.info, "me/shared")
+    assert "\nbase_model: some/Model-1\n" in card
+    assert "| atoms a vector | keys | values |\n|---|---|---|\n| 7 | " in card
+    means = [fmean(dictionary.info.errors[part]["15"]) for part in ("key", "value")]
+    assert "\n| 15 | {:.4f} | {:.4f} |\n".format(*means) in card
+    assert (
+        """--attention-backend LEXICO \\\n        --additional-config '{"lexico": {"dictionary": "me/shared"}}'"""
+        in card
+    )
+    assert "--additional-config" not in model_card(dictionary.info, "vllm-lexico/some_Model-1")
+    local = model_card(replace(dictionary.info, model_name="/home/me/tiny", errors={}), "me/shared")
+    assert "base_model" not in local and "/home/me" not in local and "It was not measured." in local

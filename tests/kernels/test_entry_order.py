@@ -1,0 +1,163 @@
+"""The order of entries: what the kernel makes of records, worked out again in plain Python, and what it is for.
+
+On a CPU `cuda_on_cpu.h` runs the kernel's source thread by thread.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lexico_kernels import CodeLayout, LayerStack, reference
+from lexico_kernels.device import nvrtc
+from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.omp_encode import entry_order as order
+from lexico_kernels.testing import poisoned_cache, random_records, records_at
+
+FOLDER = Path(__file__).parent
+SETS = {  # of lanes that can meet in a bank, and how many atoms in a row do not
+    "key": ([range(16), range(16, 32)], 16),
+    "value": ([range(first, 32, 4) for first in range(4)], 8),
+}
+
+
+@pytest.fixture
+def order_entries(device, monkeypatch, tmp_path):
+    """The kernel, on a CPU where there is no GPU."""
+    if device == "cuda":
+        if not nvrtc.available(0):
+            pytest.skip("CUDA C++ cannot be compiled here")
+        return order.order_entries
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+
+    class OnCpu:
+        def __init__(self, layout):
+            flags = [f"-D{name}={value}" for name, value in order.defines(layout).items()]
+            flags += [f'-DSOURCE="{nvrtc.SOURCES / order.FILES[0]}"', "-DHALF=0", "-std=c++17", "-O2", "-w"]
+            flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+            path = tmp_path / f"{abs(hash(layout))}.so"
+            subprocess.run(["g++", *flags, FOLDER / "entry_order_on_cpu.cpp", "-o", path], check=True)
+            self.library = ctypes.CDLL(str(path))
+
+        def launch(self, grid, threads, pages, places, stride, destination, count):
+            tensors = (pages, places, destination)
+            pages, places, destination = (
+                ctypes.c_void_p(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0) for tensor in tensors
+            )
+            self.library.launch(*grid, threads, pages, places, ctypes.c_longlong(stride), destination, count)
+
+    monkeypatch.setattr(order, "_kernel", lambda device, layout: OnCpu(layout))
+    return order.order_entries
+
+
+def filled(layout, device, atoms=4096):
+    """A cache whose pages 1 to 3 have random records."""
+    cache = poisoned_cache(layout, 5, atoms=64, dtype=torch.float16, device=device)
+    P, generator = layout.block_tokens, torch.Generator().manual_seed(4)
+    for part in PARTS:
+        records, at = random_records(3 * P, layout, part, atoms, torch.float16, generator).to(device), 0
+        slots = torch.arange(P, 4 * P, device=device)
+        for field, view in reference.field_views(cache.code_pages, layout, part):
+            view[slots // P, :, slots % P] = records[..., at : at + field.width_bytes]
+            at += field.width_bytes
+    return cache
+
+
+def entries(cache, slots, part):
+    """int [M, Hk, S]."""
+    return records_at(cache, slots, part)[..., 2:].contiguous().view(torch.int16).int().cpu() & 0xFFFF
+
+
+def ordered(group, part):
+    """The rule, for one head's entries [32, S]: each to the free place where fewest before it are of its class."""
+    sets, places = SETS[part]
+    out, S = group.clone(), group.shape[1]
+    for tokens in sets:
+        counts = [[0] * places for _ in range(S)]
+        for token in tokens:
+            free = list(range(S))
+            for entry in group[token].tolist():
+                kind = (entry >> 4) % places
+                best = min(free, key=lambda slot: (min(counts[slot][kind], 15), slot))
+                free.remove(best)
+                counts[best][kind] += 1
+                out[token, best] = entry
+    return out
+
+
+def waits(group, part):
+    """Mean over places of how many lanes meet in the fullest bank, by the sets of SETS; same atoms of keys are one."""
+    sets, places = SETS[part]
+    total = 0
+    for place in range(group.shape[1]):
+        fullest = []
+        for tokens in sets:
+            atoms = (group[list(tokens), place] >> 4).tolist()
+            atoms = list(set(atoms)) if part == "key" else atoms
+            fullest.append(max(sum(atom % places == kind for atom in atoms) for kind in range(places)))
+        total += sum(fullest) if part == "key" else max(fullest)
+    return total / group.shape[1]
+
+
+@pytest.mark.parametrize(("S", "P"), [((15, 15), 64), ((7, 31), 32), ((1, 2), 128)])
+def test_order(S, P, device, order_entries):
+    it = CodeLayout(64, 2, *S, block_tokens=P)
+    cache, before = filled(it, device), filled(it, device)
+    # Two groups end here; one token is skipped, one group has no end, and some are listed where no group is whole.
+    slots = torch.cat((torch.arange(P, P + 32), torch.arange(3 * P - 32, 3 * P), torch.arange(3 * P, 3 * P + 20)))
+    slots[3] = -1
+    order_entries(cache, slots.to(device))
+    for part in PARTS:
+        for first in (P, 3 * P - 32):
+            at = torch.arange(first, first + 32, device=device)
+            old, new = entries(before, at, part), entries(cache, at, part)
+            for head in range(2):
+                assert torch.equal(new[:, head], ordered(old[:, head], part))
+            assert torch.equal(new.sort(-1).values, old.sort(-1).values)
+            views = [reference.field_views(some.code_pages, it, part)[1][1] for some in (before, cache)]
+            views[0][at // P, :, at % P] = views[1][at // P, :, at % P]
+    assert torch.equal(cache.code_pages, before.code_pages)  # nothing else was touched
+
+
+def test_all_layers_are_ordered_as_each_is(device, order_entries):
+    it = CodeLayout(64, 2, 7, 5, block_tokens=64)
+    each, at_once = ([filled(it, device, atoms) for atoms in (4096, 100, 50)] for _ in range(2))
+    slots = torch.arange(64, 96, device=device)
+    for cache in each:
+        order_entries(cache, slots)
+    order.order_entries_layers(LayerStack.of(at_once), slots)
+    for one, other, old in zip(each, at_once, (filled(it, device, atoms) for atoms in (4096, 100, 50)), strict=True):
+        assert torch.equal(one.code_pages, other.code_pages) and not torch.equal(one.code_pages, old.code_pages)
+
+
+def test_fewer_lanes_meet(device, order_entries):
+    """Random atoms, S = 15: places where 6.1 and 3.3 lanes met have 4.1 and 2.1."""
+    it = CodeLayout(64, 2, 15, 15, block_tokens=64)
+    cache = filled(it, device)
+    groups = torch.arange(64, 4 * 64, device=device).view(-1, 32)
+    old = {part: sum(waits(entries(cache, at, part)[:, 0], part) for at in groups) / len(groups) for part in PARTS}
+    order_entries(cache, groups.flatten())
+    new = {part: sum(waits(entries(cache, at, part)[:, 0], part) for at in groups) / len(groups) for part in PARTS}
+    assert old["key"] > 5.7 and new["key"] < 4.3 and old["value"] > 3.1 and new["value"] < 2.25
+
+
+def test_equal_classes_overflow_nothing(device, order_entries):
+    """All atoms in one bank: counters of four bits meet 16 tokens."""
+    it = CodeLayout(64, 1, 2, 2, block_tokens=32)
+    cache = filled(it, device)
+    for part in PARTS:
+        _, (_, view) = reference.field_views(cache.code_pages, it, part)
+        view[1, 0] = torch.tensor([0x00, 0x10, 0x01, 0x20], dtype=torch.uint8, device=device)
+    before = entries(cache, torch.arange(32, 64, device=device), "key")
+    order_entries(cache, torch.tensor([63], device=device))
+    after = entries(cache, torch.arange(32, 64, device=device), "key")
+    assert torch.equal(after[:, 0], ordered(before[:, 0], "key"))
+    assert torch.equal(after.sort(-1).values, before.sort(-1).values)
+
+
+def test_what_fits():
+    assert order.fits(CodeLayout(64, 1, 5, 5)) and not order.fits(CodeLayout(64, 1, 5, 5, codec="paper"))
+    assert not order.fits(CodeLayout(64, 1, 5, 5, block_tokens=16))

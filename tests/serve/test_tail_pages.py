@@ -1,0 +1,185 @@
+"""The tail's pages in vLLM's own block pool: what a request holds, gives back and finds again."""
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm.v1.core.block_pool import BlockPool
+
+from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
+
+TAIL, WINDOW, POOL = 16, 128, 400
+
+
+def make(window_hits=False, sink_blocks=1, concurrent_batches=1):
+    spec = LexicoTailSpec(
+        block_size=TAIL,
+        num_kv_heads=2,
+        head_size=64,
+        dtype=torch.bfloat16,
+        sliding_window=WINDOW + 1,
+        extra_retained_tokens=128 if window_hits else 0,
+        sink_blocks=sink_blocks,
+        window_hits=window_hits,
+        concurrent_batches=concurrent_batches,
+    )
+    pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=TAIL)
+    manager = LexicoTailManager(
+        spec,
+        block_pool=pool,
+        enable_caching=True,
+        kv_cache_group_id=0,
+        scheduler_block_size=128,
+        max_admission_blocks_per_request=spec.max_admission_blocks_per_request(8192, 32768),
+    )
+    return manager, pool, spec
+
+
+def schedule(manager, request, computed, new):
+    """One step as vLLM's KVCacheManager does it; returns the pages it predicted and took."""
+    manager.remove_skipped_blocks(request, computed)
+    total = computed + new
+    predicted = manager.get_num_blocks_to_allocate(request, total, [], computed, computed, total)
+    free = manager.block_pool.get_num_free_blocks()
+    manager.allocate_new_blocks(request, total, total)
+    assert free - manager.block_pool.get_num_free_blocks() == predicted
+    return predicted
+
+
+def held(manager, request):
+    return [i for i, block in enumerate(manager.req_to_blocks[request]) if not block.is_null]
+
+
+def check_readable(manager, request, computed, new, sink_blocks=1, after_hit=False):
+    """Everything that a step reads or must keep has a page: sinks, the window before it, the window after it."""
+    pages = set(held(manager, request))
+    total = computed + new
+    needed = set(range(min(sink_blocks, -(-total // TAIL))))
+    if not after_hit:  # then codes stand in for what the hit did not bring
+        needed |= set(range(max(computed - WINDOW, 0) // TAIL, -(-computed // TAIL)))
+    first_new = computed // TAIL if after_hit else 0
+    needed |= set(range(max((total - WINDOW) // TAIL, first_new), -(-total // TAIL)))
+    assert needed <= pages, needed - pages
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 128, 500, 8192])
+@pytest.mark.parametrize("sink_blocks", [0, 1, 2])
+def test_a_request_holds_its_windows_and_sinks_whatever_the_chunk(chunk, sink_blocks):
+    manager, _, _ = make(sink_blocks=sink_blocks)
+    computed = 0
+    while computed < 3000:
+        schedule(manager, "r", computed, chunk)
+        check_readable(manager, "r", computed, chunk, sink_blocks)
+        assert len(held(manager, "r")) <= manager.max_admission_blocks_per_request
+        computed += chunk
+    for _ in range(200):  # decode
+        schedule(manager, "r", computed, 1)
+        check_readable(manager, "r", computed, 1, sink_blocks)
+        computed += 1
+    assert len(held(manager, "r")) <= WINDOW // TAIL + 2 + sink_blocks
+
+
+def test_steps_under_way_keep_what_they_read():
+    """With asynchronous scheduling pages are freed only by steps that have finished."""
+    manager, _, _ = make(concurrent_batches=2)
+    finished, computed, chunk = 0, 0, 1000
+    for _ in range(6):
+        manager.remove_skipped_blocks("r", finished)
+        manager.allocate_new_blocks("r", computed + chunk, computed + chunk)
+        check_readable(manager, "r", finished, computed - finished)
+        check_readable(manager, "r", computed, chunk)
+        assert len(held(manager, "r")) <= manager.max_admission_blocks_per_request
+        finished, computed = computed, computed + chunk
+
+
+def test_all_pages_come_back():
+    manager, pool, _ = make()
+    free = pool.get_num_free_blocks()
+    for request in "abc":
+        for computed in range(0, 2000, 100):
+            schedule(manager, request, computed, 100)
+    for request in "abc":
+        manager.free(request)
+    assert pool.get_num_free_blocks() == free
+
+
+def cache_prompt(manager, num_tokens):
+    """Compute and cache a prompt, then finish its request."""
+    request = types.SimpleNamespace(
+        request_id="first",
+        block_hashes=[f"hash{i}".encode() for i in range(num_tokens // TAIL)],
+        shared_prefix_boundary=0,
+        num_prompt_tokens=num_tokens,
+        num_computed_tokens=0,
+    )
+    schedule(manager, "first", 0, num_tokens)
+    manager.cache_blocks(request, num_tokens // 128 * 128, retention_interval=0, replay_boundaries=(num_tokens - 1,))
+    manager.free("first")
+    return request.block_hashes
+
+
+def find(manager, spec, hashes, max_length):
+    (blocks,), length = LexicoTailManager.find_longest_cache_hit(
+        hashes, max_length, [0], manager.block_pool, spec, drop_eagle_block=False, alignment_tokens=128
+    )
+    assert len(blocks) * TAIL == length
+    return [i for i, block in enumerate(blocks) if not block.is_null], length
+
+
+def test_a_hit_brings_its_sinks_and_the_window_where_it_is_cached():
+    manager, _, spec = make()
+    hashes = cache_prompt(manager, 1000)
+    assert find(manager, spec, hashes, 896) == ([0, 54, 55], 896)  # the prompt's chunk kept its last 128 tokens
+    assert find(manager, spec, hashes, 500) == ([0], 384)  # no window there: codes stand in
+
+
+def test_strict_hits_need_the_window():
+    manager, _, spec = make(window_hits=True)
+    hashes = cache_prompt(manager, 1000)
+    assert find(manager, spec, hashes, 896) == ([0, *range(48, 56)], 896)
+    assert find(manager, spec, hashes, 500) == ([], 0)
+
+
+def test_no_hit_without_sinks():
+    manager, pool, spec = make()
+    hashes = cache_prompt(manager, 1000)
+    (sink,) = pool.get_cached_block(hashes[0], [0])
+    pool.evict_blocks({sink.block_id})
+    assert find(manager, spec, hashes, 896) == ([], 0)
+
+
+def test_a_request_continues_from_a_hit():
+    manager, pool, spec = make()
+    hashes = cache_prompt(manager, 1000)
+    (blocks,), length = LexicoTailManager.find_longest_cache_hit(
+        hashes, 896, [0], pool, spec, drop_eagle_block=False, alignment_tokens=128
+    )
+    free = pool.get_num_free_blocks()
+    predicted = manager.get_num_blocks_to_allocate("second", 1000, blocks, length, length, 1000)
+    manager.add_local_computed_blocks("second", blocks, length, 0)
+    manager.allocate_new_blocks("second", 1000, 1000)
+    assert free - pool.get_num_free_blocks() == predicted
+    check_readable(manager, "second", length, 1000 - length, after_hit=True)
+
+
+@pytest.mark.parametrize(("computed", "hit"), [(255, 128), (129, 128), (128, 256), (0, 256)])
+def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit):
+    """Its codes come last in a step of decode, when readers of the same step have read; later steps find it."""
+    manager, _, spec = make()
+    request = types.SimpleNamespace(
+        request_id="first",
+        block_hashes=[f"hash{i}".encode() for i in range(256 // TAIL)],
+        shared_prefix_boundary=0,
+        num_prompt_tokens=256,
+        num_computed_tokens=0,
+    )
+    for start, end in ((0, computed), (computed, 256)):
+        manager.new_step_starts()
+        schedule(manager, "first", start, end - start)
+        request.num_computed_tokens = start
+        manager.cache_blocks(request, end, retention_interval=0, replay_boundaries=(128,))
+    assert find(manager, spec, request.block_hashes, 256)[1] == hit
+    manager.new_step_starts()
+    assert find(manager, spec, request.block_hashes, 256)[1] == 256

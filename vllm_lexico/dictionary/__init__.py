@@ -1,0 +1,1 @@
+"""Dictionary files: their format, the search for one, sharing and inspecting them."""

@@ -1,0 +1,1 @@
+"""From rows of samples to estimates, tables and the picture."""

@@ -1,0 +1,109 @@
+"""The tables of an evaluation in Markdown, from its metrics.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_lexico.evals.results.summary import flat_rows
+
+# Columns of the first table: metric, heading, whether the ratio is shown rather than the figure, decimals.
+OVERVIEW = (
+    ("gsm8k", "GSM8K", False, 3),
+    ("wikitext", "perplexity, times bf16's", True, 4),
+    ("needle", "needles found", False, 3),
+    ("agreement_tokens", "tokens until the answer leaves bf16's", False, 1),
+)
+LESS_IS_BETTER = ("wikitext",)
+OURS = "lexico"
+
+
+def report(metrics: Mapping[str, Any]) -> str:
+    """All tables: the overview, where another cache is above LEXICO, each metric, and what failed."""
+    rows = list(flat_rows(metrics))
+    config = metrics["config"]
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items() if version)
+    parts = [f"## {Path(config['model']).name}\n\n{versions}.", overview(metrics), "### Where another cache is above\n"]
+    above = list(dominating(metrics))
+    parts[-1] += "\n" + ("\n".join(f"- {words}" for words in above) if above else "Nowhere in these figures.")
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        parts.append(f"### {metric}\n\n" + metric_table([row for row in rows if row["metric"] == metric]))
+    failures = [
+        f"- {name}, {task}: `{why.splitlines()[-1].strip()[:200]}`"
+        for name, cache in metrics["caches"].items()
+        for task, why in cache["failures"].items()
+    ]
+    if failures:
+        parts.append("### Failed\n\n" + "\n".join(failures))
+    return "\n\n".join(parts) + "\n"
+
+
+def overview(metrics: Mapping[str, Any]) -> str:
+    """One line a cache, one column a task."""
+    rows = {(row["cache"], row["metric"]): row for row in flat_rows(metrics)}
+    shown = [column for column in OVERVIEW if any(metric == column[0] for _, metric in rows)]
+    head = ["cache", "bytes a token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
+    lines = []
+    for name, cache in metrics["caches"].items():
+        if cache["bytes_a_token"] is None:
+            continue
+        cells = [f"`{name}`", f"{cache['bytes_a_token']:,.0f}", f"{cache['bytes_percent']:.2f}"]
+        for metric, _, as_ratio, digits in shown:
+            row = rows.get((name, metric))
+            names = ("ratio", "ratio_low", "ratio_high") if as_ratio else ("value", "low", "high")
+            value, low, high = (None, None, None) if row is None else (row[name] for name in names)
+            text = "" if value is None else _interval(value, low, high, digits)
+            if row is not None and not as_ratio and row["ratio"] is not None:
+                text += f", {row['ratio']:.3f} of bf16"
+            cells.append(text)
+        lines.append(cells)
+    return table(head, lines)
+
+
+def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All that is known of one metric."""
+    head = ["cache", "% of 16 bits", "held, %", "tokens", "samples", "value (95 %)", "times bf16 (95 %)", "s"]
+    lines = []
+    for row in rows:
+        digits = 1 if row["metric"] == "agreement_tokens" else 4
+        ratio = _interval(row["ratio"], row["ratio_low"], row["ratio_high"], 4) if row["ratio"] is not None else ""
+        lines.append(
+            [
+                f"`{row['cache']}`",
+                f"{row['bytes_percent']:.2f}",
+                f"{row['held_percent']:.2f}" if row["held_percent"] else "",
+                f"{row['sequence_tokens']:,.0f}" if row["sequence_tokens"] else "",
+                f"{row['count']:,}",
+                _interval(row["value"], row["low"], row["high"], digits),
+                ratio,
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    return table(head, lines)
+
+
+def dominating(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """In words: caches of others that are better than one of LEXICO's at as many bytes a token, or fewer."""
+    rows = [row for row in flat_rows(metrics) if row["metric"] in [column[0] for column in OVERVIEW]]
+    for own in (row for row in rows if row["family"] == OURS):
+        for other in rows:
+            if other["metric"] != own["metric"] or other["family"] in (OURS, metrics["reference"]):
+                continue
+            sign = -1 if own["metric"] in LESS_IS_BETTER else 1
+            if other["bytes_percent"] <= own["bytes_percent"] and sign * other["value"] > sign * own["value"]:
+                yield (
+                    f"{own['metric']}: `{other['cache']}` ({other['bytes_percent']:.2f} %) has {other['value']:.4g}, "
+                    f"`{own['cache']}` ({own['bytes_percent']:.2f} %) has {own['value']:.4g}"
+                )
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
+    bounds = "" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{value:.{digits}f}{bounds}"

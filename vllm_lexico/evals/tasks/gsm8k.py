@@ -1,0 +1,146 @@
+"""GSM8K by lm-evaluation-harness: its task, its prompts and its scoring, on the engine at hand and local files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import lzma
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vllm_lexico import compat
+from vllm_lexico.evals.engine import Engine
+from vllm_lexico.evals.results.statistics import Measure
+from vllm_lexico.evals.settings import EvalSettings
+
+DATA_FILES = ("gsm8k_test.jsonl.xz", "gsm8k_train.jsonl.xz")
+TASK = "gsm8k"
+SCORES = {"strict": "strict-match", "flexible": "flexible-extract"}  # ours: the harness's filter
+
+
+class HarnessModel:
+    """The harness's vLLM model. It keeps the token ids of answers, which the harness itself drops.
+
+    llm: the vLLM engine that the harness started, with `arguments` as they are.
+    answers: token ids of each answer by its prompt's.
+    """
+
+    def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
+        answers: dict[tuple[int, ...], list[int]] = {}
+
+        class Recorded(_harness_class()):  # type: ignore[misc]
+            def _model_generate(self, requests: list[list[int]], *args: Any, **kwargs: Any) -> list[Any]:
+                outputs = super()._model_generate(requests, *args, **kwargs)
+                for request, output in zip(requests, outputs, strict=True):
+                    answers[tuple(request)] = list(output.outputs[0].token_ids)
+                return outputs
+
+        self.lm = Recorded(pretrained=model, **arguments)
+        self.llm = self.lm.model
+        self.answers = answers
+
+
+def _harness_class() -> Any:
+    """The harness's vLLM model; ValueError where the harness is not installed."""
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        with compat.cpu_build_known_as_vllm():
+            from lm_eval.models.vllm_causallms import VLLM
+    except ImportError as error:
+        raise ValueError(
+            f"GSM8K is run by lm-evaluation-harness, which is not there ({error}); run `pip install lm_eval`, or leave "
+            f"gsm8k out of --tasks"
+        ) from error
+    return VLLM
+
+
+def read_problems(path: Path) -> list[dict[str, str]]:
+    """Rows of question and answer; ValueError where the file is not there or is something else."""
+    try:
+        content = path.read_bytes()
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+    except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} cannot be read ({error!r}); allowed: a JSON object a line with "question" and "answer"; name the '
+            f"folder that has it with --data"
+        ) from error
+
+
+def task_config(folder: Path, shots: int) -> dict[str, Any]:
+    """The harness's own task, but for where its data comes from: the files in `folder` instead of a download."""
+    import datasets
+    import yaml
+
+    config = yaml.safe_load((resources.files("lm_eval") / "tasks" / TASK / f"{TASK}.yaml").read_text())
+    splits = {split: read_problems(folder / f"{TASK}_{split}.jsonl.xz") for split in ("test", "train")}
+
+    def load(**_ignored: Any) -> dict[str, Any]:
+        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+
+    del config["dataset_path"], config["dataset_name"]
+    return config | {"custom_dataset": load, "num_fewshot": shots}
+
+
+def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each problem with the answer, its tokens and both scores, and what the sequences held."""
+    from lm_eval import evaluator
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.tasks import TaskManager
+
+    config = task_config(Path(settings.data), settings.gsm8k.shots)
+    tasks = TaskManager(include_defaults=False).load([config])
+    tasks["tasks"][TASK].set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # as the harness's own command does
+    limit = settings.gsm8k.limit
+    total = len(read_problems(Path(settings.data) / DATA_FILES[0]))
+    engine.expect(total if limit is None else min(limit, total))
+    results = evaluator.evaluate(engine.harness.lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    assert results is not None
+    rows = prediction_rows(results["samples"][TASK], engine.harness.lm, engine.harness.answers)
+    return rows, {"all": engine.meter.take()}
+
+
+def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapping[Any, list[int]]) -> list[dict]:
+    """One row a problem out of the harness's samples, which come once for each way of scoring."""
+    ours = {harness: name for name, harness in SCORES.items()}
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        if sample["doc_id"] not in rows:
+            rows[sample["doc_id"]] = {
+                "id": sample["doc_id"],
+                "question": sample["doc"]["question"],
+                "target": sample["target"].split("####")[-1].strip(),
+                "prompt_hash": sample["prompt_hash"],
+                "answer": sample["resps"][0][0],
+                "tokens": answers[tuple(lm.tok_encode(prompt))],
+            }
+        name = ours[sample["filter"]]
+        rows[sample["doc_id"]] |= {name: int(sample["exact_match"]), f"{name}_match": sample["filtered_resps"][0]}
+    return [rows[index] for index in sorted(rows)]
+
+
+def agreed_tokens(tokens: Sequence[int], reference: Sequence[int]) -> int:
+    """Tokens of two answers until they part; all of the shorter where they never do."""
+    pairs = zip(tokens, reference, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(tokens), len(reference)))
+
+
+def measures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]] | None = None) -> list[Measure]:
+    """Share of problems solved, strictly and flexibly matched, and agreement with the reference's answers.
+
+    Agreement: tokens until an answer leaves the reference's, and the share of the reference's tokens that this is.
+    """
+    found = [
+        Measure(name, "share", {row["id"]: row[score] for row in rows})
+        for name, score in (("gsm8k", "strict"), ("gsm8k_flexible", "flexible"))
+    ]
+    if reference is not None:
+        other = {row["id"]: row["tokens"] for row in reference}
+        agreed = {r["id"]: agreed_tokens(r["tokens"], other[r["id"]]) for r in rows if r["id"] in other}
+        shares = {sample: count / max(len(other[sample]), 1) for sample, count in agreed.items()}
+        found += [Measure("agreement", "mean", shares), Measure("agreement_tokens", "mean", agreed)]
+    return found

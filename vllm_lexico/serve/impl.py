@@ -1,0 +1,277 @@
+"""Attention of one layer: write the step's tokens, then read codes and tail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lexico_kernels import PARTS, CodeLayout, LayerCache, RequestTables
+from lexico_kernels import ops as kernels
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_lexico import compat
+from vllm_lexico.dictionary.file import GAINS
+from vllm_lexico.serve import refusals
+from vllm_lexico.serve.backend import (
+    TAIL_SUFFIX,
+    LexicoBackend,
+    LexicoMetadata,
+    LexicoTailBackend,
+    LexicoTailMetadata,
+)
+from vllm_lexico.serve.dense_attention import dense_attention, merge_into
+from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens
+from vllm_lexico.serve.setup import LexicoSetup
+from vllm_lexico.serve.tail_pages import LexicoTailSpec, tail_spec
+
+BOOK_FIELDS = ("atoms", "levels", "mean", "stretch")
+
+
+class LexicoTail(nn.Module, AttentionLayerBase):
+    """Shadow layer that owns the tail pages of an attention layer; vLLM allocates them as a group of their own."""
+
+    def __init__(self, layer: Any, setup: LexicoSetup) -> None:
+        super().__init__()
+        self.num_kv_heads, self.head_size, self.dtype = layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype
+        self.setup = setup
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[LexicoTailBackend]:
+        return LexicoTailBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> LexicoTailSpec:
+        """Raw pages of exactly the bytes of a code page, so that both groups draw from one pool."""
+        block_tokens = vllm_config.cache_config.block_size
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, self.dtype)
+        return tail_spec(self.setup, layout, self.dtype)
+
+
+class LexicoImpl(AttentionImpl[LexicoMetadata]):
+    """Attention over codes and tail for one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refusals.refuse(
+            refusals.layer_refusals(
+                alibi_slopes=alibi_slopes,
+                sliding_window=sliding_window,
+                logits_soft_cap=logits_soft_cap,
+                attn_type=attn_type,
+                kv_sharing_target=kv_sharing_target_layer_name,
+                sinks=sinks,
+            )
+        )
+        compat.warn_of_untested_version()
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.vllm_config = get_current_vllm_config()
+        refusals.refuse(refusals.engine_refusals(self.vllm_config))
+        self.setup = LexicoSetup.of(self.vllm_config)
+        self.tail_name = ""
+        self._cache: LayerCache | None = None
+        self._bound_to: tuple[int, int, int] = (0, 0, 0)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        self.tail_name = f"{name}{TAIL_SUFFIX}"
+        layer.attn_backend = LexicoBackend.bound_to(self.setup)
+        layers.setdefault(self.tail_name, LexicoTail(layer, self.setup))
+        self._load_codebooks(layer, extract_layer_index(name), act_dtype)
+
+    def _load_codebooks(self, layer: nn.Module, index: int, dtype: torch.dtype) -> None:
+        """Register the layer's codebooks as buffers: sleep mode keeps buffers, and profiling counts them.
+
+        When weights are loaded again, the buffers stay where they are: captured CUDA graphs know their addresses.
+        """
+        dictionary = self.setup.dictionary()
+        device = torch.device(current_platform.device_type)
+        heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
+        for part in PARTS:
+            if dictionary is None:
+                rows = self.num_kv_heads, self.head_size
+                shapes = (1, self.head_size), (16,), rows, rows
+                atoms, levels, mean, stretch = (torch.zeros(shape, device=device) for shape in shapes)
+                book = kernels.Codebook(atoms, levels, mean, stretch)
+            else:
+                sparsity = getattr(self.setup.config.sparsity, part)
+                book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
+                book = kernels.with_screen(book, sparsity)
+            _register(layer, part, book)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LexicoMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one step.
+
+        Args:
+            query: [T, Hq, D]; key, value: [T, Hk, D], keys after RoPE.
+            kv_cache: the layer's code pages as vLLM allocated them.
+            attn_metadata: None while vLLM measures memory; then the step's peak is only reserved.
+            output: [T, Hq, D], filled and returned.
+        """
+        if attn_metadata is None:
+            self._reserve(query)
+            return output.fill_(0)
+        step, tail = attn_metadata, self._tail_metadata()
+        cache = self.bind(layer, kv_cache, step.layout)
+        num_tokens = step.num_tokens
+        key, value = key[:num_tokens], value[:num_tokens]
+        kernels.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
+        entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
+        if step.layers is None:
+            kernels.omp_encode(key, value, cache, *entries, relative_error=relative_error)
+        elif step.layers.store():
+            kernels.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
+        tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
+        if step.num_decode_tokens:
+            rows = slice(0, step.num_decode_tokens)
+            kernels.sparse_decode(
+                query[rows],
+                cache,
+                tables,
+                step.token_request[rows],
+                step.token_seq_len[rows],
+                scale=self.scale,
+                out=output[rows],
+            )
+        if step.prefill is not None:
+            rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
+            self._attend_chunks(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])
+        return output
+
+    def _attend_chunks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: LayerCache,
+        tables: RequestTables,
+        prefill: PrefillPlan,
+        output: Tensor,
+    ) -> None:
+        """Attention of the requests in prefill: raw within the chunk, codes and tail for what came before."""
+        chunks = prefill.chunks
+        _, lse = dense_attention(query, key, value, chunks, chunks, scale=self.scale, causal=True, out=output)
+        for tile in prefill.tiles:
+            keys, values = self._workspace(query)[:, : len(tile.token_request)]
+            kernels.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
+            seen = dense_attention(
+                query[tile.rows], keys, values, tile.queries, tile.keys, scale=self.scale, causal=False
+            )
+            merge_into(output[tile.rows], lse[:, tile.rows], *seen)
+
+    def _workspace(self, query: Tensor) -> Tensor:
+        tokens = history_tokens(self.num_kv_heads, self.head_size, query.dtype)
+        return query.new_empty((2, tokens, self.num_kv_heads, self.head_size))
+
+    def _reserve(self, query: Tensor) -> None:
+        """Take and return what a step may need, so that memory profiling sees its peak."""
+        tile = torch.empty_like(query)
+        lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
+        history = self._workspace(query)
+        del tile, lse, history
+        decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
+        num_decodes = min(query.shape[0], decode_tokens)
+        block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
+        scratch = kernels.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
+        query.new_empty(scratch, dtype=torch.uint8)
+
+    def _tail_metadata(self) -> LexicoTailMetadata:
+        by_layer = get_forward_context().attn_metadata
+        return (by_layer[0] if isinstance(by_layer, list) else by_layer)[self.tail_name]
+
+    def page_addresses(self, kv_cache: Tensor) -> tuple[int, int, int]:
+        """Where the pages of both kinds start and how many there are; 0 as long as vLLM has not allocated them.
+
+        How many, since vLLM tries CUDA graphs with a few pages first, and those that stay may start at the same place.
+        """
+        tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
+        return kv_cache.data_ptr(), tail_cache.data_ptr(), kv_cache.shape[0]
+
+    def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
+        """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life."""
+        pages = self.page_addresses(kv_cache)
+        if self._cache is None or self._bound_to != pages:
+            tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
+            self._cache = LayerCache(
+                _code_pages(kv_cache),
+                _tail_pages(tail_cache, layout),
+                _book(layer, "key"),
+                _book(layer, "value"),
+                layout,
+            )
+            self._bound_to = pages
+        return self._cache
+
+
+def _register(layer: nn.Module, part: str, book: kernels.Codebook) -> None:
+    for field in BOOK_FIELDS:
+        _set_buffer(layer, f"lexico_{part}_{field}", getattr(book, field))
+    if book.screen is not None:
+        _set_buffer(layer, f"lexico_{part}_screen", book.screen)
+
+
+def _book(layer: nn.Module, part: str) -> kernels.Codebook:
+    atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS)
+    screen = getattr(layer, f"lexico_{part}_screen", None)
+    return kernels.Codebook(atoms, levels, mean, stretch, screen, GAINS[part])
+
+
+def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:
+    present = getattr(layer, name, None)
+    if present is not None and (present.shape, present.dtype) == (values.shape, values.dtype):
+        present.copy_(values)
+    else:
+        layer.register_buffer(name, values, persistent=False)
+
+
+def _code_pages(kv_cache: Tensor) -> Tensor:
+    """Any block-compact view [pages, ...] of vLLM as bytes [pages, page bytes]."""
+    num_pages, page_elements = kv_cache.shape[0], kv_cache[0].numel()
+    return kv_cache.as_strided((num_pages, page_elements), (kv_cache.stride(0), 1)).view(torch.uint8)
+
+
+def _tail_pages(kv_cache: Tensor, layout: Any) -> Tensor:
+    """The same pages as raw tokens [pages, Hk, R, 2, D]."""
+    heads, tokens, head_dim = layout.num_kv_heads, layout.tail_tokens, layout.head_dim
+    strides = (kv_cache.stride(0), tokens * 2 * head_dim, 2 * head_dim, head_dim, 1)
+    return kv_cache.as_strided((kv_cache.shape[0], heads, tokens, 2, head_dim), strides)
+
+
+def _heads_of_rank(total_kv_heads: int, local_kv_heads: int) -> slice:
+    """The KV heads of this tensor-parallel rank; ranks beyond the heads hold copies."""
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    first = rank * local_kv_heads if total_kv_heads >= size else rank * total_kv_heads // size
+    return slice(first, first + local_kv_heads)

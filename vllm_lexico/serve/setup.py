@@ -1,0 +1,86 @@
+"""What an engine's configuration means for LEXICO: settings, dictionary, layouts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lexico_kernels import CodeLayout
+from lexico_kernels.memory.layout import GROUP_TOKENS
+
+from vllm_lexico.config import TRAIN, LexicoConfig
+from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.dictionary.first_start import find_or_train
+from vllm_lexico.serve import refusals
+from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
+
+
+@dataclass(frozen=True)
+class LexicoSetup:
+    """Derived from a `VllmConfig`; cheap to derive again.
+
+    config: the user's settings.
+    dictionary_path: the model's dictionary; None with the exact codec.
+    num_draft_tokens: speculative tokens a step may add and take back.
+    concurrent_batches: steps that may be under way at once.
+    """
+
+    config: LexicoConfig
+    dictionary_path: Path | None
+    num_draft_tokens: int
+    concurrent_batches: int
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> LexicoSetup:
+        """Read the settings and find the dictionary, or train it where they say so; it is checked against the model.
+
+        Raises:
+            ValueError: a setting is not allowed, or no dictionary fits the model.
+        """
+        config = LexicoConfig.from_additional_config(vllm_config.additional_config)
+        path = None
+        if config.codec != "exact":
+            fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)
+            path = _checked_dictionary(config.dictionary, vllm_config.model_config.model, fingerprint)
+        return cls(config, path, vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches)
+
+    def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
+        """The code layout of a layer on this rank."""
+        assert block_tokens in refusals.SUPPORTED_BLOCK_SIZES and block_tokens % GROUP_TOKENS == 0, block_tokens
+        return CodeLayout(
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            key_sparsity=self.config.sparsity.key,
+            value_sparsity=self.config.sparsity.value,
+            codec=self.config.codec,
+            block_tokens=block_tokens,
+            element_bytes=dtype.itemsize,
+        )
+
+    @property
+    def window_tokens(self) -> int:
+        """Full-precision tokens before a step's first: the window, or what may wait to be coded, and drafts."""
+        return max(self.config.window, MAX_WAITING_TOKENS) + self.num_draft_tokens
+
+    def sink_blocks(self, layout: CodeLayout) -> int:
+        """Tail pages that hold the sinks."""
+        return -(-self.config.sinks // layout.tail_tokens)
+
+    def dictionary(self) -> Dictionary | None:
+        """The loaded dictionary; loaded once a process and file."""
+        return None if self.dictionary_path is None else _loaded(self.dictionary_path)
+
+
+@functools.cache
+def _loaded(path: Path) -> Dictionary:
+    return load_dictionary(path)
+
+
+@functools.cache
+def _checked_dictionary(setting: str | None, model: str, fingerprint: ModelFingerprint) -> Path:
+    path = find_or_train(model, fingerprint) if setting == TRAIN else find_dictionary(setting, model, fingerprint)
+    _loaded(path).check(fingerprint, model)
+    return path
