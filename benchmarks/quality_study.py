@@ -39,7 +39,8 @@ from bench.vector_codecs import ByLayer, CountingCodec, DictionaryCodec, VectorC
 from lexico_kernels.memory.layout import PARTS
 from torch import Tensor
 
-from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.evals.tasks.windows import wikitext_windows
 
 WIKITEXT = "wikitext2_raw_test.txt.xz"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import PARTS, CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache
+from lexico_kernels.memory.pages import LayerCache
 from lexico_kernels.ops import with_screen
 from safetensors import safe_open
 from safetensors.torch import save_file

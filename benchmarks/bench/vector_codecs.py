@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from lexico_kernels import ops
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import ENTRY_BYTES, LEVEL_BITS, PARTS, SCALE_BYTES, CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache, RequestTables
+from lexico_kernels.memory.pages import LayerCache, RequestTables
 from torch import Tensor
 
 from vllm_lexico.dictionary.file import GAINS, Dictionary

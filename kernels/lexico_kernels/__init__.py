@@ -4,7 +4,8 @@ The operations are in `lexico_kernels.ops`. Modules of this package have their n
 are not repeated here.
 """
 
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import PARTS, CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache, LayerStack, RequestTables
+from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 
 __all__ = ["PARTS", "CodeLayout", "Codebook", "LayerCache", "LayerStack", "RequestTables"]

@@ -4,22 +4,14 @@ Kernels are imported when a CUDA tensor first asks for them, so that machines wi
 arguments mean is said in `reference.py`, which has the same names and signatures.
 """
 
-from functools import cache as once
-from importlib import import_module
-from types import ModuleType
-
 from torch import Tensor, cuda
 
 from lexico_kernels import reference
 from lexico_kernels.device.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM, SCREEN_SPARSITY
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache, LayerStack, RequestTables
+from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
-
-
-@once
-def _module(module: str) -> ModuleType:
-    return import_module(f"lexico_kernels.{module}")
 
 
 def with_screen(book: Codebook, sparsity: int) -> Codebook:
@@ -31,21 +23,27 @@ def with_screen(book: Codebook, sparsity: int) -> Codebook:
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
     """Store raw tokens in the tail pages; see `reference.write_tail`."""
-    module = _module("write_tail") if key.is_cuda else reference
-    module.write_tail(key, value, cache, tail_slot_mapping)
+    if key.is_cuda:
+        from lexico_kernels import write_tail as kernel
+
+        kernel.write_tail(key, value, cache, tail_slot_mapping)
+    else:
+        reference.write_tail(key, value, cache, tail_slot_mapping)
 
 
 def omp_encode(
     key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
 ) -> None:
     """Code tokens of this batch or of the tail into the code pages; see `reference.omp_encode`."""
-    module: ModuleType = reference
-    if key.is_cuda:
-        cluster = _module("omp_encode.clusters")
-        module = cluster if cluster.takes(key, value, cache) else _module("omp_encode.tiles")
-    module.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
-    if key.is_cuda and _module("omp_encode.entry_order").takes(cache):
-        _module("omp_encode.entry_order").order_entries(cache, destination)
+    if not key.is_cuda:
+        reference.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
+        return
+    from lexico_kernels.omp_encode import clusters, entry_order, tiles
+
+    encode = clusters.omp_encode if clusters.takes(key, value, cache) else tiles.omp_encode
+    encode(key, value, cache, source, destination, relative_error=relative_error)
+    if entry_order.takes(cache):
+        entry_order.order_entries(cache, destination)
 
 
 def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
@@ -53,16 +51,16 @@ def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *
     if not source.is_cuda:
         reference.omp_encode_layers(layers, source, destination, relative_error=relative_error)
         return
-    # How many there are is known on the device alone: one of two launches finds that they are not its own.
-    cluster, fewer = _module("omp_encode.clusters"), 0
-    if cluster.takes_layers(layers):
+    from lexico_kernels.omp_encode import all_layers, clusters, entry_order
+
+    # The count of tokens to code is known on the device only, so both kernels are launched and one returns at once.
+    fewer = 0
+    if clusters.takes_layers(layers):
         fewer = LAYERS.cluster_tokens
-        cluster.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
-    _module("omp_encode.all_layers").omp_encode_layers(
-        layers, source, destination, relative_error=relative_error, fewer=fewer
-    )
-    if _module("omp_encode.entry_order").takes(layers.caches[0]):
-        _module("omp_encode.entry_order").order_entries_layers(layers, destination)
+        clusters.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
+    all_layers.omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
+    if entry_order.takes(layers.caches[0]):
+        entry_order.order_entries_layers(layers, destination)
 
 
 def sparse_decode(
@@ -76,17 +74,12 @@ def sparse_decode(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
-    return _decode(query, cache, tables).sparse_decode(
-        query, cache, tables, token_request, token_seq_len, scale=scale, out=out
-    )
-
-
-def _decode(query: Tensor, cache: LayerCache, tables: RequestTables) -> ModuleType:
-    """Which decode serves these: through tables where that can be, else the portable kernel, else the twin."""
     if not query.is_cuda:
-        return reference
-    through_tables = _module("sparse_decode.lookup")
-    return through_tables if through_tables.supports(query, cache, tables) else _module("sparse_decode.portable")
+        return reference.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
+    from lexico_kernels.sparse_decode import lookup, portable
+
+    decode = lookup.sparse_decode if lookup.supports(query, cache, tables) else portable.sparse_decode
+    return decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
 
 
 def reconstruct(
@@ -98,8 +91,12 @@ def reconstruct(
     out_value: Tensor,
 ) -> None:
     """Write tokens of any requests as dense K and V; see `reference.reconstruct`."""
-    module = _module("reconstruct") if cache.code_pages.is_cuda else reference
-    module.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
+    if cache.code_pages.is_cuda:
+        from lexico_kernels import reconstruct as kernel
+
+        kernel.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
+    else:
+        reference.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
 
 
 def decode_scratch_bytes(layout: CodeLayout, num_tokens: int, num_heads: int, max_tokens: int) -> int:
@@ -119,5 +116,8 @@ def pursue(
     vectors: Tensor, atoms: Tensor, sparsity: int, levels: Tensor | None = None, *, relative_error: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of many vectors over several dictionaries; see `reference.pursue`."""
-    module = _module("omp_encode.pursuit") if vectors.is_cuda else reference
-    return module.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)
+    if not vectors.is_cuda:
+        return reference.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)
+    from lexico_kernels.omp_encode import pursuit
+
+    return pursuit.pursue(vectors, atoms, sparsity, levels, relative_error=relative_error)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import BF16_MAX, LEVEL_BITS, MOST_LOST, PARTS, CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache, LayerStack, RequestTables
+from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
 MIN_FRESH = 1e-2  # an atom this close to the span of those chosen (length of its remainder) is of no use

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
-from lexico_kernels.memory.pages import Codebook, LayerCache, RequestTables
+from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.reference import decode_heads, field_views, omp, omp_encode, raising, write_tail
 
 # (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute

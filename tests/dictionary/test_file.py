@@ -9,19 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_lexico.dictionary import file as module
+from vllm_lexico.dictionary import file, search
 from vllm_lexico.dictionary.file import (
     Dictionary,
     DictionaryInfo,
     ModelFingerprint,
-    file_name,
-    find_dictionary,
     load_dictionary,
     pack_atoms,
-    same_model,
     unit_atoms,
     unpack_atoms,
 )
+from vllm_lexico.dictionary.names import file_name, same_model
+from vllm_lexico.dictionary.search import find_dictionary
 
 FINGERPRINT = ModelFingerprint("llama", 2, 3, 16, 96, '{"rope_theta": 10000.0, "rope_type": "default"}')
 NAME = "someone/some-model"
@@ -55,10 +54,10 @@ def places(tmp_path, monkeypatch):
         calls.append(f"{repo}/{file}")
         raise ConnectionError("no network in this test")
 
-    monkeypatch.setattr(module, "bundled_folder", lambda: tmp_path / "bundled")
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(module, "_answers", no_hub)
-    monkeypatch.setattr(module, "_download", no_hub)
+    monkeypatch.setattr(search, "bundled_folder", lambda: tmp_path / "bundled")
+    monkeypatch.setattr(search, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(search, "_answers", no_hub)
+    monkeypatch.setattr(search, "_download", no_hub)
     return SimpleNamespace(bundled=tmp_path / "bundled", cache=tmp_path / "cache", calls=calls)
 
 
@@ -155,7 +154,7 @@ def test_wrong_metadata(tmp_path, changes, words):
     path = tmp_path / "d.safetensors"
     made = make_dictionary()
     made.save(path)
-    metadata = made.info.to_metadata() | {"sha256": module._checksum(made.tensors)} | changes
+    metadata = made.info.to_metadata() | {"sha256": file._checksum(made.tensors)} | changes
     save_file(load_file(path), path, metadata=metadata)
     with pytest.raises(ValueError, match=words):
         load_dictionary(path)
@@ -232,8 +231,8 @@ def test_search_prefers_the_same_model_then_its_twins(places):
 
 def test_search_takes_the_hub_before_a_twin(places, monkeypatch, tmp_path):
     make_dictionary(name="a/twin").save(places.bundled / "a_twin.safetensors")
-    monkeypatch.setattr(module, "_answers", lambda repo, file: True)
-    monkeypatch.setattr(module, "_download", lambda repo, file: tmp_path / repo / file)
+    monkeypatch.setattr(search, "_answers", lambda repo, file: True)
+    monkeypatch.setattr(search, "_download", lambda repo, file: tmp_path / repo / file)
     found = find_dictionary(None, NAME, FINGERPRINT)
     assert found == tmp_path / "vllm-lexico" / "someone_some-model" / "dictionary.safetensors"
 
@@ -255,7 +254,7 @@ def test_setting(places, monkeypatch, tmp_path):
     path.touch()
     assert find_dictionary(str(path), NAME, FINGERPRINT) == path
     asked = []
-    monkeypatch.setattr(module, "_download", lambda repo, file: asked.append((repo, file)) or path)
+    monkeypatch.setattr(search, "_download", lambda repo, file: asked.append((repo, file)) or path)
     assert find_dictionary("org/name", NAME, FINGERPRINT) == path
     assert find_dictionary("org/name/deep/file.safetensors", NAME, FINGERPRINT) == path
     assert asked == [("org/name", "dictionary.safetensors"), ("org/name", "deep/file.safetensors")]
@@ -281,5 +280,5 @@ def test_hub_is_not_asked_in_offline_mode(monkeypatch, tmp_path):
             raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    path, words = module._from_hub(NAME)
+    path, words = search._from_hub(NAME)
     assert path is None and "OfflineModeIsEnabled: offline mode is enabled" in words

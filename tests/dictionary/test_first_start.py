@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_lexico.dictionary import file as dictionary
-from vllm_lexico.dictionary import first_start
+from vllm_lexico.dictionary import first_start, search
 from vllm_lexico.dictionary.file import Dictionary, DictionaryInfo, ModelFingerprint, load_dictionary
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.serve.setup import LexicoSetup, _checked_dictionary
@@ -29,9 +28,9 @@ shutil.copy(made, out)
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
     """Nothing is bundled, the user's cache is empty, the hub is off; what was found before is forgotten."""
-    monkeypatch.setattr(dictionary, "bundled_folder", lambda: tmp_path / "bundled")
+    monkeypatch.setattr(search, "bundled_folder", lambda: tmp_path / "bundled")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(dictionary, "_answers", lambda repo, file: False)
+    monkeypatch.setattr(search, "_answers", lambda repo, file: False)
     _checked_dictionary.cache_clear()
     return tmp_path
 

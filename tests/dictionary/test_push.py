@@ -145,7 +145,8 @@ FIND = """
 import sys
 from pathlib import Path
 from statistics import fmean
-from vllm_lexico.dictionary.file import find_dictionary, read_info
+from vllm_lexico.dictionary.search import find_dictionary
+from vllm_lexico.dictionary.file import read_info
 info = read_info(Path(sys.argv[1]))
 print(find_dictionary(sys.argv[2] or None, info.model_name, info.fingerprint))
 """

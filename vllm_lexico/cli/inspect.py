@@ -7,7 +7,8 @@ from typing import Any
 
 from lexico_kernels.memory.layout import PARTS
 
-from vllm_lexico.dictionary.file import Dictionary, load_dictionary, train_command
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.names import train_command
 from vllm_lexico.dictionary.picture import plot_dictionary
 from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lexico.cli.inspect import draw
-from vllm_lexico.dictionary.file import ATOM_BITS, cache_folder, load_dictionary
+from vllm_lexico.dictionary.file import ATOM_BITS, load_dictionary
+from vllm_lexico.dictionary.search import cache_folder
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.run import TrainSettings, train_dictionary
 

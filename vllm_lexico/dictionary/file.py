@@ -1,4 +1,4 @@
-"""The dictionary of a model: what is in the file, how it is read and written, and where it is looked for.
+"""The dictionary of a model: what is in the file, and how it is read and written.
 
 A dictionary file is one safetensors file:
 
@@ -21,28 +21,23 @@ Everything else (fingerprint, data, errors) is strings in the safetensors metada
 import hashlib
 import json
 import logging
-import os
-import re
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import MAX_SPARSITY, NUM_LEVELS, PARTS
-from lexico_kernels.memory.pages import Codebook
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vllm_lexico.dictionary.names import same_model, train_command
 
 logger = logging.getLogger("vllm.lexico")
 
 FORMAT_VERSION = "2"
 ATOM_BITS = (4, 8)
-HUB_FILE = "dictionary.safetensors"
-HUB_OWNER = "vllm-lexico"
-HUB_TIMEOUT_SECONDS = 3.0
 # `Codebook.gain`. Attention is an average of values, in which errors of many tokens cancel and what every code lacks of
 # its length does not: 1 takes it back. A score goes through an exponential, where errors do not cancel and a longer
 # key has larger ones: on text, attention is nearest to that of raw keys between 1/4 and 1/2, and retrieval from long
@@ -310,142 +305,3 @@ def _open(path: Path, read: Callable[[Any], Any]) -> Any:
             return read(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged, cut short or no safetensors file ({error}); {_REMEDY}") from error
-
-
-# ---- where dictionaries are looked for
-
-
-def bundled_folder() -> Path:
-    """Dictionaries that come with the package; in a source checkout the repository's `dictionaries` folder."""
-    spec = find_spec("vllm_lexico.bundled")  # not importlib.resources: it has no one path for a folder without __init__
-    if spec is not None and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(__file__).resolve().parents[2] / "dictionaries"
-
-
-def cache_folder() -> Path:
-    """The user's own dictionaries, where `vllm-lexico train` puts them: ~/.cache/vllm-lexico, or in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-lexico"
-
-
-def file_name(model_name: str) -> str:
-    """Name of a model's dictionary file: "Qwen/Qwen2.5-7B" -> "Qwen_Qwen2.5-7B.safetensors"."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", _plain_name(model_name)) + ".safetensors"
-
-
-def train_command(model_name: str) -> str:
-    """The shell command that makes a dictionary of this model."""
-    return f"vllm-lexico train {shlex.quote(model_name)}"
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: ids compare whole, paths and bare names by their last part; case is ignored."""
-    if is_hub_id(one) and is_hub_id(other):
-        return one.casefold() == other.casefold()
-    return Path(one).name.casefold() == Path(other).name.casefold()
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name is an id on the hub, org/name, and no folder here."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _plain_name(model_name: str) -> str:
-    return model_name if is_hub_id(model_name) else Path(model_name).resolve().name
-
-
-class DictionaryNotFoundError(ValueError):
-    """No dictionary for a model in any place that was searched; says which and how to make one."""
-
-
-def hub_repository(model_name: str) -> str:
-    """Where a hub model's dictionary is looked for without a setting: this project's repository for it on the hub."""
-    return f"{HUB_OWNER}/{file_name(model_name).removesuffix('.safetensors')}"
-
-
-def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFingerprint) -> Path:
-    """Path of the dictionary file for a model; only headers are read.
-
-    setting: a file, or a hub id "org/name" or "org/name/file.safetensors"; with it nothing else is looked at. Without:
-    a dictionary of this very model that is bundled, in the user's cache or on the hub; then one of a model of the same
-    fingerprint (a fine-tune, say) that is bundled or in the cache; DictionaryNotFoundError if none is. A setting that
-    leads nowhere is a ValueError.
-    """
-    if setting is not None:
-        return _from_setting(setting)
-    bundled, cached = bundled_folder(), cache_folder()
-    twins = [(path, info) for path, info in _dictionaries_in(bundled, cached) if info.fingerprint == fingerprint]
-    for path, info in twins:
-        if same_model(info.model_name, model_name):
-            return path
-    downloaded, hub_note = _from_hub(model_name)
-    if downloaded is not None:
-        return downloaded
-    if twins:
-        return twins[0][0]
-    raise DictionaryNotFoundError(
-        f"no dictionary for {model_name}. Searched: bundled ({bundled}); the user's cache ({cached}); {hub_note}. "
-        f"Make one (some minutes on a GPU): {train_command(model_name)}"
-    )
-
-
-def _dictionaries_in(*folders: Path) -> Iterator[tuple[Path, DictionaryInfo]]:
-    for folder in folders:
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                yield path, read_info(path)
-            except ValueError as error:
-                logger.warning("passed over while looking for a dictionary: %s", error)
-
-
-def _from_setting(setting: str) -> Path:
-    path = Path(setting).expanduser()
-    if path.is_file():
-        return path
-    parts = setting.split("/")
-    hub_like = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.safetensors)?", setting)
-    if not hub_like or (len(parts) == 2 and parts[1].endswith(".safetensors")):
-        raise ValueError(
-            f"dictionary {setting!r} is not a file that exists; give a path to a file, a hub id (org/name or "
-            f"org/name/file.safetensors), or nothing to have one looked for"
-        )
-    try:
-        return _download("/".join(parts[:2]), "/".join(parts[2:]) or HUB_FILE)
-    except Exception as error:  # whatever the hub client raises, the user named this and must hear why it failed
-        raise ValueError(
-            f"dictionary {setting!r} is no file and could not be had from the hub ({_short(error)}); check the name "
-            f"and the network, or give a path to a file"
-        ) from error
-
-
-def _from_hub(model_name: str) -> tuple[Path | None, str]:
-    """(path, what was tried in words): a hub model's dictionary under this project's name on the hub, if any."""
-    if not is_hub_id(model_name):
-        return None, f"not the Hugging Face hub ({model_name} is a path)"
-    repo = hub_repository(model_name)
-    try:
-        if _answers(repo, HUB_FILE):
-            return _download(repo, HUB_FILE), ""
-        return None, f"the Hugging Face hub ({repo}: not there)"
-    except Exception as error:  # no network, no such repository, offline mode: none of them may stop the search
-        return None, f"the Hugging Face hub ({repo}: {_short(error)})"
-
-
-def _answers(repo: str, file: str) -> bool:
-    """Whether the hub's cache or the hub has a file. One request: without network a download tries for long."""
-    from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(repo, file), str):
-        return True
-    return get_session().head(hf_hub_url(repo, file), timeout=HUB_TIMEOUT_SECONDS).status_code < 400
-
-
-def _download(repo: str, file: str) -> Path:
-    """Fetch from the hub, or from its cache when offline (HF_HUB_OFFLINE) or when the hub does not answer in time."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(repo, file, etag_timeout=HUB_TIMEOUT_SECONDS))
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -10,14 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vllm_lexico.dictionary.file import (
-    DictionaryNotFoundError,
-    ModelFingerprint,
-    cache_folder,
-    file_name,
-    find_dictionary,
-    train_command,
-)
+from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.names import file_name, train_command
+from vllm_lexico.dictionary.search import DictionaryNotFoundError, cache_folder, find_dictionary
 
 logger = logging.getLogger("vllm.lexico")
 

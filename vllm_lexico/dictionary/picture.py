@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from lexico_kernels.memory.layout import PARTS
 
-from vllm_lexico.dictionary.file import Dictionary, is_hub_id
+from vllm_lexico.dictionary.file import Dictionary
+from vllm_lexico.dictionary.names import is_hub_id
 from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
 
 COLOURS = {"key": "#0072B2", "value": "#D55E00"}  # of Okabe and Ito, told apart by the colour-blind too

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from vllm_lexico.dictionary.file import HUB_FILE, DictionaryInfo, hub_repository, is_hub_id, load_dictionary
+from vllm_lexico.dictionary.file import DictionaryInfo, load_dictionary
+from vllm_lexico.dictionary.names import is_hub_id
+from vllm_lexico.dictionary.search import HUB_FILE, hub_repository
 
 CARD = """\
 ---

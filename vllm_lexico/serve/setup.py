@@ -12,8 +12,9 @@ from lexico_kernels import CodeLayout
 from lexico_kernels.memory.layout import GROUP_TOKENS
 
 from vllm_lexico.config import TRAIN, LexicoConfig
-from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, find_dictionary, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
 from vllm_lexico.dictionary.first_start import find_or_train
+from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
 

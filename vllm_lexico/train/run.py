@@ -22,14 +22,9 @@ from lexico_kernels.memory.layout import MAX_ATOMS, MAX_SPARSITY, PARTS
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from vllm_lexico.dictionary.file import (
-    ATOM_BITS,
-    Dictionary,
-    DictionaryInfo,
-    ModelFingerprint,
-    cache_folder,
-    file_name,
-)
+from vllm_lexico.dictionary.file import ATOM_BITS, Dictionary, DictionaryInfo, ModelFingerprint
+from vllm_lexico.dictionary.names import file_name
+from vllm_lexico.dictionary.search import cache_folder
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings

@@ -1,0 +1,98 @@
+"""Codebook: what codes and decodes the keys or the values of one layer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lexico_kernels.memory.layout import MAX_ATOMS, NUM_LEVELS
+
+# A power of two; no number of a unit vector leaves e4m3's range, and most are far from its subnormal numbers.
+SCREEN_SCALE = 256.0
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Decodes one part (K or V) of one layer: vector = mean + stretch * sum of coefficients times atoms.
+
+    Attributes:
+        atoms: [H, N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros. H is Hk, or 1 for
+            one dictionary that all heads share; [N, D] may be given for the latter.
+        levels: [16] float32, ascending, in [-1, 1]: coefficient = scale * levels[level].
+        mean: [Hk, D] float32, taken off a head's vectors before they are coded.
+        stretch: [Hk, D] float32, above 0: what a centred vector is divided by, number by number, before it is coded.
+            Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
+        screen: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
+            coefficients with the atoms themselves); or None, and it chooses by the atoms. See `screened`.
+        gain: a pursuit's code is shorter than its vector, along which it keeps the share 1 - lost of the energy. Coding
+            makes the scale (1 - lost) ** -gain times as large: 0 keeps the nearest code, 1/2 the vector's length, 1 its
+            inner product with itself. Decoding knows nothing of it.
+    """
+
+    atoms: Tensor
+    levels: Tensor
+    mean: Tensor
+    stretch: Tensor
+    screen: Tensor | None = None
+    gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.atoms.ndim == 2:
+            object.__setattr__(self, "atoms", self.atoms[None])
+        if self.atoms.ndim != 3 or not 1 <= self.atoms.shape[1] <= MAX_ATOMS or not self.atoms.is_contiguous():
+            raise ValueError(
+                f"atoms have shape {list(self.atoms.shape)}; allowed: contiguous [H, N, D] with N from 1 to "
+                f"{MAX_ATOMS}; train a dictionary of at most that many atoms"
+            )
+        if self.levels.shape != (NUM_LEVELS,) or not self.levels.is_contiguous():
+            raise ValueError(
+                f"levels have shape {list(self.levels.shape)}; allowed: [{NUM_LEVELS}]; give the row of one sparsity"
+            )
+        for name, rows in (("mean", self.mean), ("stretch", self.stretch)):
+            if rows.ndim != 2 or rows.shape[1] != self.atoms.shape[2] or not rows.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {list(rows.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
+                    "give one row a KV head of this rank"
+                )
+        if self.screen is not None and (self.screen.shape != self.atoms.shape or not self.screen.is_contiguous()):
+            raise ValueError(
+                f"screen of shape {list(self.screen.shape)} beside atoms {list(self.atoms.shape)}; allowed: contiguous "
+                "and of one shape; make it by screened()"
+            )
+        if not 0 <= self.gain <= 1:
+            raise ValueError(f"gain is {self.gain}; allowed: 0 to 1; 0 leaves codes as the pursuit finds them")
+        if self.stretch.shape != self.mean.shape:
+            raise ValueError(
+                f"stretch of {self.stretch.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many; "
+                "slice both to the heads of this rank"
+            )
+        if self.atoms.shape[0] not in (1, self.mean.shape[0]):
+            raise ValueError(
+                f"atoms of {self.atoms.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many, or one "
+                "that all heads share; slice both to the heads of this rank"
+            )
+
+    def screened(self) -> "Codebook":
+        """The same with a screen, for GPUs that multiply e4m3 (`launch.SCREEN_CAPABILITY`)."""
+        return replace(self, screen=(self.atoms.float() * SCREEN_SCALE).to(torch.float8_e4m3fn))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What decodes: atoms, levels, mean and stretch, as kernels take them."""
+        return self.atoms, self.levels, self.mean, self.stretch
+
+    @property
+    def num_atoms(self) -> int:
+        """N."""
+        return self.atoms.shape[1]
+
+    @property
+    def head_stride(self) -> int:
+        """Numbers from one head's atoms to the next head's: 0 where heads share them."""
+        return self.atoms.stride(0) if self.atoms.shape[0] > 1 else 0
+
+    def head(self, index: int) -> "Codebook":
+        """The codebook of one head alone."""
+        atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
+        mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
+        return replace(self, atoms=atoms, mean=mean, stretch=stretch, screen=None)
