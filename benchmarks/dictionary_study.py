@@ -22,7 +22,7 @@ from bench.coded_model import CodedPerplexity, ratio
 from bench.record import RESULTS, record
 from bench.study_codecs import QUANTIZERS, Adapted, OnlySome, Spared, StudyCodec, Thresholded, both, fp8
 from bench.vector_codecs import ByLayer, RotationCodec, VectorCodec
-from lexico_kernels import PARTS
+from lexico_kernels import KV
 from torch import Tensor
 
 from vllm_lexico.dictionary.file import ModelFingerprint
@@ -102,12 +102,12 @@ class Trained:
         learners = LayerLearners(list(range(len(rows))), settings, seed, str(store.device))
         learners.learn(rows, passes, 0, cooling=(0.0, 1.0), quiet=True)
         atoms, levels = [], []
-        for learner, part in learners._groups():
+        for learner, kv in learners._groups():
             atoms.append(learners._stored_atoms(learner))
-            sample = learners._vectors(rows, part, learners._sample(rows))
+            sample = learners._vectors(rows, kv, learners._sample(rows))
             levels.append(learn_levels(sample, atoms[-1], (3, 5, 7, 9, 11, 13, 15, 19, 23)))
         self.atoms = torch.cat(atoms).unflatten(0, (-1, 2))
-        table = torch.cat([part.table for part in levels]).unflatten(0, (layers, self.copies, 2))
+        table = torch.cat([kv.table for kv in levels]).unflatten(0, (layers, self.copies, 2))
         self.levels = table.transpose(1, 2)  # [layers, 2, copies, 32, 16]
 
     def _coordinates(self, store: Tensor) -> Tensor:
@@ -117,10 +117,10 @@ class Trained:
         size = (layers * self.copies, 2, tokens, sharing, width)
         made = torch.empty(size, dtype=store.dtype, device=store.device)
         for layer in range(layers):
-            for part in range(2):
-                vectors = self.to_code(store[layer, part].float() - self.means[layer, part], layer, part)
+            for kv in range(2):
+                vectors = self.to_code(store[layer, kv].float() - self.means[layer, kv], layer, kv)
                 grouped = vectors.unflatten(0, (self.copies, -1)).transpose(1, 2)
-                made[layer * self.copies : (layer + 1) * self.copies, part] = grouped.to(store.dtype)
+                made[layer * self.copies : (layer + 1) * self.copies, kv] = grouped.to(store.dtype)
         return made
 
     def halves(self, vectors: Tensor) -> Tensor:
@@ -129,15 +129,15 @@ class Trained:
         pairs = vectors.unflatten(-1, (2, count, self.dim // 2 // count))  # dim i turns with dim i + D / 2
         return pairs.transpose(-3, -2).flatten(-2).transpose(-3, -2)
 
-    def to_code(self, centred: Tensor, layer: int, part: int) -> Tensor:
+    def to_code(self, centred: Tensor, layer: int, kv: int) -> Tensor:
         """float32 [tokens, Hk, D] -> [copies and heads that share, tokens, D']."""
         if self.maps is not None:
-            centred = torch.einsum("thd,hed->the", centred, self.maps[layer, part])
+            centred = torch.einsum("thd,hed->the", centred, self.maps[layer, kv])
         if self.variant.halves > 1:
             return self.halves(centred).flatten(1, 2).transpose(0, 1)
         return centred.transpose(0, 1)
 
-    def from_code(self, vectors: Tensor, layer: int, part: int) -> Tensor:
+    def from_code(self, vectors: Tensor, layer: int, kv: int) -> Tensor:
         """Inverse of `to_code`."""
         back = vectors.transpose(0, 1)
         if self.variant.halves > 1:
@@ -145,7 +145,7 @@ class Trained:
             pairs = back.unflatten(1, (count, self.heads)).transpose(1, 2).unflatten(-1, (2, -1))
             back = pairs.transpose(-3, -2).flatten(-3)
         if self.inverses is not None:
-            back = torch.einsum("thd,hed->the", back, self.inverses[layer, part])
+            back = torch.einsum("thd,hed->the", back, self.inverses[layer, kv])
         return back
 
 
@@ -227,7 +227,7 @@ class Study:
             "bytes_percent": round(100 * size / 2 / self.shape.head_dim, 3),
             "ratio_95_percent": half if math.isfinite(half) else None,
             "training_vectors": self.store.shape[2] * self.store.shape[3], "passes": self.args.passes,
-            "energy_lost": {part: round(share, 5) for part, share in lost.items() if math.isfinite(share)},
+            "energy_lost": {kv: round(share, 5) for kv, share in lost.items() if math.isfinite(share)},
         }  # fmt: skip
         record("dictionary", case | words, "perplexity_ratio", value, folder=self.args.out)
         return value
@@ -267,7 +267,7 @@ def extras(study: Study, base: Trained) -> None:
     damage(study, base)
     for total in (14, 30):
         split = best_splits(study, base, total)
-        codecs = [StudyCodec(base, dict(zip(PARTS, pair, strict=True))) for pair in split]
+        codecs = [StudyCodec(base, dict(zip(KV, pair, strict=True))) for pair in split]
         study.score(f"base K and V split by layer, {total} atoms", ByLayer(codecs), split=split)
 
 
@@ -275,11 +275,11 @@ def damage(study: Study, base: Trained) -> None:
     """Which layers, parts, heads and tokens cost most at S = 7: each alone, or all but the worst coded."""
     code, windows = StudyCodec(base, both(7)), 8
     for layer in study.layers:
-        for part in PARTS:
-            only = OnlySome(code, layer, (part,))
-            study.score(f"base s=7, {part} of layer {layer} alone", only, windows, layer=layer, part=part)
+        for kv in KV:
+            only = OnlySome(code, layer, (kv,))
+            study.score(f"base s=7, {kv} of layer {layer} alone", only, windows, layer=layer, kv=kv)
     for head in range(study.shape.num_kv_heads):
-        only = OnlySome(code, None, PARTS, head)
+        only = OnlySome(code, None, KV, head)
         study.score(f"base s=7, head {head} of all layers alone", only, windows, head=head)
     for share in (0.01, 0.05):
         study.score(f"base s=7, worst {share:.0%} of tokens exact", Spared(code, share), spared=share)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench.record import RESULTS, record
-from lexico_kernels import PARTS
+from lexico_kernels import KV
 from torch import Tensor
 
 from vllm_lexico.dictionary.file import ModelFingerprint
@@ -98,31 +98,28 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: read in {read:.1f} s, learned in {time.perf_counter() - started - read:.1f} s", flush=True)
         for kind, test in tests.items():
             lost = losses(learners, store, test)
-            print(
-                f"  on {kind:12s} "
-                + "  ".join(f"{part} s={s} {lost[s][part]:.4f}" for s in SPARSITIES for part in PARTS)
-            )
+            print(f"  on {kind:12s} " + "  ".join(f"{kv} s={s} {lost[s][kv]:.4f}" for s in SPARSITIES for kv in KV))
             for sparsity in SPARSITIES:
-                for part in PARTS:
+                for kv in KV:
                     case = {
                         "study": "texts", "model": Path(args.model).name, "trained_on": name, "text": kind,
-                        "part": part, "sparsity": sparsity, "bytes": 2 * (sparsity + 1), "atoms": args.atoms,
+                        "part": kv, "sparsity": sparsity, "bytes": 2 * (sparsity + 1), "atoms": args.atoms,
                         "training_vectors": store.shape[2] * store.shape[3], "passes": args.passes,
                     }  # fmt: skip
-                    record("dictionary", case, "energy_lost", lost[sparsity][part], folder=args.out)
+                    record("dictionary", case, "energy_lost", lost[sparsity][kv], folder=args.out)
 
 
 def losses(learners: LayerLearners, store: Tensor, test: Tensor) -> dict[int, dict[str, float]]:
     """Energy lost, mean of the layers, by sparsity and part."""
     found: dict[int, list[Tensor]] = {sparsity: [] for sparsity in SPARSITIES}
-    for learner, part in learners._groups():
+    for learner, kv in learners._groups():
         atoms = learners._stored_atoms(learner)
-        levels = learn_levels(learners._vectors(store, part, learners._sample(store)), atoms, SPARSITIES)
+        levels = learn_levels(learners._vectors(store, kv, learners._sample(store)), atoms, SPARSITIES)
         rows = torch.arange(test.shape[2] * test.shape[3], device=test.device)
-        for sparsity, values in evaluate(learners._vectors(test, part, rows), atoms, levels, SPARSITIES).items():
+        for sparsity, values in evaluate(learners._vectors(test, kv, rows), atoms, levels, SPARSITIES).items():
             found[sparsity].append(values)
     means = {sparsity: torch.cat(values).view(-1, 2).mean(0).tolist() for sparsity, values in found.items()}
-    return {sparsity: dict(zip(PARTS, values, strict=True)) for sparsity, values in means.items()}
+    return {sparsity: dict(zip(KV, values, strict=True)) for sparsity, values in means.items()}
 
 
 def parse_args() -> argparse.Namespace:

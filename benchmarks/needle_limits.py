@@ -35,7 +35,7 @@ import torch
 from bench.coded_model import CodedPerplexity
 from bench.record import RESULTS, record
 from bench.vector_codecs import DictionaryCodec, VectorCodec, dictionary_means
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm.auto import tqdm
@@ -91,7 +91,7 @@ class Reader(CodedPerplexity):
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         groups = query.shape[1] // key.shape[1]
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril(past)
-        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        key, value = (kv.repeat_interleave(groups, 1) for kv in (key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
@@ -104,35 +104,35 @@ class IdealCodec(VectorCodec):
 
     def __init__(self, dictionary: Dictionary, vectors: list[list[Tensor]], bits: float, device: torch.device) -> None:
         super().__init__(dictionary_means(dictionary, device))
-        self.vector_bytes = dict.fromkeys(PARTS, bits / 8)
-        self.stretch = torch.stack([dictionary.tensors[f"{part}_stretch"] for part in PARTS], 1).float().to(device)
+        self.vector_bytes = dict.fromkeys(KV, bits / 8)
+        self.stretch = torch.stack([dictionary.tensors[f"{kv}_stretch"] for kv in KV], 1).float().to(device)
         self._random = torch.Generator(device).manual_seed(0)
         self._spectra = {
-            (layer, part): self._spectrum(layer, part, of_part, bits)
+            (layer, kv): self._spectrum(layer, kv, of_part, bits)
             for layer, of_layer in enumerate(vectors)
-            for part, of_part in zip(PARTS, of_layer, strict=True)
+            for kv, of_part in zip(KV, of_layer, strict=True)
         }
 
-    def _plain(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+    def _plain(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
         """float32 [Hk, tokens, D], centred and divided by the stretch."""
-        at = layer, PARTS.index(part)
+        at = layer, KV.index(kv)
         return ((vectors.float() - self.means[at]) / self.stretch[at]).transpose(0, 1)
 
-    def _spectrum(self, layer: int, part: str, vectors: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _spectrum(self, layer: int, kv: str, vectors: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors [Hk, D, D], variances along them [Hk, D] and what of each is lost [Hk, D]."""
-        plain = self._plain(layer, part, vectors)
+        plain = self._plain(layer, kv, vectors)
         variance, axes = torch.linalg.eigh(plain.transpose(1, 2) @ plain / plain.shape[1])
         variance = variance.clamp(min=1e-9)
         return axes, variance, torch.stack([water_filling(of_head, bits) for of_head in variance])
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        axes, variance, lost = self._spectra[layer, part]
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        axes, variance, lost = self._spectra[layer, kv]
         kept = (1 - lost / variance)[:, None]
-        along = self._plain(layer, part, vectors) @ axes
+        along = self._plain(layer, kv, vectors) @ axes
         noise = torch.randn(along.shape, generator=self._random, device=along.device)
         read = kept * along + (kept * lost[:, None]).sqrt() * noise
-        longer = (1 - lost.sum(1) / variance.sum(1)) ** -GAINS[part]
-        at = layer, PARTS.index(part)
+        longer = (1 - lost.sum(1) / variance.sum(1)) ** -GAINS[kv]
+        at = layer, KV.index(kv)
         read = (read @ axes.transpose(1, 2) * longer[:, None, None]).transpose(0, 1)
         return (read * self.stretch[at] + self.means[at]).to(vectors.dtype)
 
@@ -168,7 +168,7 @@ class Way:
 
     name: str
     codec: VectorCodec | None = None
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = KV
     needles: bool = True
     others: bool = True
 
@@ -180,30 +180,30 @@ class Way:
         coded[:sinks] = False
         coded[len(coded) - window :] = False
         return [
-            tuple(self._part(layer, *both, coded) for both in zip(PARTS, vectors, strict=True))  # type: ignore[misc]
+            tuple(self._part(layer, *both, coded) for both in zip(KV, vectors, strict=True))  # type: ignore[misc]
             for layer, vectors in enumerate(text.history)
         ]
 
-    def _part(self, layer: int, part: str, vectors: Tensor, coded: Tensor) -> Tensor:
-        if part not in self.parts:
+    def _part(self, layer: int, kv: str, vectors: Tensor, coded: Tensor) -> Tensor:
+        if kv not in self.parts:
             return vectors
         assert self.codec is not None
-        return vectors.index_put((coded,), self.codec(layer, part, vectors[coded]))
+        return vectors.index_put((coded,), self.codec(layer, kv, vectors[coded]))
 
 
 def ways(dictionary: Dictionary, sparsities: list[int], others: list[Text], device: torch.device) -> Iterator[Way]:
     """All ways, in the order of the module. others: texts that the ideal codes know vectors from."""
     shape = dictionary.info.fingerprint
     vectors = [
-        [torch.cat([text.history[layer][part] for text in others]) for part in range(2)]
+        [torch.cat([text.history[layer][kv] for text in others]) for kv in range(2)]
         for layer in range(shape.num_layers)
     ]
     yield Way("exact")
     for S in sparsities:
         coder = partial(DictionaryCodec, dictionary, device, S, S)  # a new one each time: it counts what it loses
         yield Way(f"sparsity {S}", coder())
-        for part in PARTS:
-            yield Way(f"sparsity {S}, {part}s alone", coder(), (part,))
+        for kv in KV:
+            yield Way(f"sparsity {S}, {kv}s alone", coder(), (kv,))
         yield Way(f"sparsity {S}, all but needles", coder(), needles=False)
         yield Way(f"sparsity {S}, needles alone", coder(), others=False)
         bits = 8 * CodeLayout(shape.head_dim, shape.num_kv_heads, S, S).key_bytes
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     for way in ways(dictionary, args.sparsity, others, reader.device):
         measured = ask(reader, builders[0].encode, texts, way)
         exact = measured["found"] if exact is None else exact
-        lost = way.codec.energy_lost() if way.codec else dict.fromkeys(PARTS, 0.0)
+        lost = way.codec.energy_lost() if way.codec else dict.fromkeys(KV, 0.0)
         print(
             f"{way.name:28} found {measured['found']:.3f} of {measured['questions']}, first piece "
             f"{measured['first_loss']:.3f} nats, energy lost {lost['key']:.4f} of keys, {lost['value']:.4f} of values",

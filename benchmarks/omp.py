@@ -21,7 +21,7 @@ import torch
 from bench.omp_peers import Authors, OmpGpu, float64_energies
 from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors
 from bench.record import RESULTS, record
-from lexico_kernels import PARTS
+from lexico_kernels import KV
 from lexico_kernels.memory.pages import LayerCache
 from lexico_kernels.ops import omp_encode, pursue
 from lexico_kernels.testing import residual_energy
@@ -50,12 +50,12 @@ def encoding(layer: CapturedLayer, sparsity: int) -> tuple[LayerCache, Callable[
     return cache, lambda: omp_encode(key, value, cache, source, destination)
 
 
-def stored_energy(layer: CapturedLayer, cache: LayerCache, part: str) -> float:
+def stored_energy(layer: CapturedLayer, cache: LayerCache, kv: str) -> float:
     """Residual energy of a part's records in the pages, stretch taken off."""
-    vectors, lost = layer.vectors[PARTS.index(part)], 0.0
+    vectors, lost = layer.vectors[KV.index(kv)], 0.0
     for tokens in torch.arange(len(vectors), device="cuda").split(DECODED_TOKENS):
         slots = tokens + cache.layout.block_tokens
-        lost += float(residual_energy(cache, slots, vectors[tokens], part).sum())
+        lost += float(residual_energy(cache, slots, vectors[tokens], kv).sum())
     return lost
 
 
@@ -63,9 +63,9 @@ def groups(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
     """Centred and stretched vectors [2 Hk, T, D] float32 and atoms [2 Hk, N, D], keys' heads first."""
     vectors: list[Tensor] = []
     atoms: list[Tensor] = []
-    for own, part in zip(layer.vectors, PARTS, strict=True):
-        vectors += ((own.float() - layer.means[part]) / layer.stretches[part]).unbind(1)
-        atoms += layer.atoms[part].expand(own.shape[1], -1, -1).unbind(0)
+    for own, kv in zip(layer.vectors, KV, strict=True):
+        vectors += ((own.float() - layer.means[kv]) / layer.stretches[kv]).unbind(1)
+        atoms += layer.atoms[kv].expand(own.shape[1], -1, -1).unbind(0)
     return torch.stack(vectors), torch.stack(atoms)
 
 
@@ -76,24 +76,24 @@ def measure_quality(layer: CapturedLayer, sparsity: int, case: dict[str, Any], o
     vectors, atoms = groups(layer)
     _, _, residual = pursue(vectors, atoms, sparsity)
     heads = layer.vectors.shape[2]
-    for at, part in enumerate(PARTS):
+    for at, kv in enumerate(KV):
         rows = range(at * heads, (at + 1) * heads)
-        levels = cache.codebook(part).levels
+        levels = cache.codebook(kv).levels
         # As the pages' vectors are: what the model's precision keeps of them, less the mean in float64.
-        centred = (layer.vectors[at].double() - layer.means[part].double()) / layer.stretches[part].double()
+        centred = (layer.vectors[at].double() - layer.means[kv].double()) / layer.stretches[kv].double()
         pairs = [float64_energies(centred[:, row - rows[0]], atoms[row], sparsity, levels) for row in rows]
         exact, quantized = (sum(energies) for energies in zip(*pairs, strict=True))
         own = {
-            "quantized": stored_energy(layer, cache, part),
+            "quantized": stored_energy(layer, cache, kv),
             "unquantized": float(residual[rows[0] : rows[-1] + 1].double().square().sum()),
         }
         energy = float(centred.square().sum())
         compared = (("quantized", "quantized"), ("quantized", "unquantized"), ("unquantized", "unquantized"))
         for ours, theirs in compared:
             value, peer = own[ours] / energy, (quantized if theirs == "quantized" else exact) / energy
-            words = {"part": part, "ours": ours, "float64": theirs}
+            words = {"part": kv, "ours": ours, "float64": theirs}
             row = record("omp", case | words, "residual_energy", value, "OMP in float64", peer, folder=out)
-            print(f"S {sparsity} {part}: {ours} over float64 {theirs} {row['ratio']:.5f}, energy lost {value:.4f}")
+            print(f"S {sparsity} {kv}: {ours} over float64 {theirs} {row['ratio']:.5f}, energy lost {value:.4f}")
             # Quantizing costs a few percent; like with like must agree.
             assert ours != theirs or row["ratio"] < MOST_ENERGY, "the pursuit is not right"
 

@@ -111,12 +111,12 @@ def run(args: argparse.Namespace) -> None:
         measured = {
             "bytes_percent": round(percent, 4),
             "ratio_95_percent": half_width if math.isfinite(half_width) else None,
-            "energy_lost": {part: round(share, 5) for part, share in lost.items() if math.isfinite(share)},
+            "energy_lost": {kv: round(share, 5) for kv, share in lost.items() if math.isfinite(share)},
         }
         record("dictionary", case | words | measured, "perplexity_ratio", value, folder=args.out)
-        for part, share in lost.items():
+        for kv, share in lost.items():
             if math.isfinite(share):
-                row = case | words | {"part": part, "bytes": codec.vector_bytes[part]}
+                row = case | words | {"part": kv, "bytes": codec.vector_bytes[kv]}
                 record("dictionary", row, "energy_lost", share, folder=args.out)
 
 

@@ -36,7 +36,7 @@ from bench.study_plots import draw
 from bench.study_points import OWN, STUDIES, Coding, Setup
 from bench.study_rows import METRIC, finished, point_case, write_csv
 from bench.vector_codecs import ByLayer, CountingCodec, DictionaryCodec, VectorCodec
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 from torch import Tensor
 
 from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
@@ -90,18 +90,18 @@ class Measure:
 
     def _words(self, nll: Tensor, codec: VectorCodec, seconds: float) -> dict[str, Any]:
         value, half = ratio(nll, self.base)
-        raw = len(PARTS) * 2 * codec.means.shape[-1]  # bytes of K and V in 16 bits
+        raw = len(KV) * 2 * codec.means.shape[-1]  # bytes of K and V in 16 bits
         stored = 100 * sum(codec.vector_bytes.values()) / raw
         counting = codec if isinstance(codec, CountingCodec) else None
         return {
             "bytes_percent": round(stored, 4),
-            "used_percent": round(100 * len(PARTS) * counting.mean_bytes() / raw, 4) if counting else round(stored, 4),
+            "used_percent": round(100 * len(KV) * counting.mean_bytes() / raw, 4) if counting else round(stored, 4),
             "mean_atoms": round(counting.mean_atoms(), 4) if counting else None,
             "ratio": value,
             "ratio_95_percent": half if math.isfinite(half) else None,
             "perplexity": round(perplexity(nll), 5),
             "uncoded_perplexity": round(perplexity(self.base), 5),
-            "energy_lost": {part: round(share, 5) for part, share in codec.energy_lost().items()},
+            "energy_lost": {kv: round(share, 5) for kv, share in codec.energy_lost().items()},
             "seconds": round(seconds, 2),
         }
 

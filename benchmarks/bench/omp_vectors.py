@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache
-from lexico_kernels.ops import with_screen
+from lexico_kernels.ops import with_fp8_atoms
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,15 +38,15 @@ class CapturedLayer:
     levels: dict[str, Tensor]
     words: dict[str, str]
 
-    def book(self, part: str, sparsity: int) -> Codebook:
+    def book(self, kv: str, sparsity: int) -> Codebook:
         """The codebook of "key" or "value", as the product's."""
-        levels = self.levels[part][sparsity].contiguous()
-        return with_screen(Codebook(self.atoms[part], levels, self.means[part], self.stretches[part]), sparsity)
+        levels = self.levels[kv][sparsity].contiguous()
+        return with_fp8_atoms(Codebook(self.atoms[kv], levels, self.means[kv], self.stretches[kv]), sparsity)
 
     def to(self, device: str) -> CapturedLayer:
         """The same on a device."""
         atoms, means, stretches, levels = (
-            {part: tensor.to(device) for part, tensor in tensors.items()}
+            {kv: tensor.to(device) for kv, tensor in tensors.items()}
             for tensors in (self.atoms, self.means, self.stretches, self.levels)
         )
         return CapturedLayer(self.vectors.to(device), atoms, means, stretches, levels, self.words)
@@ -64,10 +64,10 @@ class CapturedLayer:
         parts = self.vectors.permute(0, 2, 1, 3).reshape(2, Hk, num_kv_heads // Hk, tokens, D)
         vectors = parts.permute(0, 3, 2, 1, 4).reshape(2, tokens, num_kv_heads, D).contiguous()
         atoms = {
-            part: (own[:1] if shared else own[heads % len(own)]).clone() for part, own in self.atoms.items()
+            kv: (own[:1] if shared else own[heads % len(own)]).clone() for kv, own in self.atoms.items()
         }  # fmt: skip
-        means = {part: own[heads].clone() for part, own in self.means.items()}
-        stretches = {part: own[heads].clone() for part, own in self.stretches.items()}
+        means = {kv: own[heads].clone() for kv, own in self.means.items()}
+        stretches = {kv: own[heads].clone() for kv, own in self.stretches.items()}
         return CapturedLayer(vectors, atoms, means, stretches, self.levels, self.words | {"copy": str(layer)})
 
     def cache(self, sparsity: int, codec: str = "packed16") -> LayerCache:
@@ -82,9 +82,9 @@ class CapturedLayer:
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         tensors = {"vectors": self.vectors}
-        for part in PARTS:
-            tensors |= {f"{part}_atoms": self.atoms[part], f"{part}_mean": self.means[part]}
-            tensors |= {f"{part}_stretch": self.stretches[part], f"{part}_levels": self.levels[part]}
+        for kv in KV:
+            tensors |= {f"{kv}_atoms": self.atoms[kv], f"{kv}_mean": self.means[kv]}
+            tensors |= {f"{kv}_stretch": self.stretches[kv], f"{kv}_levels": self.levels[kv]}
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(path), metadata=self.words)
 
 
@@ -93,7 +93,7 @@ def load_vectors(path: Path) -> CapturedLayer:
     with safe_open(str(path), framework="pt") as file:
         tensors, words = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     atoms, means, stretches, levels = (
-        {part: tensors[f"{part}_{name}"] for part in PARTS} for name in ("atoms", "mean", "stretch", "levels")
+        {kv: tensors[f"{kv}_{name}"] for kv in KV} for name in ("atoms", "mean", "stretch", "levels")
     )
     return CapturedLayer(tensors["vectors"], atoms, means, stretches, levels, words)
 
@@ -122,13 +122,13 @@ def capture_vectors(
     store = capture(
         loaded, sequences, KEPT_TOKENS, [layer], (shape.num_kv_heads, shape.head_dim), 0, 8 if device != "cpu" else 1
     )
-    books = {part: dictionary.codebook(layer, part, 15, device=device, dtype=store.dtype) for part in PARTS}
+    books = {kv: dictionary.codebook(layer, kv, 15, device=device, dtype=store.dtype) for kv in KV}
     return CapturedLayer(
         store[0, :, :tokens].contiguous(),
-        {part: book.atoms for part, book in books.items()},
-        {part: book.mean for part, book in books.items()},
-        {part: book.stretch for part, book in books.items()},
-        {part: dictionary.tensors[f"{part}_levels"][layer].to(device) for part in PARTS},
+        {kv: book.atoms for kv, book in books.items()},
+        {kv: book.mean for kv, book in books.items()},
+        {kv: book.stretch for kv, book in books.items()},
+        {kv: dictionary.tensors[f"{kv}_levels"][layer].to(device) for kv in KV},
         {
             "model": Path(model).name,
             "layer": str(layer),

@@ -57,14 +57,14 @@ def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Pa
     shape = (fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for part in ("key", "value"):
+    for kv in ("key", "value"):
         size = (shape[0], shape[1], atoms, shape[2])
         integers = torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
         integers[:, :, 0] = 0  # the null atom
-        tensors[f"{part}_atoms"] = integers
-        tensors[f"{part}_mean"] = torch.zeros(shape)
-        tensors[f"{part}_stretch"] = torch.ones(shape)
-        tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).expand(shape[0], 32, 16).contiguous()
+        tensors[f"{kv}_atoms"] = integers
+        tensors[f"{kv}_mean"] = torch.zeros(shape)
+        tensors[f"{kv}_stretch"] = torch.ones(shape)
+        tensors[f"{kv}_levels"] = torch.linspace(-1, 1, 16).expand(shape[0], 32, 16).contiguous()
     info = DictionaryInfo(
         model_name=model.name,
         fingerprint=fingerprint,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from lexico_kernels import PARTS
+from lexico_kernels import KV
 from lexico_kernels.ops import pursue
 from torch import Tensor
 
@@ -20,7 +20,7 @@ Quantizer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def both(sparsity: int) -> dict[str, int]:
     """The same for K and V."""
-    return dict.fromkeys(PARTS, sparsity)
+    return dict.fromkeys(KV, sparsity)
 
 
 class StudyCodec(VectorCodec):
@@ -33,19 +33,19 @@ class StudyCodec(VectorCodec):
     def __init__(self, trained: Trained, sparsity: dict[str, int], quantize: Quantizer | None = None) -> None:
         super().__init__(trained.means)
         self.trained, self.sparsity, self.quantize = trained, sparsity, quantize or nearest_level
-        self.vector_bytes = {part: 2 * (size + 1) for part, size in sparsity.items()}
+        self.vector_bytes = {kv: 2 * (size + 1) for kv, size in sparsity.items()}
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, KV.index(kv)
         centred = trained.to_code(vectors.float() - self.means[layer, at], layer, at)
         groups, size = len(centred), trained.copies
         index = slice(layer * size, (layer + 1) * size)
         atoms, levels = trained.atoms[index, at], trained.levels[layer, at]
         pieces = centred.unflatten(0, (size, groups // size)).flatten(1, 2)
-        indices, coefficients, _ = pursue(pieces, atoms, self.sparsity[part] // trained.variant.halves)
+        indices, coefficients, _ = pursue(pieces, atoms, self.sparsity[kv] // trained.variant.halves)
         read = []
         for own, book, chosen, table, exact in zip(pieces, atoms, indices, levels, coefficients, strict=True):
-            kept = self.quantize(exact, table[self.sparsity[part] // trained.variant.halves], own, book.float()[chosen])
+            kept = self.quantize(exact, table[self.sparsity[kv] // trained.variant.halves], own, book.float()[chosen])
             code = torch.nn.functional.embedding_bag(chosen, book.float(), per_sample_weights=kept, mode="sum")
             read.append(code)
         back = torch.stack(read).unflatten(1, (groups // size, -1)).flatten(0, 1)
@@ -149,13 +149,13 @@ class Thresholded(StudyCodec):
         super().__init__(trained, both(31), unquantized)
         self.error, self.used, self.vectors = error, 0, 0
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, KV.index(kv)
         own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
         book = trained.atoms[layer, at]
         chosen, kept, _ = pursue(own[None], book[None], 31, relative_error=self.error)
         self.used, self.vectors = self.used + int((chosen > 0).sum()), self.vectors + len(own)
-        self.vector_bytes = dict.fromkeys(PARTS, round(2 * (1 + self.used / self.vectors)))
+        self.vector_bytes = dict.fromkeys(KV, round(2 * (1 + self.used / self.vectors)))
         code = torch.nn.functional.embedding_bag(chosen[0], book.float(), per_sample_weights=kept[0], mode="sum")
         return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
 
@@ -167,17 +167,17 @@ class Adapted(StudyCodec):
         super().__init__(trained, sparsity)
         self.fresh = fresh
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        trained, at = self.trained, PARTS.index(part)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        trained, at = self.trained, KV.index(kv)
         own = (vectors.float() - self.means[layer, at]).flatten(0, 1)
         book = trained.atoms[layer, at].clone()
-        chosen, _, residual = pursue(own[None], book[None], self.sparsity[part])
+        chosen, _, residual = pursue(own[None], book[None], self.sparsity[kv])
         used = torch.bincount(chosen.flatten(), minlength=len(book))
         used[0] = used.max() + 1
         worst = residual[0].square().sum(1).topk(self.fresh).indices
         book[used.topk(self.fresh, largest=False).indices] = torch.nn.functional.normalize(own[worst]).to(book.dtype)
-        indices, exact, _ = pursue(own[None], book[None], self.sparsity[part])
-        levels = trained.levels[layer, at, 0, self.sparsity[part]]
+        indices, exact, _ = pursue(own[None], book[None], self.sparsity[kv])
+        levels = trained.levels[layer, at, 0, self.sparsity[kv]]
         kept = nearest_level(exact[0], levels, own, own)
         code = torch.nn.functional.embedding_bag(indices[0], book.float(), per_sample_weights=kept, mode="sum")
         return (code.view(vectors.shape) + self.means[layer, at]).to(vectors.dtype)
@@ -187,16 +187,16 @@ class OnlySome(VectorCodec):
     """Another codec for one layer (None: all), some parts and one KV head (None: all), everything else exact."""
 
     def __init__(
-        self, codec: VectorCodec, layer: int | None, parts: tuple[str, ...] = PARTS, head: int | None = None
+        self, codec: VectorCodec, layer: int | None, parts: tuple[str, ...] = KV, head: int | None = None
     ) -> None:
         super().__init__(codec.means)
         self.codec, self.layer, self.parts, self.head = codec, layer, parts, head
         self.vector_bytes = codec.vector_bytes
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        if part not in self.parts or self.layer not in (None, layer):
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        if kv not in self.parts or self.layer not in (None, layer):
             return vectors
-        read = self.codec.read_back(layer, part, vectors)
+        read = self.codec.read_back(layer, kv, vectors)
         if self.head is None:
             return read
         kept = vectors.clone()
@@ -211,8 +211,8 @@ class Spared(VectorCodec):
         super().__init__(codec.means)
         self.codec, self.share, self.vector_bytes = codec, share, codec.vector_bytes
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        read = self.codec.read_back(layer, part, vectors)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        read = self.codec.read_back(layer, kv, vectors)
         error = (read.float() - vectors.float()).square().sum((1, 2))
         worst = error.topk(round(self.share * len(error))).indices
         read[worst] = vectors[worst]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 
 from bench.study_points import TAIL_STUDIES, Point
 from bench.tail_cost import BLOCKS, REQUEST_TOKENS, held_bytes, plain_bytes
@@ -19,10 +19,10 @@ METRIC = "perplexity_ratio"
 def point_case(point: Point, shape: ModelFingerprint) -> dict[str, Any]:
     """What a row says of a point before it is measured."""
     coding = point.coding
-    means = [sum(pair[at] for pair in coding.sparsity) / len(coding.sparsity) for at in range(len(PARTS))]
+    means = [sum(pair[at] for pair in coding.sparsity) / len(coding.sparsity) for at in range(len(KV))]
     case = {
         "study": point.study, "series": point.series, "name": point.name, "x": point.x,
-        "sparsity": {part: round(mean, 4) for part, mean in zip(PARTS, means, strict=True)},
+        "sparsity": {part: round(mean, 4) for part, mean in zip(KV, means, strict=True)},
         "by_layer": [list(pair) for pair in coding.sparsity] if len(set(coding.sparsity)) > 1 else None,
         "window": coding.window, "sinks": coding.sinks, "relative_error": coding.relative_error,
         "dictionary": coding.dictionary, "gains": list(coding.gains),

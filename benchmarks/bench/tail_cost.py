@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.config import LexicoConfig, Sparsity
 from vllm_lexico.dictionary.file import ModelFingerprint
@@ -57,4 +57,4 @@ def held_bytes(
 
 def plain_bytes(shape: ModelFingerprint, tokens: int) -> int:
     """Bytes a layer of as many tokens in bf16."""
-    return len(PARTS) * shape.num_kv_heads * shape.head_dim * PLAIN_BYTES * tokens
+    return len(KV) * shape.num_kv_heads * shape.head_dim * PLAIN_BYTES * tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lexico_kernels import PARTS, LayerCache, LayerStack, ops, reference
+from lexico_kernels import KV, LayerCache, LayerStack, ops, reference
 
 RANDOM_PAGES = 256  # that differ from each other
 _filled: set[tuple[int, int]] = set()  # address and number of pages
@@ -21,8 +21,8 @@ class Uncoded:
 
 def _fill(cache: LayerCache) -> None:
     pages = cache.code_pages
-    for part in PARTS:
-        scales, entries = (view for _, view in reference.field_views(pages, cache.layout, part))
+    for kv in KV:
+        scales, entries = (view for _, view in reference.field_views(pages, cache.layout, kv))
         scales.copy_(torch.ones(1, dtype=torch.bfloat16, device=pages.device).view(torch.uint8))
         random = torch.randint(256, entries[:RANDOM_PAGES].shape, dtype=torch.uint8, device=pages.device)
         for block in entries.split(RANDOM_PAGES):

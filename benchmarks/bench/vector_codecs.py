@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from lexico_kernels import ops
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import ENTRY_BYTES, LEVEL_BITS, PARTS, SCALE_BYTES, CodeLayout
+from lexico_kernels.memory.layout import ENTRY_BYTES, KV, LEVEL_BITS, SCALE_BYTES, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from torch import Tensor
 
@@ -39,24 +39,24 @@ class VectorCodec:
         self.lost = torch.zeros(means.shape[:2], dtype=torch.float64, device=means.device)
         self.energy = torch.zeros_like(self.lost)
 
-    def __call__(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+    def __call__(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
         """What is read back of `vectors` [tokens, Hk, D] of one part of a layer, counted."""
-        read, at = self.read_back(layer, part, vectors), PARTS.index(part)
+        read, at = self.read_back(layer, kv, vectors), KV.index(kv)
         self.lost[layer, at] += (read.float() - vectors.float()).square().sum()
         self.energy[layer, at] += (vectors.float() - self.means[layer, at]).square().sum()
         return read
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
         raise NotImplementedError
 
     def energy_lost(self) -> dict[str, float]:
         """Share of the centred energy that was lost, mean of the layers that coded, by part; nan if none did."""
-        return dict(zip(PARTS, (self.lost / self.energy).nanmean(0).tolist(), strict=True))
+        return dict(zip(KV, (self.lost / self.energy).nanmean(0).tolist(), strict=True))
 
 
 def dictionary_means(dictionary: Dictionary, device: torch.device | str) -> Tensor:
     """Means of all heads, float32 [layers, 2, Hk, D]."""
-    return torch.stack([dictionary.tensors[f"{part}_mean"] for part in PARTS], 1).to(device)
+    return torch.stack([dictionary.tensors[f"{kv}_mean"] for kv in KV], 1).to(device)
 
 
 @dataclass
@@ -101,15 +101,15 @@ class DictionaryCodec(VectorCodec):
         gains: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(dictionary_means(dictionary, device))
-        self.gains = dict(GAINS) if gains is None else dict(zip(PARTS, gains, strict=True))
+        self.gains = dict(GAINS) if gains is None else dict(zip(KV, gains, strict=True))
         shape = dictionary.info.fingerprint
         self.dictionary, self.device, self.relative_error = dictionary, device, relative_error
         self.layout = CodeLayout(shape.head_dim, shape.num_kv_heads, key_sparsity, value_sparsity, codec)
-        self.vector_bytes = {part: self.layout.part_bytes(part) for part in PARTS}
+        self.vector_bytes = {kv: self.layout.vector_bytes(kv) for kv in KV}
         self._books: dict[tuple[int, str, torch.dtype], Codebook] = {}
         self._pages: dict[str, _Pages] = {}
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
         """Vectors of one part fill both places of a code page, K's and V's: an encoding takes two sets of vectors.
 
         With one codebook and sparsity in both places each half gets the records that the engine would store.
@@ -118,7 +118,7 @@ class DictionaryCodec(VectorCodec):
         read = torch.empty_like(vectors)
         if not half:
             return read
-        pages, book = self._pages_for(part, half, vectors.dtype), self._book(layer, part, vectors.dtype)
+        pages, book = self._pages_for(kv, half, vectors.dtype), self._book(layer, kv, vectors.dtype)
         cache = LayerCache(pages.code_pages, pages.tail_pages, book, book, pages.layout)
         source = torch.arange(half, dtype=torch.int32, device=vectors.device)
         destination = source.long() + pages.layout.block_tokens
@@ -126,20 +126,20 @@ class DictionaryCodec(VectorCodec):
         ops.reconstruct(cache, pages.tables, torch.zeros_like(source), source, read[:half], read[-half:])
         return read
 
-    def _pages_for(self, part: str, tokens: int, dtype: torch.dtype) -> _Pages:
-        pages = self._pages.get(part)
+    def _pages_for(self, kv: str, tokens: int, dtype: torch.dtype) -> _Pages:
+        pages = self._pages.get(kv)
         if pages is None or pages.capacity < tokens or pages.dtype != dtype:
-            S, own = self.layout.sparsity(part), self.layout
+            S, own = self.layout.sparsity(kv), self.layout
             layout = CodeLayout(own.head_dim, own.num_kv_heads, S, S, own.codec, element_bytes=dtype.itemsize)
-            pages = self._pages[part] = _Pages(layout, tokens, self.device, dtype)
+            pages = self._pages[kv] = _Pages(layout, tokens, self.device, dtype)
         return pages
 
-    def _book(self, layer: int, part: str, dtype: torch.dtype) -> Codebook:
-        name = (layer, part, dtype)
+    def _book(self, layer: int, kv: str, dtype: torch.dtype) -> Codebook:
+        name = (layer, kv, dtype)
         if name not in self._books:
-            sparsity = self.layout.sparsity(part)
-            book = self.dictionary.codebook(layer, part, sparsity, device=self.device, dtype=dtype)
-            self._books[name] = replace(book, gain=self.gains[part])
+            sparsity = self.layout.sparsity(kv)
+            book = self.dictionary.codebook(layer, kv, sparsity, device=self.device, dtype=dtype)
+            self._books[name] = replace(book, gain=self.gains[kv])
         return self._books[name]
 
 
@@ -152,11 +152,11 @@ class CountingCodec(DictionaryCodec):
     coded = 0
     used: Tensor | int = 0
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        read = super().read_back(layer, part, vectors)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        read = super().read_back(layer, kv, vectors)
         half = -(-len(vectors) // 2)
         if half:
-            entries = self._entries(self._pages[part], half)
+            entries = self._entries(self._pages[kv], half)
             # An entry without an atom is that of atom 0, whatever its level.
             self.used = self.used + (entries & -(1 << LEVEL_BITS) != 0).sum()
             self.coded += entries[..., 0].numel()
@@ -185,10 +185,10 @@ class ByLayer(VectorCodec):
     def __init__(self, codecs: Sequence[VectorCodec]) -> None:
         super().__init__(codecs[0].means)
         self.codecs = codecs
-        self.vector_bytes = {part: sum(own.vector_bytes[part] for own in codecs) / len(codecs) for part in PARTS}
+        self.vector_bytes = {kv: sum(own.vector_bytes[kv] for own in codecs) / len(codecs) for kv in KV}
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        return self.codecs[layer].read_back(layer, part, vectors)
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        return self.codecs[layer].read_back(layer, kv, vectors)
 
 
 class RotationCodec(VectorCodec):
@@ -206,7 +206,7 @@ class RotationCodec(VectorCodec):
         if not 1 <= bits <= MAX_ROTATION_BITS:
             raise ValueError(f"a rotation of {bits} bits; allowed: 1 to {MAX_ROTATION_BITS}; rotation:2 is the usual")
         super().__init__(means)
-        self.vector_bytes = dict.fromkeys(PARTS, head_dim * bits // 8 + SCALE_BYTES)
+        self.vector_bytes = dict.fromkeys(KV, head_dim * bits // 8 + SCALE_BYTES)
         hadamard = torch.ones(1, 1)
         while len(hadamard) < head_dim:
             hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
@@ -214,8 +214,8 @@ class RotationCodec(VectorCodec):
         self.rotation = (signs * hadamard / math.sqrt(head_dim)).to(means.device)
         self.levels = gaussian_levels(bits).to(means.device)
 
-    def read_back(self, layer: int, part: str, vectors: Tensor) -> Tensor:
-        mean = self.means[layer, PARTS.index(part)]
+    def read_back(self, layer: int, kv: str, vectors: Tensor) -> Tensor:
+        mean = self.means[layer, KV.index(kv)]
         rotated = (vectors.float() - mean) @ self.rotation
         deviation = rotated.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
         levels = self.levels[torch.bucketize(rotated / deviation, (self.levels[1:] + self.levels[:-1]) / 2)]

@@ -5,7 +5,7 @@ are not repeated here.
 """
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 
-__all__ = ["PARTS", "CodeLayout", "Codebook", "LayerCache", "LayerStack", "RequestTables"]
+__all__ = ["KV", "CodeLayout", "Codebook", "LayerCache", "LayerStack", "RequestTables"]

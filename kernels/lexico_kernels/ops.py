@@ -7,18 +7,18 @@ arguments mean is said in `reference.py`, which has the same names and signature
 from torch import Tensor, cuda
 
 from lexico_kernels import reference
-from lexico_kernels.device.launch import DECODE_SPLITS, LAYERS, SCREEN_CAPABILITY, SCREEN_DIM, SCREEN_SPARSITY
+from lexico_kernels.device.launch import DECODE_SPLITS, FP8_CAPABILITY, FP8_MAX_SPARSITY, FP8_MIN_DIM, LAYERS
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
 
 
-def with_screen(book: Codebook, sparsity: int) -> Codebook:
+def with_fp8_atoms(book: Codebook, sparsity: int) -> Codebook:
     """The same with a screen (`cache.Codebook`) where `omp_encode` on its device gains by one, else as it is."""
-    device, fine = book.atoms.device, book.atoms.shape[2] >= SCREEN_DIM and sparsity <= SCREEN_SPARSITY
-    capable = device.type == "cuda" and cuda.get_device_capability(device) >= SCREEN_CAPABILITY
-    return book.screened() if capable and fine else book
+    device, fine = book.atoms.device, book.atoms.shape[2] >= FP8_MIN_DIM and sparsity <= FP8_MAX_SPARSITY
+    capable = device.type == "cuda" and cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return book.with_fp8_atoms() if capable and fine else book
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:

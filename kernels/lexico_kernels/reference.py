@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import BF16_MAX, LEVEL_BITS, MOST_LOST, PARTS, CodeLayout
+from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
@@ -30,8 +30,8 @@ def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping:
     R = cache.layout.tail_tokens
     rows = (tail_slot_mapping >= R).nonzero().squeeze(1)
     slots = tail_slot_mapping[rows]
-    for part, tokens in enumerate((key, value)):
-        cache.tail_pages[slots // R, :, slots % R, part] = tokens[rows].to(cache.tail_pages.dtype)
+    for kv, tokens in enumerate((key, value)):
+        cache.tail_pages[slots // R, :, slots % R, kv] = tokens[rows].to(cache.tail_pages.dtype)
 
 
 def omp_encode(
@@ -53,13 +53,13 @@ def omp_encode(
     source, destination = source[kept].long(), destination[kept]
     raw = source < 0
     slots, R = -1 - source[raw], layout.tail_tokens
-    for index, (part, tokens) in enumerate(zip(PARTS, (key, value), strict=True)):
+    for index, (kv, tokens) in enumerate(zip(KV, (key, value), strict=True)):
         vectors = cache.tail_pages.new_empty(len(source), layout.num_kv_heads, layout.head_dim)
         vectors[~raw] = tokens[source[~raw]].to(vectors.dtype)
         vectors[raw] = cache.tail_pages[slots // R, :, slots % R, index]
-        records = encode_heads(vectors, cache.codebook(part), layout, part, relative_error)
+        records = encode_heads(vectors, cache.codebook(kv), layout, kv, relative_error)
         at = 0
-        for field, view in field_views(cache.code_pages, layout, part):
+        for field, view in field_views(cache.code_pages, layout, kv):
             view[destination // P, :, destination % P] = records[..., at : at + field.width_bytes]
             at += field.width_bytes
 
@@ -154,18 +154,18 @@ def history(cache: LayerCache, tables: RequestTables, request: int, positions: T
     pages, tail = tables.block_table[request][at // P].long(), positions[raw]
     raw_tokens = cache.tail_pages[tables.tail_block_table[request][tail // R].long(), :, tail % R].float()
     dense = []
-    for index, part in enumerate(PARTS):
-        fields = [view[pages, :, at % P] for _, view in field_views(cache.code_pages, layout, part)]
+    for index, kv in enumerate(KV):
+        fields = [view[pages, :, at % P] for _, view in field_views(cache.code_pages, layout, kv)]
         tokens = raw_tokens.new_empty(len(positions), layout.num_kv_heads, layout.head_dim)
-        tokens[coded] = decode_heads(torch.cat(fields, -1), cache.codebook(part), layout, part, cache.tail_pages.dtype)
+        tokens[coded] = decode_heads(torch.cat(fields, -1), cache.codebook(kv), layout, kv, cache.tail_pages.dtype)
         tokens[raw] = raw_tokens[:, :, index]
         dense.append(tokens)
     return dense[0], dense[1]
 
 
-def field_views(code_pages: Tensor, layout: CodeLayout, part: str) -> list:
+def field_views(code_pages: Tensor, layout: CodeLayout, kv: str) -> list:
     """The fields of a part's records as (Field, uint8 view [num_pages, Hk, P, width_bytes] of the pages)."""
-    base = code_pages.storage_offset() + layout.part_offset_bytes(part)
+    base = code_pages.storage_offset() + layout.kv_offset_bytes(kv)
     pages, Hk, P = code_pages.shape[0], layout.num_kv_heads, layout.block_tokens
     return [
         (
@@ -176,15 +176,15 @@ def field_views(code_pages: Tensor, layout: CodeLayout, part: str) -> list:
                 base + field.offset_bytes,
             ),
         )
-        for field in layout.fields(part).values()
+        for field in layout.fields(kv).values()
     ]
 
 
-def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, part: str, relative_error: float = 0.0) -> Tensor:
+def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, kv: str, relative_error: float = 0.0) -> Tensor:
     """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, part_bytes], centred and stretched first."""
     if layout.codec == "exact":
         return vectors.contiguous().view(torch.uint8)
-    centred, S = (vectors.float() - book.mean) / book.stretch, layout.sparsity(part)
+    centred, S = (vectors.float() - book.mean) / book.stretch, layout.sparsity(kv)
     heads = [
         encode_vectors(centred[:, head], book.head(head), S, layout.codec, relative_error)
         for head in range(vectors.shape[1])
@@ -192,12 +192,12 @@ def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, part: str,
     return torch.stack(heads, 1)
 
 
-def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, part: str, dtype: torch.dtype) -> Tensor:
+def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, kv: str, dtype: torch.dtype) -> Tensor:
     """Inverse of `encode_heads`: records uint8 [M, Hk, part_bytes] -> float32 [M, Hk, D]. dtype: of exact vectors."""
     if layout.codec == "exact":
         return _as(records, dtype).float()
     heads = [
-        decode_vectors(records[:, head], book.head(head), layout.sparsity(part), layout.codec)
+        decode_vectors(records[:, head], book.head(head), layout.sparsity(kv), layout.codec)
         for head in range(records.shape[1])
     ]
     return torch.stack(heads, 1) * book.stretch + book.mean
@@ -209,7 +209,7 @@ def encode_vectors(
     """Centred vectors [M, D] of one head -> records uint8 [M, bytes]; NaN or infinity gives an all-zero record."""
     indices, coefficients = omp(vectors, book.atoms[0], sparsity, relative_error)
     scale = _scale(coefficients)
-    stored = scale.float() * raising(vectors, indices, coefficients, book)
+    stored = scale.float() * gain_factor(vectors, indices, coefficients, book)
     if codec == "paper":
         ratio = coefficients * (FP8_PEAK / scale.float())
         small = torch.where(indices > 0, ratio, 0.0).to(torch.float8_e4m3fn)
@@ -223,7 +223,7 @@ def encode_vectors(
     return records * (indices > 0).any(1, keepdim=True)
 
 
-def raising(vectors: Tensor, indices: Tensor, coefficients: Tensor, book: Codebook) -> Tensor:
+def gain_factor(vectors: Tensor, indices: Tensor, coefficients: Tensor, book: Codebook) -> Tensor:
     """float32 [M, 1]: what the scales of codes [M, S] of vectors [M, D] are multiplied by, see `Codebook.gain`."""
     unit, norm = _unit(vectors.float())
     weights = torch.where(norm > 0, coefficients / norm, 0.0)

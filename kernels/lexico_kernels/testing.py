@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import LEVEL_BITS, NUM_LEVELS, PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, LEVEL_BITS, NUM_LEVELS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, RequestTables
-from lexico_kernels.reference import decode_heads, field_views, omp, omp_encode, raising, write_tail
+from lexico_kernels.reference import decode_heads, field_views, gain_factor, omp, omp_encode, write_tail
 
 # (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute
 # terms. Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding
@@ -127,16 +127,16 @@ def raised_cache(cache: LayerCache) -> LayerCache:
     return replace(cache, key=replace(cache.key, gain=0.375), value=replace(cache.value, gain=1.0))
 
 
-def screened_cache(cache: LayerCache) -> LayerCache:
+def fp8_cache(cache: LayerCache) -> LayerCache:
     """The same pages with codebooks that have a screen."""
-    return replace(cache, key=cache.key.screened(), value=cache.value.screened())
+    return replace(cache, key=cache.key.with_fp8_atoms(), value=cache.value.with_fp8_atoms())
 
 
 def random_records(
-    count: int, layout: CodeLayout, part: str, atoms: int, dtype: torch.dtype, generator: torch.Generator
+    count: int, layout: CodeLayout, kv: str, atoms: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     """Valid records of random vectors: uint8 [count, Hk, part_bytes]."""
-    shape, S = (count, layout.num_kv_heads), layout.sparsity(part)
+    shape, S = (count, layout.num_kv_heads), layout.sparsity(kv)
     if layout.codec == "exact":
         return torch.randn(*shape, layout.head_dim, generator=generator).to(dtype).view(torch.uint8)
     scale = (0.5 + torch.rand(*shape, 1, generator=generator)).bfloat16()
@@ -204,10 +204,10 @@ def _fill_codes(
 ) -> None:
     layout, P, device = cache.layout, cache.layout.block_tokens, cache.code_pages.device
     pages, slots = table[positions // P].long().to(device), (positions % P).to(device)
-    for part in PARTS:
-        records = random_records(len(positions), layout, part, atoms, dtype, generator).to(device)
+    for kv in KV:
+        records = random_records(len(positions), layout, kv, atoms, dtype, generator).to(device)
         at = 0
-        for field, view in field_views(cache.code_pages, layout, part):
+        for field, view in field_views(cache.code_pages, layout, kv):
             view[pages, :, slots] = records[..., at : at + field.width_bytes]
             at += field.width_bytes
 
@@ -229,17 +229,17 @@ def fused_tokens(
     return wide[:, :heads], wide[:, heads : 2 * heads]
 
 
-def records_at(cache: LayerCache, slots: Tensor, part: str) -> Tensor:
+def records_at(cache: LayerCache, slots: Tensor, kv: str) -> Tensor:
     """Records uint8 [M, Hk, part_bytes] at slots int64 [M]."""
     pages, slots_in_page = slots // cache.layout.block_tokens, slots % cache.layout.block_tokens
-    views = field_views(cache.code_pages, cache.layout, part)
+    views = field_views(cache.code_pages, cache.layout, kv)
     return torch.cat([view[pages, :, slots_in_page] for _, view in views], -1)
 
 
-def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, part: str) -> Tensor:
+def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, kv: str) -> Tensor:
     """Energy float64 [M, Hk] that the records at these slots leave of the vectors [M, Hk, D], stretch taken off."""
-    book, records = cache.codebook(part), records_at(cache, slots, part)
-    back = decode_heads(records, book, cache.layout, part, cache.tail_pages.dtype)
+    book, records = cache.codebook(kv), records_at(cache, slots, kv)
+    back = decode_heads(records, book, cache.layout, kv, cache.tail_pages.dtype)
     return ((back.double() - vectors.double()) / book.stretch).square().sum(-1)
 
 
@@ -253,18 +253,18 @@ def check_gain(encode: Callable[..., None], layout: CodeLayout, device: str, dty
     slots = source.long() + layout.block_tokens
     for cache in (plain, raised):
         encode(*tokens, cache, source, slots)
-    for part, vectors in zip(PARTS, tokens, strict=True):
-        before, after = (records_at(cache, slots, part) for cache in (plain, raised))
+    for kv, vectors in zip(KV, tokens, strict=True):
+        before, after = (records_at(cache, slots, kv) for cache in (plain, raised))
         assert torch.equal(before[..., 2:], after[..., 2:])
         scales = [
             records[..., :2].contiguous().view(torch.bfloat16).double().squeeze(-1) for records in (before, after)
         ]
-        book, got = raised.codebook(part), scales[1] / scales[0]
+        book, got = raised.codebook(kv), scales[1] / scales[0]
         centred = (vectors.float() - book.mean) / book.stretch
         for head in range(layout.num_kv_heads):
-            code = omp(centred[:, head], book.head(head).atoms[0].float(), layout.sparsity(part))
-            want = raising(centred[:, head], *code, book.head(head)).double().squeeze(1)
-            assert float((got[:, head] / want - 1).abs().mean()) < 0.01, (part, got[:, head], want)
+            code = omp(centred[:, head], book.head(head).atoms[0].float(), layout.sparsity(kv))
+            want = gain_factor(centred[:, head], *code, book.head(head)).double().squeeze(1)
+            assert float((got[:, head] / want - 1).abs().mean()) < 0.01, (kv, got[:, head], want)
             assert float(got.std()) > 0.005, "gains that do not differ test nothing"
 
 
@@ -276,7 +276,7 @@ def check_encode(
     dtype: torch.dtype = torch.float16,
     atoms: int = 200,
     relative_error: float = 0.0,
-    screened: bool = False,
+    with_fp8_atoms: bool = False,
 ) -> list[LayerCache]:
     """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first. screened: codebooks.
 
@@ -285,8 +285,8 @@ def check_encode(
     """
     P, pages = layout.block_tokens, 10
     caches = [poisoned_cache(layout, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]
-    if screened:
-        caches[1] = screened_cache(caches[1])
+    if with_fp8_atoms:
+        caches[1] = fp8_cache(caches[1])
     key, value = fused_tokens(count, layout, dtype, device)
     source = torch.arange(count, dtype=torch.int32)
     from_tail = source[::3][: 6 * layout.tail_tokens]
@@ -300,8 +300,8 @@ def check_encode(
     omp_encode(key, value, caches[0], *entries, relative_error=relative_error)
     encode(key, value, caches[1], *entries, relative_error=relative_error)
     kept = (destination >= P).to(device)
-    for part, vectors in (("key", key), ("value", value)):
-        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], part) for cache in caches)
+    for kv, vectors in (("key", key), ("value", value)):
+        want, got = (residual_energy(cache, entries[1][kept], vectors[kept], kv) for cache in caches)
         assert got.isfinite().all()
         if layout.codec == "exact":
             assert float(got.sum()) == float(want.sum()) == 0
@@ -313,6 +313,6 @@ def check_encode(
     skipped = torch.arange(2 * P, pages * P)
     skipped = skipped[~torch.isin(skipped, destination)].to(device)
     for cache in caches:
-        assert all((records_at(cache, skipped, part) == 0xFF).all() for part in PARTS)
+        assert all((records_at(cache, skipped, kv) == 0xFF).all() for kv in KV)
         assert (cache.code_pages[:, layout.page_bytes :] == 0xFF).all()
     return caches

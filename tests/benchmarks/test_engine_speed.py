@@ -147,8 +147,8 @@ def test_pages_without_coding_hold_codes_of_many_atoms(load_benchmark, monkeypat
     layout = CodeLayout(64, 2, 5, 4, block_tokens=32)
     cache = poisoned_cache(layout, 3, atoms=64, dtype=torch.float16)
     uncoded._omp_encode_layers(LayerStack.of([cache]), None, None)
-    for part in ("key", "value"):
-        scales, entries = (view for _, view in reference.field_views(cache.code_pages, layout, part))
+    for kv in ("key", "value"):
+        scales, entries = (view for _, view in reference.field_views(cache.code_pages, layout, kv))
         assert (scales.contiguous().view(torch.bfloat16) == 1).all()
         assert len(entries.contiguous().view(torch.int16).unique()) > 100
     assert (cache.code_pages[:, layout.page_bytes :] == 0xFF).all()

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 from lexico_kernels import reference
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 
 from vllm_lexico.dictionary.file import GAINS, load_dictionary
 
@@ -54,11 +54,11 @@ def windows():
     return torch.randint(64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def identity(layer, part, vectors):
+def identity(layer, kv, vectors):
     return vectors
 
 
-def halved(layer, part, vectors):
+def halved(layer, kv, vectors):
     return vectors / 2
 
 
@@ -85,20 +85,20 @@ def test_logits_in_pieces_change_nothing(measure, windows, monkeypatch):
 
 def test_a_codec_that_loses_all_changes_the_loss(measure, windows):
     base = measure.negative_log_likelihood(windows)
-    zeros = measure.negative_log_likelihood(windows, lambda layer, part, vectors: torch.zeros_like(vectors))
+    zeros = measure.negative_log_likelihood(windows, lambda layer, kv, vectors: torch.zeros_like(vectors))
     assert (zeros - base).abs().min() > 1e-3
 
 
 def test_a_codec_gets_the_distant_tokens_of_a_batch_at_once(measure, windows):
     calls = []
 
-    def watch(layer, part, vectors):
-        calls.append((layer, part, vectors.shape))
+    def watch(layer, kv, vectors):
+        calls.append((layer, kv, vectors.shape))
         return vectors
 
     measure.negative_log_likelihood(windows, watch, batch=3)
     shape = (3 * (LENGTH - SINKS - WINDOW), 2, 16)
-    assert calls == [(layer, part, shape) for layer in range(2) for part in PARTS]
+    assert calls == [(layer, kv, shape) for layer in range(2) for kv in KV]
 
 
 def test_a_window_as_long_as_the_text_needs_no_codes(perplexity, model, measure, windows):
@@ -162,20 +162,20 @@ def test_dictionary_codec_is_the_twins(codecs, dictionary, codec, dtype):
     coder = codecs.DictionaryCodec(dictionary, "cpu", 5, 3, codec)
     layout = CodeLayout(16, 2, 5, 3, codec, element_bytes=dtype.itemsize)
     assert coder.vector_bytes == {"key": layout.key_bytes, "value": layout.value_bytes}
-    squares = dict.fromkeys(PARTS, (0.0, 0.0))
+    squares = dict.fromkeys(KV, (0.0, 0.0))
     for count in (300, 1, 7, 301):  # pages grow and are used again
-        for part in PARTS:
+        for kv in KV:
             vectors = torch.randn(count, 2, 16, generator=torch.Generator().manual_seed(count)).to(dtype)
-            book = dictionary.codebook(1, part, layout.sparsity(part), dtype=dtype)
-            records = reference.encode_heads(vectors, book, layout, part)
-            expected = reference.decode_heads(records, book, layout, part, dtype).to(dtype)
-            assert torch.equal(coder(1, part, vectors), expected)
+            book = dictionary.codebook(1, kv, layout.sparsity(kv), dtype=dtype)
+            records = reference.encode_heads(vectors, book, layout, kv)
+            expected = reference.decode_heads(records, book, layout, kv, dtype).to(dtype)
+            assert torch.equal(coder(1, kv, vectors), expected)
             lost, energy = ((x.float() - vectors.float()).square().sum().item() for x in (expected, torch.zeros(())))
-            squares[part] = (squares[part][0] + lost, squares[part][1] + energy)
+            squares[kv] = (squares[kv][0] + lost, squares[kv][1] + energy)
     assert coder.read_back(0, "key", vectors[:0]).shape == (0, 2, 16)
-    for at, part in enumerate(PARTS):  # means are zeros in this dictionary
-        assert coder.lost[1, at].item() == pytest.approx(squares[part][0], rel=1e-5)
-        assert coder.energy[1, at].item() == pytest.approx(squares[part][1], rel=1e-5)
+    for at, kv in enumerate(KV):  # means are zeros in this dictionary
+        assert coder.lost[1, at].item() == pytest.approx(squares[kv][0], rel=1e-5)
+        assert coder.energy[1, at].item() == pytest.approx(squares[kv][1], rel=1e-5)
 
 
 def test_ratio_and_its_interval(perplexity):
@@ -226,7 +226,7 @@ def test_the_script_prints_and_records(perplexity, model, dictionary, tmp_path, 
     rows = [row for row in rows if row not in lost]
     assert [row["case"]["codec"] for row in rows] == ["packed16", "rotation"]
     assert [row["value"] for row in lost] == pytest.approx(
-        [row["case"]["energy_lost"][part] for row in rows for part in ("key", "value")], abs=1e-5
+        [row["case"]["energy_lost"][kv] for row in rows for kv in ("key", "value")], abs=1e-5
     )
     assert rows[0]["case"]["sparsity"] == {"key": 5, "value": 3} and rows[0]["case"]["bytes_percent"] == 31.25
     assert rows[0]["metric"] == "perplexity_ratio" and rows[0]["value"] > 0 and rows[0]["peer"] is None
@@ -236,7 +236,7 @@ def test_the_script_prints_and_records(perplexity, model, dictionary, tmp_path, 
     plain = json.loads((tmp_path / "out" / "dictionary.jsonl").read_text().splitlines()[6])["case"]
     assert (rows[0]["case"]["gains"], plain["gains"]) == (list(GAINS.values()), [0, 0])
     # A gain is no better in energy than what the pursuit finds.
-    assert all(plain["energy_lost"][part] < rows[0]["case"]["energy_lost"][part] for part in ("key", "value"))
+    assert all(plain["energy_lost"][kv] < rows[0]["case"]["energy_lost"][kv] for kv in ("key", "value"))
 
 
 @pytest.mark.parametrize("cache", ["", "lexico", "lexico:x", "lexico:1/2/3", "lexico:32", "rotation:2/2", "other:1"])

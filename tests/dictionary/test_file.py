@@ -32,21 +32,21 @@ def make_dictionary(
     generator = torch.Generator().manual_seed(0)
     layers, heads, dim = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim
     top, tensors = 2 ** (atom_bits - 1) - 1, {}
-    for part in ("key", "value"):
+    for kv in ("key", "value"):
         size = (layers, 20, dim) if shared else (layers, heads, 20, dim)
         integers = torch.randint(-top, top + 1, size, generator=generator).to(torch.int8)
         integers[..., 0, :] = 0
-        tensors[f"{part}_atoms"] = pack_atoms(integers, atom_bits)
-        tensors[f"{part}_mean"] = torch.randn(layers, heads, dim, generator=generator)
-        tensors[f"{part}_stretch"] = 0.5 + torch.rand(layers, heads, dim, generator=generator)
-        tensors[f"{part}_levels"] = torch.linspace(-1, 1, 16).repeat(layers, 32, 1)
+        tensors[f"{kv}_atoms"] = pack_atoms(integers, atom_bits)
+        tensors[f"{kv}_mean"] = torch.randn(layers, heads, dim, generator=generator)
+        tensors[f"{kv}_stretch"] = 0.5 + torch.rand(layers, heads, dim, generator=generator)
+        tensors[f"{kv}_levels"] = torch.linspace(-1, 1, 16).repeat(layers, 32, 1)
     errors = {"key": {"7": [0.25, 0.5]}}
     info = DictionaryInfo(name, fingerprint, 20, atom_bits, 5, "a test", 100, 300, errors, "test", 3)
     return Dictionary(info, tensors)
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
+def addresses(tmp_path, monkeypatch):
     """Folders that stand for the bundled ones and the user's cache, and an empty hub that counts calls."""
     calls: list[str] = []
 
@@ -213,43 +213,43 @@ def test_names(tmp_path):
     assert same_model("org/model", "/data/models/Model")
 
 
-def test_search_prefers_the_same_model_then_its_twins(places):
+def test_search_prefers_the_same_model_then_its_twins(addresses):
     def find() -> Path:
         return find_dictionary(None, NAME, FINGERPRINT)
 
-    make_dictionary(name="a/twin").save(places.bundled / "a_twin.safetensors")
-    make_dictionary(fingerprint=replace(FINGERPRINT, model_type="gemma")).save(places.cache / "wrong.safetensors")
-    (places.cache / "broken.safetensors").write_text("broken")
-    assert find() == places.bundled / "a_twin.safetensors"
-    assert places.calls == ["vllm-lexico/someone_some-model/dictionary.safetensors"]
-    make_dictionary().save(places.cache / "mine.safetensors")
-    assert find() == places.cache / "mine.safetensors"
-    make_dictionary().save(places.bundled / "some-model.safetensors")
-    assert find() == places.bundled / "some-model.safetensors"
-    assert len(places.calls) == 1
+    make_dictionary(name="a/twin").save(addresses.bundled / "a_twin.safetensors")
+    make_dictionary(fingerprint=replace(FINGERPRINT, model_type="gemma")).save(addresses.cache / "wrong.safetensors")
+    (addresses.cache / "broken.safetensors").write_text("broken")
+    assert find() == addresses.bundled / "a_twin.safetensors"
+    assert addresses.calls == ["vllm-lexico/someone_some-model/dictionary.safetensors"]
+    make_dictionary().save(addresses.cache / "mine.safetensors")
+    assert find() == addresses.cache / "mine.safetensors"
+    make_dictionary().save(addresses.bundled / "some-model.safetensors")
+    assert find() == addresses.bundled / "some-model.safetensors"
+    assert len(addresses.calls) == 1
 
 
-def test_search_takes_the_hub_before_a_twin(places, monkeypatch, tmp_path):
-    make_dictionary(name="a/twin").save(places.bundled / "a_twin.safetensors")
+def test_search_takes_the_hub_before_a_twin(addresses, monkeypatch, tmp_path):
+    make_dictionary(name="a/twin").save(addresses.bundled / "a_twin.safetensors")
     monkeypatch.setattr(search, "_answers", lambda repo, file: True)
     monkeypatch.setattr(search, "_download", lambda repo, file: tmp_path / repo / file)
     found = find_dictionary(None, NAME, FINGERPRINT)
     assert found == tmp_path / "vllm-lexico" / "someone_some-model" / "dictionary.safetensors"
 
 
-def test_nothing_found_says_where_and_what_to_do(places, tmp_path):
+def test_nothing_found_says_where_and_what_to_do(addresses, tmp_path):
     with pytest.raises(ValueError) as refused:
         find_dictionary(None, NAME, FINGERPRINT)
     words = str(refused.value)
     hub = "hub (vllm-lexico/someone_some-model: ConnectionError"
-    for expected in (NAME, str(places.bundled), str(places.cache), hub):
+    for expected in (NAME, str(addresses.bundled), str(addresses.cache), hub):
         assert expected in words
     assert words.endswith(f"vllm-lexico train {NAME}")
     with pytest.raises(ValueError, match="not the Hugging Face hub"):
         find_dictionary(None, str(tmp_path / "local"), FINGERPRINT)
 
 
-def test_setting(places, monkeypatch, tmp_path):
+def test_setting(addresses, monkeypatch, tmp_path):
     path = tmp_path / "d.safetensors"
     path.touch()
     assert find_dictionary(str(path), NAME, FINGERPRINT) == path
@@ -261,12 +261,12 @@ def test_setting(places, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["/absent/d.safetensors", "absent/d.safetensors", "nonsense"])
-def test_setting_that_is_not_there(places, setting):
+def test_setting_that_is_not_there(addresses, setting):
     with pytest.raises(ValueError, match=r"is not a file that exists; give a path"):
         find_dictionary(setting, NAME, FINGERPRINT)
 
 
-def test_setting_that_the_hub_does_not_have(places):
+def test_setting_that_the_hub_does_not_have(addresses):
     with pytest.raises(ValueError, match=r"'org/name' is no file and could not be had .*ConnectionError"):
         find_dictionary("org/name", NAME, FINGERPRINT)
 

@@ -26,7 +26,7 @@ shutil.copy(made, out)
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
+def addresses(tmp_path, monkeypatch):
     """Nothing is bundled, the user's cache is empty, the hub is off; what was found before is forgotten."""
     monkeypatch.setattr(search, "bundled_folder", lambda: tmp_path / "bundled")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -36,27 +36,27 @@ def places(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trainer(places, monkeypatch):
+def trainer(addresses, monkeypatch):
     """The command replaced; notes.txt has a word for each training."""
     tensors = {}
-    for part in ("key", "value"):
-        tensors[f"{part}_atoms"] = torch.ones(1, 4, 8, dtype=torch.uint8)
-        tensors[f"{part}_mean"] = torch.zeros(1, 2, 16)
-        tensors[f"{part}_stretch"] = torch.ones(1, 2, 16)
-        tensors[f"{part}_levels"] = torch.zeros(1, 32, 16)
+    for kv in ("key", "value"):
+        tensors[f"{kv}_atoms"] = torch.ones(1, 4, 8, dtype=torch.uint8)
+        tensors[f"{kv}_mean"] = torch.zeros(1, 2, 16)
+        tensors[f"{kv}_stretch"] = torch.ones(1, 2, 16)
+        tensors[f"{kv}_levels"] = torch.zeros(1, 32, 16)
     info = DictionaryInfo("some/model", FINGERPRINT, 4, 4, 2, "a test", 1, 1)
-    Dictionary(info, tensors).save(places / "made.safetensors")
-    notes = places / "notes.txt"
+    Dictionary(info, tensors).save(addresses / "made.safetensors")
+    notes = addresses / "notes.txt"
     notes.touch()
 
     def command(model_name, out):
-        return [sys.executable, "-c", TRAINER, str(places / "made.safetensors"), str(out), str(notes)]
+        return [sys.executable, "-c", TRAINER, str(addresses / "made.safetensors"), str(out), str(notes)]
 
     monkeypatch.setattr(first_start, "_command", command)
     return notes
 
 
-def test_trained_once_and_found_by_the_next_start(trainer, places, caplog):
+def test_trained_once_and_found_by_the_next_start(trainer, addresses, caplog):
     found = []
     with caplog.at_level(logging.INFO, logger="vllm.lexico"):
         ranks = [
@@ -66,7 +66,7 @@ def test_trained_once_and_found_by_the_next_start(trainer, places, caplog):
             rank.start()
         for rank in ranks:
             rank.join()
-    out = places / "cache" / "vllm-lexico" / "some_model.safetensors"
+    out = addresses / "cache" / "vllm-lexico" / "some_model.safetensors"
     assert found == [out] * 4 and trainer.read_text() == "trained "
     words = caplog.text
     assert words.count("there is no dictionary for some/model, so one is trained now") == 1
@@ -83,8 +83,8 @@ def test_failure_stops_the_start_and_says_what_to_run(trainer, monkeypatch):
         find_or_train("some/model", FINGERPRINT)
 
 
-def test_another_models_file_is_not_replaced(trainer, places):
-    out = places / "cache" / "vllm-lexico" / "some_model.safetensors"
+def test_another_models_file_is_not_replaced(trainer, addresses):
+    out = addresses / "cache" / "vllm-lexico" / "some_model.safetensors"
     out.parent.mkdir(parents=True)
     out.write_text("something else")
     with pytest.raises(
@@ -112,7 +112,7 @@ def test_what_was_trained_is_checked_like_any_other(trainer):
 
 
 @pytest.mark.slow
-def test_the_real_training_of_a_local_model(places, monkeypatch):
+def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -120,14 +120,14 @@ def test_the_real_training_of_a_local_model(places, monkeypatch):
         num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = places / "tiny model"
+    model = addresses / "tiny model"
     LlamaForCausalLM(config).save_pretrained(model)
     small = ["--atoms", "16", "--vectors", "2048", "--sequence-tokens", "256", "--passes", "1", "--rounds", "1"]
     small += ["--device", "cpu"]
     command = first_start._command
     monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
     setup = setup_of(str(model), config)
-    assert setup.dictionary_path == places / "cache" / "vllm-lexico" / "tiny_model.safetensors"
+    assert setup.dictionary_path == addresses / "cache" / "vllm-lexico" / "tiny_model.safetensors"
     assert load_dictionary(setup.dictionary_path).info.atoms == 16
     monkeypatch.setattr(first_start, "_command", None)  # not needed again
     _checked_dictionary.cache_clear()

@@ -81,9 +81,9 @@ def test_too_short_a_document_is_refused(texts):
 
 def test_hide_takes_the_nearest_boundary():
     paragraphs = [[1] * 10, [2] * 10, [3] * 20]
-    ids, places = hide(paragraphs, [[7], [8, 8], [9]], [0.0, 0.4, 1.0])
+    ids, addresses = hide(paragraphs, [[7], [8, 8], [9]], [0.0, 0.4, 1.0])
     assert ids == [7] + [1] * 10 + [2] * 10 + [8, 8] + [3] * 20 + [9]
-    assert places == [0, 21, 43]
+    assert addresses == [0, 21, 43]
 
 
 def test_batches_hold_no_more_than_fits_but_one(texts):

@@ -15,13 +15,13 @@ import triton
 from lexico_kernels import CodeLayout, LayerStack
 from lexico_kernels import reconstruct as history
 from lexico_kernels import write_tail as tail
-from lexico_kernels.device.launch import SCREEN_DIM
+from lexico_kernels.device.launch import FP8_MIN_DIM
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.sparse_decode import lookup as table_decode
 from lexico_kernels.sparse_decode import portable as decode
-from lexico_kernels.testing import random_problem, screened_cache
+from lexico_kernels.testing import fp8_cache, random_problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -91,18 +91,18 @@ def main() -> None:
         cache, tables = problem.cache, problem.tables
         for tokens in sizes:
             key = torch.zeros(tokens, 8, head_dim, dtype=dtype)
-            places = torch.zeros(tokens, dtype=torch.int64)
-            omp.omp_encode(key, key, cache, places.int(), places)
-            omp_layers.omp_encode_layers(LayerStack.of([cache]), places.int(), places)
-            if codec != "exact" and head_dim >= SCREEN_DIM:
-                omp.omp_encode(key, key, screened_cache(cache), places.int(), places)
+            addresses = torch.zeros(tokens, dtype=torch.int64)
+            omp.omp_encode(key, key, cache, addresses.int(), addresses)
+            omp_layers.omp_encode_layers(LayerStack.of([cache]), addresses.int(), addresses)
+            if codec != "exact" and head_dim >= FP8_MIN_DIM:
+                omp.omp_encode(key, key, fp8_cache(cache), addresses.int(), addresses)
             if codec == "packed16" and tokens == sizes[-1]:
                 books, levels = cache.key.atoms[:2].contiguous(), torch.zeros(2, 16)
                 vectors = torch.zeros(2, tokens * 8, head_dim)
                 pursuit.pursue(vectors, books, sparsity)
                 pursuit.pursue(vectors, books, sparsity, levels)
-        tail.write_tail(key, key, cache, places)
-        history.reconstruct(cache, tables, places.int(), places.int(), key, key)
+        tail.write_tail(key, key, cache, addresses)
+        history.reconstruct(cache, tables, addresses.int(), addresses.int(), key, key)
         query = torch.zeros(1, 32, head_dim, dtype=dtype)
         step = (cache, tables, *torch.zeros(2, 1, dtype=torch.int32))
         decode.sparse_decode(query, *step, scale=0.1)

@@ -51,11 +51,11 @@ def small_tiles(monkeypatch):
 def test_triton_codes_as_each_layer_does(codec, count, room, device):
     it = layout(codec=codec)
     each, at_once = layers_of(it, device), layers_of(it, device)
-    places = entries(it, count, room, device)
+    addresses = entries(it, count, room, device)
     for cache in each:
         nothing = cache.tail_pages[:0, :, 0, 0]
-        omp.omp_encode(nothing, nothing, cache, *places)
-    omp_layers.omp_encode_layers(LayerStack.of(at_once), *places)
+        omp.omp_encode(nothing, nothing, cache, *addresses)
+    omp_layers.omp_encode_layers(LayerStack.of(at_once), *addresses)
     for one, other in zip(each, at_once, strict=True):
         assert torch.equal(one.code_pages, other.code_pages)
     if count:
@@ -74,18 +74,18 @@ def test_triton_leaves_few_to_another_launch(fewer, codes, device):
 def test_the_twin_codes_as_each_layer_does(codec):
     it = layout(codec=codec)
     each, at_once = layers_of(it, "cpu"), layers_of(it, "cpu")
-    places = entries(it, 33, 40, "cpu")
+    addresses = entries(it, 33, 40, "cpu")
     for cache in each:
         nothing = cache.tail_pages[:0, :, 0, 0]
-        reference.omp_encode(nothing, nothing, cache, *places, relative_error=0.3)
-    ops.omp_encode_layers(LayerStack.of(at_once), *places, relative_error=0.3)  # on a CPU that is the twin
+        reference.omp_encode(nothing, nothing, cache, *addresses, relative_error=0.3)
+    ops.omp_encode_layers(LayerStack.of(at_once), *addresses, relative_error=0.3)  # on a CPU that is the twin
     for one, other in zip(each, at_once, strict=True):
         assert torch.equal(one.code_pages, other.code_pages)
 
 
 def test_layers_that_differ_are_not_stacked(device):
     alike = [poisoned_cache(layout(), 4, atoms=64, dtype=DTYPE, device=device, seed=seed) for seed in range(2)]
-    assert LayerStack.of(alike).places.shape == (2, 10)
+    assert LayerStack.of(alike).addresses.shape == (2, 10)
     assert LayerStack.of([]) is None
     other_sparsity = poisoned_cache(layout(S=(2, 3)), 4, atoms=64, dtype=DTYPE, device=device)
     fewer_atoms = poisoned_cache(layout(), 4, atoms=63, dtype=DTYPE, device=device)
@@ -110,9 +110,9 @@ def test_product_codes_every_count_once(codec, count):
     destination[:count] = torch.arange(count, device="cuda") + 128
     graph.replay()
     for cache in caches:
-        for part in ("key", "value"):
-            _, *rest = reference.field_views(cache.code_pages, it, part)
-            view = rest[0][1] if rest else reference.field_views(cache.code_pages, it, part)[0][1]
+        for kv in ("key", "value"):
+            _, *rest = reference.field_views(cache.code_pages, it, kv)
+            view = rest[0][1] if rest else reference.field_views(cache.code_pages, it, kv)[0][1]
             at = torch.arange(12 * 128, device="cuda")
             poison = (view[at // 128, :, at % 128] == 0xFF).all(-1).all(-1)
             assert poison.sum() == len(at) - count and not poison[128 : 128 + count].any()

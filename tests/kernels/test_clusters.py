@@ -133,8 +133,8 @@ def test_a_vector_has_the_same_code_in_every_batch(device):
     at = torch.arange(40, device=device)
     cluster.omp_encode(key, value, caches[0], at.int(), at + P)
     cluster.omp_encode(key, value, caches[1], at[17:18].int(), at[17:18] + P)
-    for part in ("key", "value"):
-        both = [records_at(cache, at[17:18] + P, part) for cache in caches]
+    for kv in ("key", "value"):
+        both = [records_at(cache, at[17:18] + P, kv) for cache in caches]
         assert torch.equal(*both)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, LayerStack, reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 from lexico_kernels.omp_encode import entry_order as order
 from lexico_kernels.testing import poisoned_cache, random_records, records_at
 
@@ -42,12 +42,12 @@ def order_entries(device, monkeypatch, tmp_path):
             subprocess.run(["g++", *flags, FOLDER / "entry_order_on_cpu.cpp", "-o", path], check=True)
             self.library = ctypes.CDLL(str(path))
 
-        def launch(self, grid, threads, pages, places, stride, destination, count):
-            tensors = (pages, places, destination)
-            pages, places, destination = (
+        def launch(self, grid, threads, pages, addresses, stride, destination, count):
+            tensors = (pages, addresses, destination)
+            pages, addresses, destination = (
                 ctypes.c_void_p(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0) for tensor in tensors
             )
-            self.library.launch(*grid, threads, pages, places, ctypes.c_longlong(stride), destination, count)
+            self.library.launch(*grid, threads, pages, addresses, ctypes.c_longlong(stride), destination, count)
 
     monkeypatch.setattr(order, "_kernel", lambda device, layout: OnCpu(layout))
     return order.order_entries
@@ -57,30 +57,30 @@ def filled(layout, device, atoms=4096):
     """A cache whose pages 1 to 3 have random records."""
     cache = poisoned_cache(layout, 5, atoms=64, dtype=torch.float16, device=device)
     P, generator = layout.block_tokens, torch.Generator().manual_seed(4)
-    for part in PARTS:
-        records, at = random_records(3 * P, layout, part, atoms, torch.float16, generator).to(device), 0
+    for kv in KV:
+        records, at = random_records(3 * P, layout, kv, atoms, torch.float16, generator).to(device), 0
         slots = torch.arange(P, 4 * P, device=device)
-        for field, view in reference.field_views(cache.code_pages, layout, part):
+        for field, view in reference.field_views(cache.code_pages, layout, kv):
             view[slots // P, :, slots % P] = records[..., at : at + field.width_bytes]
             at += field.width_bytes
     return cache
 
 
-def entries(cache, slots, part):
+def entries(cache, slots, kv):
     """int [M, Hk, S]."""
-    return records_at(cache, slots, part)[..., 2:].contiguous().view(torch.int16).int().cpu() & 0xFFFF
+    return records_at(cache, slots, kv)[..., 2:].contiguous().view(torch.int16).int().cpu() & 0xFFFF
 
 
-def ordered(group, part):
+def ordered(group, kv):
     """The rule, for one head's entries [32, S]: each to the free place where fewest before it are of its class."""
-    sets, places = SETS[part]
+    sets, addresses = SETS[kv]
     out, S = group.clone(), group.shape[1]
     for tokens in sets:
-        counts = [[0] * places for _ in range(S)]
+        counts = [[0] * addresses for _ in range(S)]
         for token in tokens:
             free = list(range(S))
             for entry in group[token].tolist():
-                kind = (entry >> 4) % places
+                kind = (entry >> 4) % addresses
                 best = min(free, key=lambda slot: (min(counts[slot][kind], 15), slot))
                 free.remove(best)
                 counts[best][kind] += 1
@@ -88,17 +88,17 @@ def ordered(group, part):
     return out
 
 
-def waits(group, part):
+def waits(group, kv):
     """Mean over places of how many lanes meet in the fullest bank, by the sets of SETS; same atoms of keys are one."""
-    sets, places = SETS[part]
+    sets, addresses = SETS[kv]
     total = 0
     for place in range(group.shape[1]):
         fullest = []
         for tokens in sets:
             atoms = (group[list(tokens), place] >> 4).tolist()
-            atoms = list(set(atoms)) if part == "key" else atoms
-            fullest.append(max(sum(atom % places == kind for atom in atoms) for kind in range(places)))
-        total += sum(fullest) if part == "key" else max(fullest)
+            atoms = list(set(atoms)) if kv == "key" else atoms
+            fullest.append(max(sum(atom % addresses == kind for atom in atoms) for kind in range(addresses)))
+        total += sum(fullest) if kv == "key" else max(fullest)
     return total / group.shape[1]
 
 
@@ -110,14 +110,14 @@ def test_order(S, P, device, order_entries):
     slots = torch.cat((torch.arange(P, P + 32), torch.arange(3 * P - 32, 3 * P), torch.arange(3 * P, 3 * P + 20)))
     slots[3] = -1
     order_entries(cache, slots.to(device))
-    for part in PARTS:
+    for kv in KV:
         for first in (P, 3 * P - 32):
             at = torch.arange(first, first + 32, device=device)
-            old, new = entries(before, at, part), entries(cache, at, part)
+            old, new = entries(before, at, kv), entries(cache, at, kv)
             for head in range(2):
-                assert torch.equal(new[:, head], ordered(old[:, head], part))
+                assert torch.equal(new[:, head], ordered(old[:, head], kv))
             assert torch.equal(new.sort(-1).values, old.sort(-1).values)
-            views = [reference.field_views(some.code_pages, it, part)[1][1] for some in (before, cache)]
+            views = [reference.field_views(some.code_pages, it, kv)[1][1] for some in (before, cache)]
             views[0][at // P, :, at % P] = views[1][at // P, :, at % P]
     assert torch.equal(cache.code_pages, before.code_pages)  # nothing else was touched
 
@@ -138,9 +138,9 @@ def test_fewer_lanes_meet(device, order_entries):
     it = CodeLayout(64, 2, 15, 15, block_tokens=64)
     cache = filled(it, device)
     groups = torch.arange(64, 4 * 64, device=device).view(-1, 32)
-    old = {part: sum(waits(entries(cache, at, part)[:, 0], part) for at in groups) / len(groups) for part in PARTS}
+    old = {kv: sum(waits(entries(cache, at, kv)[:, 0], kv) for at in groups) / len(groups) for kv in KV}
     order_entries(cache, groups.flatten())
-    new = {part: sum(waits(entries(cache, at, part)[:, 0], part) for at in groups) / len(groups) for part in PARTS}
+    new = {kv: sum(waits(entries(cache, at, kv)[:, 0], kv) for at in groups) / len(groups) for kv in KV}
     assert old["key"] > 5.7 and new["key"] < 4.3 and old["value"] > 3.1 and new["value"] < 2.25
 
 
@@ -148,8 +148,8 @@ def test_equal_classes_overflow_nothing(device, order_entries):
     """All atoms in one bank: counters of four bits meet 16 tokens."""
     it = CodeLayout(64, 1, 2, 2, block_tokens=32)
     cache = filled(it, device)
-    for part in PARTS:
-        _, (_, view) = reference.field_views(cache.code_pages, it, part)
+    for kv in KV:
+        _, (_, view) = reference.field_views(cache.code_pages, it, kv)
         view[1, 0] = torch.tensor([0x00, 0x10, 0x01, 0x20], dtype=torch.uint8, device=device)
     before = entries(cache, torch.arange(32, 64, device=device), "key")
     order_entries(cache, torch.tensor([63], device=device))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, ops, reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import SCREEN_SPARSITY
+from lexico_kernels.device.launch import FP8_MAX_SPARSITY
 from lexico_kernels.omp_encode import clusters as cluster
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.sparse_decode import lookup as table_decode
@@ -14,10 +14,10 @@ from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
     assert_close,
     check_gain,
+    fp8_cache,
     poisoned_cache,
     random_problem,
     residual_energy,
-    screened_cache,
 )
 
 pytestmark = pytest.mark.gpu
@@ -54,14 +54,14 @@ def vectors_like_the_dictionary(count, cache, seed=0):
 def energies(cache, destination, key, value):
     """Residual energy of K and V records, over all vectors, stretch taken off."""
     parts = (("key", key), ("value", value))
-    return [float(residual_energy(cache, destination, vectors, part).sum()) for part, vectors in parts]
+    return [float(residual_energy(cache, destination, vectors, kv).sum()) for kv, vectors in parts]
 
 
 @pytest.mark.parametrize("count", [1, 3, 63, P, 5 * P + 1])
 @pytest.mark.parametrize(("codec", "S"), CODES)
 @pytest.mark.parametrize("encode", ["product", "triton", "screened"])  # the product's may be the cluster kernel
 def test_omp_encode(encode, codec, S, count):
-    if encode == "screened" and S > SCREEN_SPARSITY:
+    if encode == "screened" and S > FP8_MAX_SPARSITY:
         pytest.skip("codes of so many atoms are made without a screen")
     it = layout(codec, S)
     source = torch.arange(count, device="cuda", dtype=torch.int32)
@@ -71,7 +71,7 @@ def test_omp_encode(encode, codec, S, count):
     for seed in range(max(1, P // count)):
         caches = [poisoned_cache(it, 8, atoms=N, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         if encode == "screened":
-            caches[1] = screened_cache(caches[1])
+            caches[1] = fp8_cache(caches[1])
         key, value = vectors_like_the_dictionary(count, caches[0], seed)
         reference.omp_encode(key, value, caches[0], source, destination)
         (ops if encode == "product" else omp).omp_encode(key, value, caches[1], source, destination)

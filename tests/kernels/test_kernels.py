@@ -12,11 +12,11 @@ from lexico_kernels.testing import (
     assert_close,
     check_encode,
     check_gain,
+    fp8_cache,
     fused_tokens,
     poisoned_cache,
     random_problem,
     residual_energy,
-    screened_cache,
 )
 
 P = 32
@@ -86,7 +86,7 @@ def test_omp_encode_shapes(D, S, dtype, atoms, device):
 
 @pytest.mark.parametrize(("D", "S", "atoms"), [(64, (5, 4), 200), (128, (7, 3), 130)])
 def test_omp_encode_chooses_by_a_screen(D, S, atoms, device):
-    check_encode(omp.omp_encode, layout(D, 2, S), 33, device, atoms=atoms, screened=True)
+    check_encode(omp.omp_encode, layout(D, 2, S), 33, device, atoms=atoms, with_fp8_atoms=True)
 
 
 @pytest.mark.parametrize("codec", ["packed16", "paper"])
@@ -97,19 +97,19 @@ def test_gain(codec, device):
 def test_a_screen_is_what_atoms_are_chosen_by_and_nothing_else(device):
     """A screen that holds one atom only: all codes are that atom, with the coefficient that the atom itself gives."""
     it = layout(64, 2, (1, 1))
-    cache = screened_cache(poisoned_cache(it, 3, atoms=40, dtype=DTYPE, device=device))
+    cache = fp8_cache(poisoned_cache(it, 3, atoms=40, dtype=DTYPE, device=device))
     for book in (cache.key, cache.value):
-        book.screen[:, :7], book.screen[:, 8:] = 0, 0
+        book.fp8_atoms[:, :7], book.fp8_atoms[:, 8:] = 0, 0
     key, value = tokens(20, it, device=device)
     destination = torch.arange(20, device=device) + P
     omp.omp_encode(key, value, cache, torch.arange(20, device=device, dtype=torch.int32), destination)
-    for part, vectors in (("key", key), ("value", value)):
-        book = cache.codebook(part)
+    for kv, vectors in (("key", key), ("value", value)):
+        book = cache.codebook(kv)
         centred = (vectors.float() - book.mean) / book.stretch
         atom = book.atoms[:, 7].float()
         along = (centred * atom).sum(-1)
         want = (centred - along[..., None] * atom).square().sum(-1)
-        got = residual_energy(cache, destination, vectors, part).float()
+        got = residual_energy(cache, destination, vectors, kv).float()
         # One coefficient's scale in bf16, and its level, near 1 but not at it.
         assert (got - want <= 0.01 * along.square() + 1e-3 * want).all()
 
@@ -268,7 +268,7 @@ def test_reconstruct_of_several_requests(device):
     """Stretches of requests one after another, cut anywhere, with tiles that hold tokens of two of them."""
     problem = random_problem(layout(), [50, 7, 90], device=device, raw_tokens=20)
     pieces = [stretch(0, 3, 50, device), stretch(2, 60, 90, device), stretch(1, 0, 7, device), stretch(2, 0, 9, device)]
-    request, position = (torch.cat(part) for part in zip(*pieces, strict=True))
+    request, position = (torch.cat(kv) for kv in zip(*pieces, strict=True))
     dense = [torch.full((2, len(request), 2, 64), POISON, dtype=DTYPE, device=device) for _ in range(2)]
     history.reconstruct(problem.cache, problem.tables, request, position, *dense[0])
     at = 0

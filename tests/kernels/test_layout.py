@@ -1,7 +1,7 @@
 """Sizes and offsets worked by hand."""
 
 import pytest
-from lexico_kernels.memory.layout import PARTS, CodeLayout, Field
+from lexico_kernels.memory.layout import KV, CodeLayout, Field
 
 
 def layout(D=128, Hk=8, S=15, **kwargs):
@@ -53,7 +53,7 @@ def test_packed16_record_is_contiguous():
     it = layout(S=15, value_sparsity=7)
     assert it.fields("key") == {"scale": Field(0, 32, 2), "entries": Field(2, 32, 30)}
     assert it.fields("value") == {"scale": Field(0, 16, 2), "entries": Field(2, 16, 14)}
-    assert it.part_offset_bytes("value") == 128 * 32
+    assert it.kv_offset_bytes("value") == 128 * 32
     assert it.address("value") == (7, 4096, 16, 4098, 16, 4098, 16)
 
 
@@ -65,8 +65,8 @@ def test_paper_keeps_two_byte_fields_aligned():
         "indices": Field(256, 30, 30),
         "coefficients": Field(256 + 128 * 30, 15, 15),
     }
-    for part in PARTS:
-        _, *numbers = it.address(part)
+    for kv in KV:
+        _, *numbers = it.address(kv)
         assert all(number % 2 == 0 for number in numbers[:4])
 
 
@@ -75,10 +75,10 @@ def test_paper_keeps_two_byte_fields_aligned():
 def test_fields_cover_a_head_once(codec, S):
     it = layout(D=16, S=S, codec=codec, block_tokens=16)
     seen = [0] * it.head_bytes
-    for part in PARTS:
-        for field in it.fields(part).values():
+    for kv in KV:
+        for field in it.fields(kv).values():
             for token in range(16):
-                start = it.part_offset_bytes(part) + field.offset_bytes + token * field.stride_bytes
+                start = it.kv_offset_bytes(kv) + field.offset_bytes + token * field.stride_bytes
                 for byte in range(start, start + field.width_bytes):
                     seen[byte] += 1
     assert set(seen) == {1}

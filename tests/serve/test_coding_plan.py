@@ -32,7 +32,7 @@ def coded_end(written, page):
     last = block + BLOCK - 1
     if written == last:
         return last + 1
-    ends = [e for e in range(block + plan.GROUP_TOKENS, last, plan.GROUP_TOKENS) if e - 1 + waits(page) == written]
+    ends = [e for e in range(block + plan.SPAN_TOKENS, last, plan.SPAN_TOKENS) if e - 1 + waits(page) == written]
     return ends[0] if ends else 0
 
 
@@ -62,7 +62,7 @@ def test_coded_tokens_are_those_of_the_groups_whose_turn_it_is(computed, query_l
         for written in range(old, old + new):
             end = coded_end(written, int(table[b, written // BLOCK]))
             if end:
-                for p in range(end - plan.GROUP_TOKENS, end):
+                for p in range(end - plan.SPAN_TOKENS, end):
                     place = int(table[b, p // BLOCK]) * BLOCK + p % BLOCK
                     slot = int(tail_table[b, p // TAIL]) * TAIL + p % TAIL
                     expected[place] = int(starts[b]) + p - old if from_batch and p >= old else -1 - slot
@@ -123,13 +123,13 @@ def test_requests_in_step_are_coded_apart():
     """Pages at equal distances, as those of requests that started together, wait for different numbers of tokens."""
     for distance in range(1, 200):
         pages = torch.arange(64) * distance + 5
-        assert plan._waits(pages).bincount(minlength=plan.GROUP_TOKENS).max() <= 12, distance
+        assert plan._waits(pages).bincount(minlength=plan.SPAN_TOKENS).max() <= 12, distance
 
 
 def test_bound_is_never_too_small():
     for num_tokens, num_requests in [(1, 1), (64, 64), (8192, 3), (100, 256)]:
-        assert plan.max_coded_tokens(num_tokens, num_requests) % plan.GROUP_TOKENS == 0
+        assert plan.max_coded_tokens(num_tokens, num_requests) % plan.SPAN_TOKENS == 0
         lens = torch.full((num_requests,), num_tokens // num_requests)
         lens[: num_tokens % num_requests] += 1
-        groups = sum(min(n, n // plan.GROUP_TOKENS + 2) for n in lens.tolist())
-        assert groups * plan.GROUP_TOKENS <= plan.max_coded_tokens(num_tokens, num_requests)
+        groups = sum(min(n, n // plan.SPAN_TOKENS + 2) for n in lens.tolist())
+        assert groups * plan.SPAN_TOKENS <= plan.max_coded_tokens(num_tokens, num_requests)

@@ -46,9 +46,9 @@ def test_more_pages_at_the_same_place_are_bound_again():
     """vLLM tries CUDA graphs with a few pages, frees them and allocates all."""
     layout = CodeLayout(64, 2, 3, 3, codec="exact")
     layer, own = torch.nn.Module(), object.__new__(impl.LexicoImpl)
-    for part, field in itertools.product(("key", "value"), impl.BOOK_FIELDS):
+    for kv, field in itertools.product(("key", "value"), impl.BOOK_FIELDS):
         shape = {"atoms": (1, 64), "levels": (16,)}.get(field, (2, 64))
-        layer.register_buffer(f"lexico_{part}_{field}", torch.zeros(shape))
+        layer.register_buffer(f"lexico_{kv}_{field}", torch.zeros(shape))
     pages = torch.zeros(2, 5, 2, layout.block_tokens, 128, dtype=torch.float16)
     tail = types.SimpleNamespace(kv_cache=pages[1])
     layers = types.SimpleNamespace(static_forward_context={"tail": tail})
@@ -71,12 +71,12 @@ def test_codebooks_keep_their_place_when_weights_are_loaded_again():
 def test_codebooks_come_back_from_buffers_with_their_screen():
     """Sleep level 2 saves buffers and nothing else of a layer; the screen must be one where there is a screen."""
     cache = poisoned_cache(CodeLayout(64, 2, 3, 3), 1, atoms=16, dtype=torch.bfloat16)
-    for book in (cache.key, cache.key.screened()):
+    for book in (cache.key, cache.key.with_fp8_atoms()):
         layer = torch.nn.Module()
         impl._register(layer, "key", book)
         back = impl._book(layer, "key")
         names = [name for name, field in vars(book).items() if isinstance(field, torch.Tensor)]
-        assert len(dict(layer.named_buffers())) == len(names) and (back.screen is None) == (book.screen is None)
+        assert len(dict(layer.named_buffers())) == len(names) and (back.fp8_atoms is None) == (book.fp8_atoms is None)
         assert all(torch.equal(getattr(back, name).float(), getattr(book, name).float()) for name in names)
         assert back.gain == GAINS["key"]
 

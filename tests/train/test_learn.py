@@ -229,20 +229,20 @@ def test_layers_become_a_part_of_the_file(shared):
     done = learners.finish(store, held_out)
     assert done.rounds == 2 and set(done.errors["key"]) == {"7", "15"}
     torch.testing.assert_close(done.tensors["value_mean"], store[:, 1].float().mean(1), rtol=1e-4, atol=1e-3)
-    for at, part in enumerate(("key", "value")):
-        atoms = unit_atoms(unpack_atoms(done.tensors[f"{part}_atoms"], 8))
+    for at, kv in enumerate(("key", "value")):
+        atoms = unit_atoms(unpack_atoms(done.tensors[f"{kv}_atoms"], 8))
         for layer in range(2):
-            mean, levels = done.tensors[f"{part}_mean"][layer], done.tensors[f"{part}_levels"][layer, 7]
-            stretch = done.tensors[f"{part}_stretch"][layer]
-            assert torch.equal(stretch, torch.ones(2, 16)) == (part == "value")
+            mean, levels = done.tensors[f"{kv}_mean"][layer], done.tensors[f"{kv}_levels"][layer, 7]
+            stretch = done.tensors[f"{kv}_stretch"][layer]
+            assert torch.equal(stretch, torch.ones(2, 16)) == (kv == "value")
             vectors = (held_out[layer, at].float() - mean) / stretch
             book = Codebook(atoms[layer], levels, mean, stretch)
             assert len(book.atoms) == (1 if shared else 2)
             layout = CodeLayout(16, 2, 7, 7, element_bytes=4)
-            records = reference.encode_heads(held_out[layer, at].float(), book, layout, part)
-            left = held_out[layer, at].float() - reference.decode_heads(records, book, layout, part, torch.float32)
+            records = reference.encode_heads(held_out[layer, at].float(), book, layout, kv)
+            left = held_out[layer, at].float() - reference.decode_heads(records, book, layout, kv, torch.float32)
             # Learned and measured at unit energy: the scale is rounded elsewhere than in the cache.
-            assert done.errors[part]["7"][layer] == pytest.approx(share_lost(vectors, left / stretch), rel=0.02)
+            assert done.errors[kv]["7"][layer] == pytest.approx(share_lost(vectors, left / stretch), rel=0.02)
 
 
 def test_keys_are_stretched_by_the_queries_they_meet():

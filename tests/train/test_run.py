@@ -98,9 +98,9 @@ def test_capture_takes_what_the_cache_would_hold(tiny_model):
     ids = torch.randint(64, (2, 48), generator=torch.Generator().manual_seed(5))
     store = capture(model, ids, 32, [1], (2, 16), seed=0, batch=1)
     cache = model(ids, use_cache=True).past_key_values.layers[1]
-    for part, vectors in enumerate((cache.keys, cache.values)):  # 48 - 16 = 32: every later position, in some order
+    for kv, vectors in enumerate((cache.keys, cache.values)):  # 48 - 16 = 32: every later position, in some order
         expected = vectors[:, :, 16:].transpose(1, 2).reshape(2, 32, -1)
-        got = store[0, part].view(2, 32, -1)
+        got = store[0, kv].view(2, 32, -1)
         torch.testing.assert_close(got.sum(1), expected.sum(1), atol=1e-4, rtol=1e-4)
         assert torch.cdist(got, expected).min(-1).values.max() < 1e-3
 
@@ -127,8 +127,8 @@ def test_capture_far_into_a_context_turns_keys_alone(tiny_model, batch):
         got = far.view(2, 2, 6, 16, -1)[:, :, row]
         distances = []
         for shift in range(44 - 32 + 1):
-            places = torch.arange(32)[None] + shift
-            layers = model(ids[row : row + 1], position_ids=places, use_cache=True).past_key_values.layers
+            addresses = torch.arange(32)[None] + shift
+            layers = model(ids[row : row + 1], position_ids=addresses, use_cache=True).past_key_values.layers
             expected = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in layers])
             expected = expected[:, :, :, 16:].transpose(2, 3).flatten(3)
             distances.append(torch.cdist(got, expected).min(-1).values.amax((0, 2)))

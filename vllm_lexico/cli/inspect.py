@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.names import train_command
@@ -75,12 +75,12 @@ def _print_facts(dictionary: Dictionary) -> None:
     print(f"  trained    at {info.sparsity} atoms a vector on {info.vectors_seen} vectors of {info.tokens_seen} tokens")
     print(f"  data       {info.data}")
     print(f"  made by    {info.version}, seed {info.seed}; make one of your own: {train_command(info.model_name)}")
-    for part in PARTS:
-        usage = dictionary.usage(part)
+    for kv in KV:
+        usage = dictionary.usage(kv)
         if usage is not None:
             effective, dead = effective_atoms(usage), dead_atoms(usage)
             print(
-                f"  {part + 's':<9}  use {effective.mean():.0f} atoms effectively (exp of the entropy; the worst layer "
+                f"  {kv + 's':<9}  use {effective.mean():.0f} atoms effectively (exp of the entropy; the worst layer "
                 f"{effective.min():.0f}); {dead.sum()} of {usage[:, 1:].numel()} atoms are dead"
             )
 
@@ -88,14 +88,14 @@ def _print_facts(dictionary: Dictionary) -> None:
 def _print_layers(dictionary: Dictionary) -> None:
     """The table: energy lost and, where the file knows it, use of atoms, layer by layer."""
     columns = []  # title, a value a layer, digits after the point
-    for part, of_part in dictionary.info.errors.items():
-        columns += [(f"{part} {sparsity}", lost, 4) for sparsity, lost in of_part.items()]
+    for kv, of_part in dictionary.info.errors.items():
+        columns += [(f"{kv} {sparsity}", lost, 4) for sparsity, lost in of_part.items()]
     headings = ["energy lost on held-out text by atoms a vector"] if columns else []
-    used = [(part, usage) for part in PARTS if (usage := dictionary.usage(part)) is not None]
-    for part, usage in used:
+    used = [(kv, usage) for kv in KV if (usage := dictionary.usage(kv)) is not None]
+    for kv, usage in used:
         columns += [
-            (f"{part} eff.", effective_atoms(usage).tolist(), 0),
-            (f"{part} dead", dead_atoms(usage).tolist(), 0),
+            (f"{kv} eff.", effective_atoms(usage).tolist(), 0),
+            (f"{kv} dead", dead_atoms(usage).tolist(), 0),
         ]
     headings += ["effective and dead atoms"] if used else []
     if not columns:

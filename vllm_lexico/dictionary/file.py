@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import MAX_SPARSITY, NUM_LEVELS, PARTS
+from lexico_kernels.memory.layout import KV, MAX_SPARSITY, NUM_LEVELS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -190,15 +190,15 @@ class Dictionary:
         rows = (print_.num_layers, print_.num_kv_heads, print_.head_dim)
         levels = (print_.num_layers, MAX_SPARSITY + 1, NUM_LEVELS)
         shapes = {"atoms": atoms, "mean": rows, "stretch": rows, "levels": levels}
-        for name, shape in ((f"{part}_{kind}", shape) for part in PARTS for kind, shape in shapes.items()):
+        for name, shape in ((f"{kv}_{kind}", shape) for kv in KV for kind, shape in shapes.items()):
             given = tuple(self.tensors[name].shape) if name in self.tensors else "absent"
             if given != shape:
                 raise ValueError(f"the dictionary's tensor {name} is {given}, its metadata asks for {shape}; {_REMEDY}")
-        for part in PARTS:
-            usage, wanted = self.tensors.get(f"{part}_usage"), atoms[:-1]
+        for kv in KV:
+            usage, wanted = self.tensors.get(f"{kv}_usage"), atoms[:-1]
             if usage is not None and (usage.dtype != torch.float16 or tuple(usage.shape) != wanted):
                 raise ValueError(
-                    f"the dictionary's tensor {part}_usage is {usage.dtype} {tuple(usage.shape)}, its metadata "
+                    f"the dictionary's tensor {kv}_usage is {usage.dtype} {tuple(usage.shape)}, its metadata "
                     f"asks for float16 {wanted}; {_REMEDY}"
                 )
 
@@ -207,12 +207,12 @@ class Dictionary:
         """Whether all KV heads of a layer share their atoms."""
         return self.tensors["key_atoms"].ndim == 3 if "key_atoms" in self.tensors else True
 
-    def usage(self, part: str) -> torch.Tensor | None:
+    def usage(self, kv: str) -> torch.Tensor | None:
         """float32 [layers, 1 + H (N - 1)]: share of all chosen atoms that are this one; None where the file is silent.
 
         The null atom comes first, then the atoms of all H dictionaries of a layer. part: "key" or "value".
         """
-        kept = self.tensors.get(f"{part}_usage")
+        kept = self.tensors.get(f"{kv}_usage")
         if kept is None:
             return None
         rows = kept.float().view(kept.shape[0], -1, kept.shape[-1])
@@ -221,7 +221,7 @@ class Dictionary:
     def codebook(
         self,
         layer: int,
-        part: str,
+        kv: str,
         sparsity: int,
         *,
         device: torch.device | str = "cpu",
@@ -232,17 +232,17 @@ class Dictionary:
 
         part: "key" or "value". sparsity: 1..31, picks the levels. dtype: of the atoms. heads: this rank's KV heads.
         """
-        stored = self.tensors[f"{part}_atoms"][layer]
+        stored = self.tensors[f"{kv}_atoms"][layer]
         own = stored if self.shared else stored[heads or slice(None)]
         integers = unpack_atoms(own.to(device), self.info.atom_bits)
-        mean, stretch = (self.tensors[f"{part}_{kind}"][layer, heads or slice(None)] for kind in ("mean", "stretch"))
-        levels = self.tensors[f"{part}_levels"][layer, sparsity]
+        mean, stretch = (self.tensors[f"{kv}_{kind}"][layer, heads or slice(None)] for kind in ("mean", "stretch"))
+        levels = self.tensors[f"{kv}_levels"][layer, sparsity]
         return Codebook(
             atoms=unit_atoms(integers).to(dtype).contiguous(),
             levels=levels.to(device, torch.float32),
             mean=mean.to(device, torch.float32).contiguous(),
             stretch=stretch.to(device, torch.float32).contiguous(),
-            gain=GAINS[part],
+            gain=GAINS[kv],
         )
 
     def check(self, fingerprint: ModelFingerprint, model_name: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.dictionary.file import Dictionary
 from vllm_lexico.dictionary.names import is_hub_id
@@ -38,7 +38,7 @@ def plot_dictionary(dictionary: Dictionary, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f"drawing needs matplotlib ({error}); run `pip install matplotlib`") from error
-    losses, usage = bool(dictionary.info.errors), any(dictionary.usage(part) is not None for part in PARTS)
+    losses, usage = bool(dictionary.info.errors), any(dictionary.usage(kv) is not None for kv in KV)
     if not losses and not usage:
         raise ValueError(f"the dictionary of {dictionary.info.model_name} holds neither losses nor usage to draw")
     with rc_context(LOOKS):
@@ -60,15 +60,15 @@ def _draw_losses(axes: Any, dictionary: Dictionary) -> None:
     """A line for each part and sparsity over the layers; what the part is shows in its colour."""
     errors = dictionary.info.errors
     sparsities = sorted({int(sparsity) for of_part in errors.values() for sparsity in of_part})
-    for part, of_part in errors.items():
+    for kv, of_part in errors.items():
         for sparsity, lost in sorted(of_part.items(), key=lambda item: int(item[0])):
             axes.plot(
                 range(len(lost)),
                 [100 * share for share in lost],
-                color=COLOURS[part],
+                color=COLOURS[kv],
                 markersize=4,
                 linewidth=1.6,
-                label=f"{part}s, {sparsity} atoms a vector: {100 * sum(lost) / len(lost):.1f} %",
+                label=f"{kv}s, {sparsity} atoms a vector: {100 * sum(lost) / len(lost):.1f} %",
                 **STYLES[sparsities.index(int(sparsity)) % len(STYLES)],
             )
     axes.set(title="Energy lost on held-out text", xlabel="layer", ylabel="share of the vectors' energy lost (%)")
@@ -80,17 +80,17 @@ def _draw_losses(axes: Any, dictionary: Dictionary) -> None:
 def _draw_usage(axes: Any, dictionary: Dictionary) -> None:
     """Atoms of a layer from the most to the least used; the line is the median layer, the band holds all of them."""
     atoms, most = 1, 1.0
-    for part in PARTS:
-        usage = dictionary.usage(part)
+    for kv in KV:
+        usage = dictionary.usage(kv)
         if usage is None:
             continue
         atoms = usage.shape[1] - 1
         ranks = torch.arange(1, atoms + 1)
         # An atom that is never used would be at minus infinity; this way its line leaves through the bottom.
         times = (usage[:, 1:].sort(dim=1, descending=True).values * atoms).clamp(min=LEAST_USE / 1e6)
-        label = f"{part}s: {effective_atoms(usage).mean():,.0f} effective, {dead_atoms(usage).float().mean():,.1f} dead"
-        axes.fill_between(ranks, times.amin(0), times.amax(0), color=COLOURS[part], alpha=0.2, linewidth=0)
-        axes.plot(ranks, times.median(0).values, color=COLOURS[part], linewidth=1.8, label=label)
+        label = f"{kv}s: {effective_atoms(usage).mean():,.0f} effective, {dead_atoms(usage).float().mean():,.1f} dead"
+        axes.fill_between(ranks, times.amin(0), times.amax(0), color=COLOURS[kv], alpha=0.2, linewidth=0)
+        axes.plot(ranks, times.median(0).values, color=COLOURS[kv], linewidth=1.8, label=label)
         most = max(most, times.max().item())
     axes.axhline(1, color="0.35", linewidth=1.2, linestyle=":", label="every atom used alike")
     axes.set(title="Use of atoms: median layer, and band of all layers", xlabel="atoms of a layer, most used first")

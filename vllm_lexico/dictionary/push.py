@@ -65,10 +65,10 @@ def _losses(info: DictionaryInfo) -> str:
         return "It was not measured."
     parts = list(info.errors)
     rows = ["Share of the vectors' energy on held-out text, mean of the layers:", ""]
-    rows.append("| atoms a vector | " + " | ".join(f"{part}s" for part in parts) + " |")
+    rows.append("| atoms a vector | " + " | ".join(f"{kv}s" for kv in parts) + " |")
     rows.append("|---" * (1 + len(parts)) + "|")
     for sparsity in sparsities:
-        columns = [info.errors[part].get(str(sparsity)) for part in parts]
+        columns = [info.errors[kv].get(str(sparsity)) for kv in parts]
         means = [f"{sum(lost) / len(lost):.4f}" if lost else "" for lost in columns]
         rows.append(f"| {sparsity} | " + " | ".join(means) + " |")
     return "\n".join(rows)

@@ -6,17 +6,17 @@ B requests, T tokens of the batch (both may be padded), P tokens a code page, R 
 from __future__ import annotations
 
 import torch
-from lexico_kernels.memory.layout import GROUP_TOKENS
+from lexico_kernels.memory.layout import SPAN_TOKENS
 from torch import Tensor
 
 # A step leaves at most this many tokens to be coded that it could have coded: a group that waits, and one not complete.
-MAX_WAITING_TOKENS = 2 * GROUP_TOKENS - 1
+MAX_WAITING_TOKENS = 2 * SPAN_TOKENS - 1
 SKIPPED = -1
 
 
 def max_coded_tokens(num_tokens: int, num_requests: int) -> int:
     """Most tokens that a step of `num_tokens` tokens of `num_requests` requests can code; fixes launch sizes."""
-    return min(num_tokens, num_tokens // GROUP_TOKENS + 2 * num_requests) * GROUP_TOKENS
+    return min(num_tokens, num_tokens // SPAN_TOKENS + 2 * num_requests) * SPAN_TOKENS
 
 
 def locate_tokens(query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -58,16 +58,16 @@ def coded_tokens(
         whole group were in it; int64 [M] request; int64 [M] position, -1 where the list is not used.
     """
     num_tokens, num_requests = position.shape[0], block_table.shape[0]
-    max_groups = max_coded_tokens(num_tokens, num_requests) // GROUP_TOKENS
+    max_groups = max_coded_tokens(num_tokens, num_requests) // SPAN_TOKENS
     block, offset = position.clamp(min=0) // block_tokens, position % block_tokens
     waits = torch.where(offset == block_tokens - 1, 0, _waits(block_table[request, block]))
-    ends_group = (offset >= waits) & ((offset - waits + 1) % GROUP_TOKENS == 0) & (position >= 0)
+    ends_group = (offset >= waits) & ((offset - waits + 1) % SPAN_TOKENS == 0) & (position >= 0)
     target = torch.where(ends_group, ends_group.cumsum(0) - 1, max_groups)  # the last entry collects what is no end
     ends = position.new_full((max_groups + 1,), SKIPPED)
     rows = torch.arange(num_tokens, device=position.device)
     ends = ends.scatter_(0, target, rows)[:max_groups]
     last = ends.clamp(min=0)
-    back = torch.arange(1 - GROUP_TOKENS, 1, device=position.device) - waits[last][:, None]
+    back = torch.arange(1 - SPAN_TOKENS, 1, device=position.device) - waits[last][:, None]
     member_position = torch.where((ends >= 0)[:, None], position[last][:, None] + back, SKIPPED)
     member_row = ends[:, None] + back
     member_request = request[last][:, None].expand_as(member_row)
@@ -79,7 +79,7 @@ def _waits(page: Tensor) -> Tensor:
     equal distances. int64."""
     mixed = page.long() * 1640531527 % (1 << 31)
     mixed = (mixed ^ mixed >> 15) * 1812433253 % (1 << 31)
-    return mixed * GROUP_TOKENS >> 31
+    return mixed * SPAN_TOKENS >> 31
 
 
 def sources(

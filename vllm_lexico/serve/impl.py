@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lexico_kernels import PARTS, CodeLayout, LayerCache, RequestTables
+from lexico_kernels import KV, CodeLayout, LayerCache, RequestTables
 from lexico_kernels import ops as kernels
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
@@ -108,17 +108,17 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         dictionary = self.setup.dictionary()
         device = torch.device(current_platform.device_type)
         heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
-        for part in PARTS:
+        for kv in KV:
             if dictionary is None:
                 rows = self.num_kv_heads, self.head_size
                 shapes = (1, self.head_size), (16,), rows, rows
                 atoms, levels, mean, stretch = (torch.zeros(shape, device=device) for shape in shapes)
                 book = kernels.Codebook(atoms, levels, mean, stretch)
             else:
-                sparsity = getattr(self.setup.config.sparsity, part)
-                book = dictionary.codebook(index, part, sparsity, device=device, dtype=dtype, heads=heads)
-                book = kernels.with_screen(book, sparsity)
-            _register(layer, part, book)
+                sparsity = getattr(self.setup.config.sparsity, kv)
+                book = dictionary.codebook(index, kv, sparsity, device=device, dtype=dtype, heads=heads)
+                book = kernels.with_fp8_atoms(book, sparsity)
+            _register(layer, kv, book)
 
     def forward(
         self,
@@ -236,17 +236,17 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         return self._cache
 
 
-def _register(layer: nn.Module, part: str, book: kernels.Codebook) -> None:
+def _register(layer: nn.Module, kv: str, book: kernels.Codebook) -> None:
     for field in BOOK_FIELDS:
-        _set_buffer(layer, f"lexico_{part}_{field}", getattr(book, field))
-    if book.screen is not None:
-        _set_buffer(layer, f"lexico_{part}_screen", book.screen)
+        _set_buffer(layer, f"lexico_{kv}_{field}", getattr(book, field))
+    if book.fp8_atoms is not None:
+        _set_buffer(layer, f"lexico_{kv}_fp8_atoms", book.fp8_atoms)
 
 
-def _book(layer: nn.Module, part: str) -> kernels.Codebook:
-    atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{part}_{field}") for field in BOOK_FIELDS)
-    screen = getattr(layer, f"lexico_{part}_screen", None)
-    return kernels.Codebook(atoms, levels, mean, stretch, screen, GAINS[part])
+def _book(layer: nn.Module, kv: str) -> kernels.Codebook:
+    atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{kv}_{field}") for field in BOOK_FIELDS)
+    screen = getattr(layer, f"lexico_{kv}_fp8_atoms", None)
+    return kernels.Codebook(atoms, levels, mean, stretch, screen, GAINS[kv])
 
 
 def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lexico_kernels import CodeLayout
-from lexico_kernels.memory.layout import GROUP_TOKENS
+from lexico_kernels.memory.layout import SPAN_TOKENS
 
 from vllm_lexico.config import TRAIN, LexicoConfig
 from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
@@ -50,7 +50,7 @@ class LexicoSetup:
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
-        assert block_tokens in refusals.SUPPORTED_BLOCK_SIZES and block_tokens % GROUP_TOKENS == 0, block_tokens
+        assert block_tokens in refusals.SUPPORTED_BLOCK_SIZES and block_tokens % SPAN_TOKENS == 0, block_tokens
         return CodeLayout(
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,

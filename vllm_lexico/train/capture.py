@@ -42,9 +42,9 @@ def _capturing_attention(
                     f"models with the same KV heads and head size in every layer, for K and V alike; use another model"
                 )
             at = request.positions[:, None, :, None].expand(batch, heads, -1, dim)
-            for part, vectors in enumerate((key, value)):
+            for kv, vectors in enumerate((key, value)):
                 kept = vectors.gather(2, at).transpose(1, 2).flatten(0, 1)
-                request.store[row, part, request.offset : request.offset + len(kept)] = kept
+                request.store[row, kv, request.offset : request.offset + len(kept)] = kept
             if request.queries is not None:
                 squares = query[:, :, SKIPPED_TOKENS:].float().square().sum((0, 2))
                 request.queries[row] += squares.view(heads, -1, dim).sum(1)
@@ -95,11 +95,11 @@ def capture(
             ids = sequences[at : at + batch].to(model.device)
             first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
             first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
-            places = first.to(model.device) + torch.arange(length, device=model.device)
+            addresses = first.to(model.device) + torch.arange(length, device=model.device)
             order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
             _request.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
             _request.offset = at * kept
-            model.base_model(ids, position_ids=places, use_cache=False)
+            model.base_model(ids, position_ids=addresses, use_cache=False)
     finally:
         _request.store = _request.rows = _request.positions = _request.queries = None
     silent = [layer for layer, row in rows.items() if not store[row, :, :, 0, 0].any()]

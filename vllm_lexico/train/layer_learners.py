@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lexico_kernels.memory.layout import PARTS
+from lexico_kernels.memory.layout import KV
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -89,29 +89,29 @@ class LayerLearners:
         with tqdm(
             total=len(self.layers) * steps, desc=f"round {number + 1}", unit="step", mininterval=1.0, disable=quiet
         ) as progress:
-            for learner, part in self._groups():
-                generator = torch.Generator(self.device).manual_seed(self.seed + 7919 * number + part.start)
+            for learner, kv in self._groups():
+                generator = torch.Generator(self.device).manual_seed(self.seed + 7919 * number + kv.start)
                 levels = None
                 for step in range(steps):
                     at = step % (rows // batch)
                     if at == 0:
                         order = torch.randperm(rows, generator=generator, device=self.device)
-                    vectors = self._vectors(store, part, order[at * batch : (at + 1) * batch])
+                    vectors = self._vectors(store, kv, order[at * batch : (at + 1) * batch])
                     rate = self.settings.rate
                     if cooling is not None:
                         rate *= max(1 - cooling[0] - (cooling[1] - cooling[0]) * step / steps, LEAST_RATE)
                         if step % max(1, steps // 4) == 0:
-                            levels = self._levels(store, learner, part, (self.settings.sparsity,))
+                            levels = self._levels(store, learner, kv, (self.settings.sparsity,))
                     residual = learner.step(vectors, rate, levels)
                     if cooling is None and (step + 1) % max(1, steps // REVIVALS) == 0:
                         learner.revive(residual)
-                    progress.update((part.stop - part.start) // 2)
+                    progress.update((kv.stop - kv.start) // 2)
 
     def held_out(self, store: torch.Tensor) -> dict[int, torch.Tensor]:
         """Energy lost of other vectors, by sparsity, float32 [layers, 2]; the mean is remembered."""
         lost: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
-        for learner, part in self._groups():
-            vectors = self._vectors(store, part, self._sample(store))
+        for learner, kv in self._groups():
+            vectors = self._vectors(store, kv, self._sample(store))
             atoms = self._stored_atoms(learner)
             levels = learn_levels(vectors, atoms, REPORTED_SPARSITIES, sharing=self.copies)
             for sparsity, values in self._evaluate(vectors, atoms, levels).items():
@@ -128,28 +128,28 @@ class LayerLearners:
         """The layers' part of the file. store: training vectors, for the levels. held_out: others, for the errors."""
         tensors: dict[str, list[torch.Tensor]] = {}
         losses: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
-        for learner, part in self._groups():
+        for learner, kv in self._groups():
             integers = round_atoms(learner.atoms, self.settings.atom_bits)
             atoms = self._stored_atoms(learner)
-            samples = self._vectors(store, part, self._sample(store))
+            samples = self._vectors(store, kv, self._sample(store))
             levels = learn_levels(samples, atoms, sharing=self.copies)
-            others = self._vectors(held_out, part, torch.arange(self._rows(held_out), device=self.device))
+            others = self._vectors(held_out, kv, torch.arange(self._rows(held_out), device=self.device))
             for sparsity, values in self._evaluate(others, atoms, levels).items():
                 losses[sparsity].append(values)
             made = {
                 "atoms": self._by_head(pack_atoms(integers, self.settings.atom_bits)),
-                "mean": self.mean[part],
-                "stretch": self.stretch[part],
+                "mean": self.mean[kv],
+                "stretch": self.stretch[kv],
                 "levels": levels.table[:: self.copies],
                 "usage": self._by_head(count_usage(others, atoms, USAGE_SPARSITY) / self.copies).half(),
             }
             for kind, tensor in made.items():
-                for at, name in enumerate(PARTS):
+                for at, name in enumerate(KV):
                     tensors.setdefault(f"{name}_{kind}", []).append(tensor[at::2].cpu())
         tables = {str(sparsity): torch.cat(values).view(-1, 2).tolist() for sparsity, values in losses.items()}
         errors = {
-            part: {sparsity: [round(row[at], 5) for row in table] for sparsity, table in tables.items()}
-            for at, part in enumerate(PARTS)
+            kv: {sparsity: [round(row[at], 5) for row in table] for sparsity, table in tables.items()}
+            for at, kv in enumerate(KV)
         }
         joined = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
         return FinishedLayers(joined, errors, rounds=len(self.losses))
@@ -199,10 +199,10 @@ class LayerLearners:
         self.scale = torch.stack(energies).sqrt().clamp(min=1e-20)
         self._make_learners()
         rows = self._rows(store)
-        for learner, part in self._groups():
-            generator = torch.Generator(self.device).manual_seed(self.seed + part.start)
+        for learner, kv in self._groups():
+            generator = torch.Generator(self.device).manual_seed(self.seed + kv.start)
             some = torch.randperm(rows, generator=generator, device=self.device)[: 4 * self.settings.atoms]
-            learner.start_from(self._vectors(store, part, some), generator)
+            learner.start_from(self._vectors(store, kv, some), generator)
 
     def _make_learners(self) -> None:
         heads, dim = self.mean.shape[1:]
@@ -223,10 +223,10 @@ class LayerLearners:
         """What a dictionary learns from: tokens, times heads where they share it."""
         return store.shape[2] * store.shape[3] // self.copies
 
-    def _vectors(self, store: torch.Tensor, part: slice, rows: torch.Tensor) -> torch.Tensor:
+    def _vectors(self, store: torch.Tensor, kv: slice, rows: torch.Tensor) -> torch.Tensor:
         """float32 [dictionaries, M, D]: these rows, see `_rows`, centred, stretched and of about unit energy."""
-        own, rows = store.flatten(0, 1)[part], rows.to(store.device)
-        mean, stretch = self.mean[part], self.stretch[part]
+        own, rows = store.flatten(0, 1)[kv], rows.to(store.device)
+        mean, stretch = self.mean[kv], self.stretch[kv]
         if self.settings.shared:
             head = rows % store.shape[3]
             vectors = own.flatten(1, 2).index_select(1, rows).to(self.device, torch.float32)
@@ -234,7 +234,7 @@ class LayerLearners:
         else:
             vectors = own.index_select(1, rows).to(self.device, torch.float32)
             vectors = vectors.sub_(mean[:, None]).div_(stretch[:, None])
-        vectors /= self.scale[part].view(-1, *[1] * (vectors.ndim - 1))
+        vectors /= self.scale[kv].view(-1, *[1] * (vectors.ndim - 1))
         return vectors if self.settings.shared else vectors.transpose(1, 2).flatten(0, 1)
 
     def _sample(self, store: torch.Tensor) -> torch.Tensor:
@@ -245,8 +245,8 @@ class LayerLearners:
         together = heads // self.copies
         return (spread[:, None] * together + torch.arange(together, device=self.device)).flatten()
 
-    def _levels(self, store: torch.Tensor, learner: Learner, part: slice, sparsities: tuple[int, ...]) -> Levels:
-        vectors = self._vectors(store, part, self._sample(store))
+    def _levels(self, store: torch.Tensor, learner: Learner, kv: slice, sparsities: tuple[int, ...]) -> Levels:
+        vectors = self._vectors(store, kv, self._sample(store))
         return learn_levels(vectors, self._stored_atoms(learner), sparsities, sharing=self.copies)
 
     def _stored_atoms(self, learner: Learner) -> torch.Tensor:

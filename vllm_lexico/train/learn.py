@@ -119,13 +119,13 @@ class Learner:
         gradient = torch.empty_like(self.atoms)
         at_once = max(1, CODES_BYTES // (rows * atoms * dtype.itemsize))
         for first in range(0, groups, at_once):
-            part = slice(first, first + at_once)
-            chosen = indices[part].long()
+            kv = slice(first, first + at_once)
+            chosen = indices[kv].long()
             codes = torch.zeros(len(chosen), rows, atoms, dtype=dtype, device=residual.device)
             # Column by column: a vector may have an atom twice, and sums in one place come out in any order.
-            for one, coefficient in zip(chosen.split(1, 2), coefficients[part].to(dtype).split(1, 2), strict=True):
+            for one, coefficient in zip(chosen.split(1, 2), coefficients[kv].to(dtype).split(1, 2), strict=True):
                 codes.scatter_add_(2, one, coefficient)
-            gradient[part] = torch.bmm(codes.transpose(1, 2), residual[part].to(dtype)).float() / rows
+            gradient[kv] = torch.bmm(codes.transpose(1, 2), residual[kv].to(dtype)).float() / rows
         return gradient, energy.float() / (FIXED_POINT * rows)
 
     def revive(self, residual: torch.Tensor) -> int:

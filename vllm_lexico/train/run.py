@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels.memory.layout import MAX_ATOMS, MAX_SPARSITY, PARTS
+from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -306,13 +306,13 @@ def _report(number: int, rounds: int, learners: LayerLearners, lost: dict[int, t
     """Each layer's error after a round."""
     for row, layer in enumerate(learners.layers):
         words = "  ".join(
-            f"{part} " + " ".join(f"s={sparsity} {values[row, at]:.4f}" for sparsity, values in lost.items())
-            for at, part in enumerate(PARTS)
+            f"{kv} " + " ".join(f"s={sparsity} {values[row, at]:.4f}" for sparsity, values in lost.items())
+            for at, kv in enumerate(KV)
         )
         tqdm.write(f"round {number + 1}/{rounds}  layer {layer:3d}  energy lost  {words}")
     means = "  ".join(
-        f"{part} " + " ".join(f"s={sparsity} {values[:, at].mean():.4f}" for sparsity, values in lost.items())
-        for at, part in enumerate(PARTS)
+        f"{kv} " + " ".join(f"s={sparsity} {values[:, at].mean():.4f}" for sparsity, values in lost.items())
+        for at, kv in enumerate(KV)
     )
     tqdm.write(f"round {number + 1}/{rounds}  mean       energy lost  {means}  after {seconds:.0f} s")
 
@@ -339,9 +339,9 @@ def _collect(
     paths = [folder / f"layers_{layers[0]:03d}" for _, layers in shares]
     loaded = [load_file(str(path.with_suffix(".safetensors"))) for path in paths]
     notes = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-    tensors = {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
+    tensors = {name: torch.cat([kv[name] for kv in loaded]) for name in loaded[0]}
     lost = [note["errors"] for note in notes]
-    errors = {part: {s: [x for own in lost for x in own[part][s]] for s in lost[0][part]} for part in PARTS}
+    errors = {kv: {s: [x for own in lost for x in own[kv][s]] for s in lost[0][kv]} for kv in KV}
     return tensors, errors, max(note["rounds"] for note in notes)
 
 

@@ -46,9 +46,9 @@ PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
     PursuitLaunch(UNLIMITED, 64, 128, 4, 3),
 )
-SCREEN_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
-SCREEN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)
-SCREEN_SPARSITY = 16  # with more atoms too: late residuals are so small that near ties decide
+FP8_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
+FP8_MIN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)
+FP8_MAX_SPARSITY = 16  # with more atoms too: late residuals are so small that near ties decide
 
 CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 # Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).

@@ -1,6 +1,6 @@
 """Device functions that several kernels share: find, load and decode records and raw tokens.
 
-ADDRESS is a `layout.PartAddress` and CODEC a codec's name; both are compile-time constants. `heads` are uint8
+ADDRESS is a `layout.RecordAddress` and CODEC a codec's name; both are compile-time constants. `heads` are uint8
 pointers to the start of one head in the code page of each token of a tile, `slots` the tokens' offsets in their
 pages.
 """

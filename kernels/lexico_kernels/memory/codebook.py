@@ -8,7 +8,7 @@ from torch import Tensor
 from lexico_kernels.memory.layout import MAX_ATOMS, NUM_LEVELS
 
 # A power of two; no number of a unit vector leaves e4m3's range, and most are far from its subnormal numbers.
-SCREEN_SCALE = 256.0
+FP8_ATOM_SCALE = 256.0
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Codebook:
         mean: [Hk, D] float32, taken off a head's vectors before they are coded.
         stretch: [Hk, D] float32, above 0: what a centred vector is divided by, number by number, before it is coded.
             Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
-        screen: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
-            coefficients with the atoms themselves); or None, and it chooses by the atoms. See `screened`.
+        fp8_atoms: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
+            coefficients with the atoms themselves); or None, and it chooses by the atoms. See `with_fp8_atoms`.
         gain: a pursuit's code is shorter than its vector, along which it keeps the share 1 - lost of the energy. Coding
             makes the scale (1 - lost) ** -gain times as large: 0 keeps the nearest code, 1/2 the vector's length, 1 its
             inner product with itself. Decoding knows nothing of it.
@@ -33,7 +33,7 @@ class Codebook:
     levels: Tensor
     mean: Tensor
     stretch: Tensor
-    screen: Tensor | None = None
+    fp8_atoms: Tensor | None = None
     gain: float = 0.0
 
     def __post_init__(self) -> None:
@@ -54,10 +54,11 @@ class Codebook:
                     f"{name} has shape {list(rows.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
                     "give one row a KV head of this rank"
                 )
-        if self.screen is not None and (self.screen.shape != self.atoms.shape or not self.screen.is_contiguous()):
+        fp8 = self.fp8_atoms
+        if fp8 is not None and (fp8.shape != self.atoms.shape or not fp8.is_contiguous()):
             raise ValueError(
-                f"screen of shape {list(self.screen.shape)} beside atoms {list(self.atoms.shape)}; allowed: contiguous "
-                "and of one shape; make it by screened()"
+                f"fp8_atoms have shape {list(fp8.shape)}, the atoms {list(self.atoms.shape)}; allowed: contiguous "
+                "and of the same shape; make them with with_fp8_atoms()"
             )
         if not 0 <= self.gain <= 1:
             raise ValueError(f"gain is {self.gain}; allowed: 0 to 1; 0 leaves codes as the pursuit finds them")
@@ -72,9 +73,9 @@ class Codebook:
                 "that all heads share; slice both to the heads of this rank"
             )
 
-    def screened(self) -> "Codebook":
-        """The same with a screen, for GPUs that multiply e4m3 (`launch.SCREEN_CAPABILITY`)."""
-        return replace(self, screen=(self.atoms.float() * SCREEN_SCALE).to(torch.float8_e4m3fn))
+    def with_fp8_atoms(self) -> "Codebook":
+        """The same with a screen, for GPUs that multiply e4m3 (`launch.FP8_CAPABILITY`)."""
+        return replace(self, fp8_atoms=(self.atoms.float() * FP8_ATOM_SCALE).to(torch.float8_e4m3fn))
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,4 +96,4 @@ class Codebook:
         """The codebook of one head alone."""
         atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
         mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
-        return replace(self, atoms=atoms, mean=mean, stretch=stretch, screen=None)
+        return replace(self, atoms=atoms, mean=mean, stretch=stretch, fp8_atoms=None)

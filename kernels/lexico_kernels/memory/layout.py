@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 CODECS = ("packed16", "paper", "exact")
-PARTS = ("key", "value")
+KV = ("key", "value")
 MAX_ATOMS = 4096
 MAX_SPARSITY = 31
 NUM_LEVELS = 16
 LEVEL_BITS = 4
 # Tokens coded at a time: aligned groups of this many, so that in decode a launch has enough vectors to fill the device
 # while no step has to code a whole block. Divides every block size. A group's records are ordered together.
-GROUP_TOKENS = 32
+SPAN_TOKENS = 32
 
 # A code's scale is raised as if it lost this share of its vector's energy at most: worse codes say little.
 MOST_LOST = 0.7
@@ -44,7 +44,7 @@ class Field(NamedTuple):
     width_bytes: int
 
 
-class PartAddress(NamedTuple):
+class RecordAddress(NamedTuple):
     """Plain numbers that a kernel needs to find one part's records; all offsets count from the start of a head."""
 
     sparsity: int
@@ -90,11 +90,11 @@ class CodeLayout:
             )
         if self.num_kv_heads < 1:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; allowed: 1 or more; give the heads of this rank")
-        for part in PARTS:
-            sparsity = getattr(self, f"{part}_sparsity")
+        for kv in KV:
+            sparsity = getattr(self, f"{kv}_sparsity")
             if self.codec != "exact" and not 1 <= sparsity <= MAX_SPARSITY:
                 raise ValueError(
-                    f"{part}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes a vector of 128 in 32 bytes"
+                    f"{kv}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes a vector of 128 in 32 bytes"
                 )
         if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
@@ -110,19 +110,19 @@ class CodeLayout:
                 "allowed: pages that hold at least one; raise the sparsity or block_tokens"
             )
 
-    def sparsity(self, part: str) -> int:
+    def sparsity(self, kv: str) -> int:
         """Atoms a vector of "key" or "value"; 0 for "exact"."""
         if self.codec == "exact":
             return 0
-        return self.key_sparsity if part == "key" else self.value_sparsity
+        return self.key_sparsity if kv == "key" else self.value_sparsity
 
-    def part_bytes(self, part: str) -> int:
+    def vector_bytes(self, kv: str) -> int:
         """Bytes of the code of one vector."""
-        return sum(field.width_bytes for field in self.fields(part).values())
+        return sum(field.width_bytes for field in self.fields(kv).values())
 
-    def fields(self, part: str) -> dict[str, Field]:
+    def fields(self, kv: str) -> dict[str, Field]:
         """The arrays that make up a part's records, by name, in the order in which a record lists them."""
-        S, P = self.sparsity(part), self.block_tokens
+        S, P = self.sparsity(kv), self.block_tokens
         if self.codec == "exact":
             width = self.head_dim * self.element_bytes
             return {"vector": Field(0, width, width)}
@@ -139,27 +139,27 @@ class CodeLayout:
             "coefficients": Field(P * (SCALE_BYTES + index_bytes), coefficient_bytes, coefficient_bytes),
         }
 
-    def part_offset_bytes(self, part: str) -> int:
+    def kv_offset_bytes(self, kv: str) -> int:
         """Where a part's records start within a head."""
-        return 0 if part == "key" else self.block_tokens * self.key_bytes
+        return 0 if kv == "key" else self.block_tokens * self.key_bytes
 
-    def address(self, part: str) -> PartAddress:
+    def address(self, kv: str) -> RecordAddress:
         """What a kernel needs to find the records of "key" or "value", counted from the start of a head."""
-        base, fields = self.part_offset_bytes(part), self.fields(part)
+        base, fields = self.kv_offset_bytes(kv), self.fields(kv)
         index = fields.get("entries") or fields.get("indices") or fields["vector"]
         scale, coefficient = fields.get("scale", index), fields.get("coefficients", index)
         numbers = [number for field in (scale, index, coefficient) for number in (base + field[0], field[1])]
-        return PartAddress(self.sparsity(part), *numbers)
+        return RecordAddress(self.sparsity(kv), *numbers)
 
     @property
     def key_bytes(self) -> int:
         """Bytes of the code of one K vector."""
-        return self.part_bytes("key")
+        return self.vector_bytes("key")
 
     @property
     def value_bytes(self) -> int:
         """Bytes of the code of one V vector."""
-        return self.part_bytes("value")
+        return self.vector_bytes("value")
 
     @property
     def token_bytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, int64, tensor, uint8
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class LayerCache:
                 "make the layout with the model's element_bytes"
             )
 
-    def codebook(self, part: str) -> Codebook:
+    def codebook(self, kv: str) -> Codebook:
         """The codebook of "key" or "value"."""
-        return self.key if part == "key" else self.value
+        return self.key if kv == "key" else self.value
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class LayerStack:
     """
 
     caches: tuple[LayerCache, ...]
-    places: Tensor
+    addresses: Tensor
 
     COLUMNS: ClassVar[tuple[str, ...]] = (
         "tail_pages",
         "code_pages",
-        *(f"{part}.{field}" for part in PARTS for field in ("atoms", "levels", "mean", "stretch")),
+        *(f"{kv}.{field}" for kv in KV for field in ("atoms", "levels", "mean", "stretch")),
     )
 
     @classmethod
@@ -79,22 +79,22 @@ class LayerStack:
         """Stack layers that are alike; None if they are not, or lie where kernels cannot load 16 bytes at once."""
         if len({_kind(cache) for cache in caches}) != 1:
             return None
-        places = [[_at(cache, column).data_ptr() for column in cls.COLUMNS] for cache in caches]
-        if any(place % 16 for row in places for place in row):
+        addresses = [[_at(cache, column).data_ptr() for column in cls.COLUMNS] for cache in caches]
+        if any(place % 16 for row in addresses for place in row):
             return None
-        return cls(tuple(caches), tensor(places, dtype=int64, device=caches[0].code_pages.device))
+        return cls(tuple(caches), tensor(addresses, dtype=int64, device=caches[0].code_pages.device))
 
 
 def _at(cache: LayerCache, column: str) -> Tensor:
-    part, _, field = column.rpartition(".")
-    return getattr(cache.codebook(part) if part else cache, field)
+    kv, _, field = column.rpartition(".")
+    return getattr(cache.codebook(kv) if kv else cache, field)
 
 
 def _kind(cache: LayerCache) -> tuple:
     """What layers of a stack have in common."""
     tensors = [_at(cache, column) for column in LayerStack.COLUMNS]
     strides = [pages.stride(0) for pages in tensors[:2]]
-    gains = [cache.codebook(part).gain for part in PARTS]
+    gains = [cache.codebook(kv).gain for kv in KV]
     return cache.layout, *strides, *gains, *((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
 
 

@@ -17,19 +17,19 @@ COLUMNS = tl.constexpr(len(LayerStack.COLUMNS))
 
 
 @triton.jit
-def _place(first_ptr, places_ptr, layer, column):
+def _place(first_ptr, addresses_ptr, layer, column):
     """A layer's tensor of a column of the table, given the first layer's, from which it is a multiple of 16 bytes away.
 
     Not the address as it is in the table: the compiler must see that it is aligned, to copy 16 bytes at once.
     """
-    away = tl.load(places_ptr + layer * COLUMNS + column) - tl.load(places_ptr + column)
+    away = tl.load(addresses_ptr + layer * COLUMNS + column) - tl.load(addresses_ptr + column)
     element_bytes: tl.constexpr = first_ptr.dtype.element_ty.primitive_bitwidth // 8
     return first_ptr + tl.multiple_of(away // element_bytes, 16 // element_bytes)
 
 
 @triton.jit
 def _omp_encode_layers(
-    places_ptr,
+    addresses_ptr,
     tail_ptr,
     code_ptr,
     key_atoms_ptr,
@@ -78,8 +78,8 @@ def _omp_encode_layers(
     layer, head, part = tl.program_id(1) // (2 * HK), tl.program_id(1) % (2 * HK) // 2, tl.program_id(1) % 2
     rows = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE + tl.arange(0, TILE)
     chosen_rows, coefficient_rows = chosen_ptr + rows * S_PAD, coefficient_ptr + rows * S_PAD
-    tail_ptr = _place(tail_ptr, places_ptr, layer, 0)
-    code_ptr = _place(code_ptr, places_ptr, layer, 1)
+    tail_ptr = _place(tail_ptr, addresses_ptr, layer, 0)
+    code_ptr = _place(code_ptr, addresses_ptr, layer, 1)
     start = tl.program_id(0) * TILE
     while start < M:
         source, destination, coded = _entries(start + tl.arange(0, TILE), M, source_ptr, destination_ptr, P)
@@ -89,12 +89,12 @@ def _omp_encode_layers(
         elif part == 0:
             _encode_part(
                 tail_ptr, 0, 0, tail_ptr, tail_page_stride,
-                _place(key_atoms_ptr, places_ptr, layer, 2) + head * KEY_STRIDE,
-                _place(key_levels_ptr, places_ptr, layer, 3),
-                _place(key_mean_ptr, places_ptr, layer, 4),
-                _place(key_stretch_ptr, places_ptr, layer, 5),
+                _place(key_atoms_ptr, addresses_ptr, layer, 2) + head * KEY_STRIDE,
+                _place(key_levels_ptr, addresses_ptr, layer, 3),
+                _place(key_mean_ptr, addresses_ptr, layer, 4),
+                _place(key_stretch_ptr, addresses_ptr, layer, 5),
                 # Few vectors gain nothing by a screen: they are chosen by the atoms.
-                _place(key_atoms_ptr, places_ptr, layer, 2) + head * KEY_STRIDE,
+                _place(key_atoms_ptr, addresses_ptr, layer, 2) + head * KEY_STRIDE,
                 code_ptr, code_page_stride,
                 source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, key_gain,
                 0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
@@ -102,12 +102,12 @@ def _omp_encode_layers(
         else:
             _encode_part(
                 tail_ptr, 0, 0, tail_ptr, tail_page_stride,
-                _place(value_atoms_ptr, places_ptr, layer, 6) + head * VALUE_STRIDE,
-                _place(value_levels_ptr, places_ptr, layer, 7),
-                _place(value_mean_ptr, places_ptr, layer, 8),
-                _place(value_stretch_ptr, places_ptr, layer, 9),
+                _place(value_atoms_ptr, addresses_ptr, layer, 6) + head * VALUE_STRIDE,
+                _place(value_levels_ptr, addresses_ptr, layer, 7),
+                _place(value_mean_ptr, addresses_ptr, layer, 8),
+                _place(value_stretch_ptr, addresses_ptr, layer, 9),
                 # Few vectors gain nothing by a screen: they are chosen by the atoms.
-                _place(value_atoms_ptr, places_ptr, layer, 6) + head * VALUE_STRIDE,
+                _place(value_atoms_ptr, addresses_ptr, layer, 6) + head * VALUE_STRIDE,
                 code_ptr, code_page_stride,
                 source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, value_gain,
                 1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
@@ -134,7 +134,7 @@ def omp_encode_layers(
     scratch = [empty(grid[0] * grid[1] * LAYERS.tile * S_PAD, dtype=dtype, device=source.device)
                for dtype in (int32, float32)]  # fmt: skip
     _omp_encode_layers[grid](
-        layers.places,
+        layers.addresses,
         cache.tail_pages,
         cache.code_pages,
         *cache.key.tensors,

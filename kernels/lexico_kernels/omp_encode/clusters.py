@@ -13,7 +13,7 @@ from torch import Tensor
 from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
-from lexico_kernels.memory.layout import PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 
 FILES = ("omp_encode/cluster_primitives.cu", "omp_encode/cluster_omp.cu", "omp_encode/cluster_launch.cu")
@@ -94,7 +94,7 @@ def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int]
         "HEAD_BYTES": layout.head_bytes,
         "SHARED_BYTES": shared_bytes(layout.head_dim, blocks, owned, sparsity),
     }
-    for part, count, stride in zip(PARTS, atoms, strides, strict=True):
+    for part, count, stride in zip(KV, atoms, strides, strict=True):
         address = layout.address(part)
         fields = {
             "SPARSITY": address.sparsity,
@@ -181,7 +181,7 @@ def omp_encode_layers(
     _kernel_for(LAYERS_NAME, cache).launch(
         (clusters * blocks, 1, 1),
         THREADS,
-        layers.places,
+        layers.addresses,
         dictionaries,
         heads,
         nvrtc.Int64(cache.tail_pages.stride(0)),

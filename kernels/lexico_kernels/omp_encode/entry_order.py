@@ -9,7 +9,7 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels.device import nvrtc
-from lexico_kernels.memory.layout import GROUP_TOKENS, PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, SPAN_TOKENS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 
 FILES, NAME = ("omp_encode/entry_order.cu",), "order_entries"
@@ -23,7 +23,7 @@ def takes(cache: LayerCache) -> bool:
 
 def fits(layout: CodeLayout) -> bool:
     """Whether records have entries in any order, and pages whole groups."""
-    return layout.codec == "packed16" and layout.block_tokens % GROUP_TOKENS == 0
+    return layout.codec == "packed16" and layout.block_tokens % SPAN_TOKENS == 0
 
 
 def defines(layout: CodeLayout) -> dict[str, int]:
@@ -31,7 +31,7 @@ def defines(layout: CodeLayout) -> dict[str, int]:
     columns = LayerStack.COLUMNS
     macros = {"P": layout.block_tokens, "HEAD_BYTES": layout.head_bytes}
     macros |= {"COLUMNS": len(columns), "CODE_COLUMN": columns.index("code_pages")}
-    for part in PARTS:
+    for part in KV:
         address = layout.address(part)
         fields = {"SPARSITY": address.sparsity, "OFFSET": address.index_offset, "STRIDE": address.index_stride}
         macros |= {f"{part.upper()}_{name}": number for name, number in fields.items()}
@@ -50,13 +50,13 @@ def order_entries(cache: LayerCache, destination: Tensor) -> None:
 
 def order_entries_layers(layers: LayerStack, destination: Tensor) -> None:
     """The same of `omp_encode_layers`."""
-    _launch(layers.caches[0], layers.places, len(layers.caches), destination)
+    _launch(layers.caches[0], layers.addresses, len(layers.caches), destination)
 
 
-def _launch(cache: LayerCache, places: Tensor | nvrtc.Int64, layers: int, destination: Tensor) -> None:
+def _launch(cache: LayerCache, addresses: Tensor | nvrtc.Int64, layers: int, destination: Tensor) -> None:
     M = destination.shape[0]
     if M == 0:
         return
     pages, grid = cache.code_pages, (-(-M // 32), cache.layout.num_kv_heads, 2 * layers)
     kernel = _kernel(pages.get_device(), cache.layout)
-    kernel.launch(grid, THREADS, pages, places, nvrtc.Int64(pages.stride(0)), destination, M)
+    kernel.launch(grid, THREADS, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)

@@ -52,7 +52,7 @@ def _masked_or(bits, mask, piece):
 @triton.jit
 def _best_atoms(
     operand,
-    screen_ptr,
+    fp8_atoms_ptr,
     row_bits,
     value_bits,
     N: tl.constexpr,
@@ -76,7 +76,7 @@ def _best_atoms(
     best = tl.zeros([TILE, 8], tl.int32)
     for start in tl.range(0, N, CHUNK):
         atoms = start + tl.arange(0, CHUNK)
-        rows = screen_ptr + atoms[None, :] * D + dims[:, None]
+        rows = fp8_atoms_ptr + atoms[None, :] * D + dims[:, None]
         if N % CHUNK == 0 and D == D_PAD:
             block = tl.load(rows)
         else:
@@ -95,7 +95,7 @@ def _best_atoms(
 def pursue_tile(
     x,
     atoms_ptr,
-    screen_ptr,
+    fp8_atoms_ptr,
     chosen_rows,
     coefficient_rows,
     valid,
@@ -118,9 +118,9 @@ def pursue_tile(
     step = 0
     while step < sparsity:
         energy = tl.sum(residual * residual, 1)
-        operand = _operand(residual, energy, screen_ptr.dtype.element_ty)
+        operand = _operand(residual, energy, fp8_atoms_ptr.dtype.element_ty)
         row_bits = tl.where(energy > min_energy, value_bits, 0)
-        index = _best_atoms(operand, screen_ptr, row_bits, value_bits, N, D, D_PAD, CHUNK)
+        index = _best_atoms(operand, fp8_atoms_ptr, row_bits, value_bits, N, D, D_PAD, CHUNK)
         tl.store(chosen_rows + step, index, mask=valid)
         tl.store(coefficient_rows + step, tl.zeros_like(index).to(tl.float32), mask=valid)
         tl.debug_barrier()  # other threads read the rows

@@ -57,9 +57,9 @@ def _entries(entry, M, source_ptr, destination_ptr, P: tl.constexpr):
 
 @triton.jit
 def _write_records(
-    head_start, slot, coded, chosen, coefficients, levels_ptr, raising, ADDRESS: tl.constexpr, CODEC: tl.constexpr
+    head_start, slot, coded, chosen, coefficients, levels_ptr, gain_factor, ADDRESS: tl.constexpr, CODEC: tl.constexpr
 ):
-    """Quantise and store the records of a tile, their scales times `raising`; see `reference.encode_vectors`."""
+    """Quantise and store the records of a tile, their scales times `gain_factor`; see `reference.encode_vectors`."""
     columns = tl.arange(0, chosen.shape[1])
     level, peak, kept, _ = quantize_tile(chosen, coefficients, levels_ptr)
     mask = coded[:, None] & (columns < ADDRESS.sparsity)[None, :]
@@ -80,7 +80,7 @@ def _write_records(
     scale_ptr = (head_start + ADDRESS.scale_offset + slot * ADDRESS.scale_stride).to(
         tl.pointer_type(tl.bfloat16), bitcast=True
     )
-    tl.store(scale_ptr, tl.where(any_kept, tl.minimum(peak * raising, BF16_MAX), 0.0).to(tl.bfloat16), mask=coded)
+    tl.store(scale_ptr, tl.where(any_kept, tl.minimum(peak * gain_factor, BF16_MAX), 0.0).to(tl.bfloat16), mask=coded)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _encode_part(
     levels_ptr,
     mean_ptr,
     stretch_ptr,
-    screen_ptr,
+    fp8_atoms_ptr,
     code_ptr,
     code_page_stride,
     source,
@@ -127,15 +127,15 @@ def _encode_part(
     x = x / tl.load(stretch_ptr + head * D + dims, mask=dims < D, other=1.0)[None, :]
     x, norm = unit_rows(x)
     residual = pursue_tile(
-        x, atoms_ptr, screen_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits,
+        x, atoms_ptr, fp8_atoms_ptr, chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, min_energy, value_bits,
         N, D, D_PAD, CHUNK,
     )  # fmt: skip
     chosen, coefficients = load_code(chosen_rows, coefficient_rows, coded, ADDRESS.sparsity, S_PAD)
     head_start = code_ptr + (destination // P) * code_page_stride + head * HEAD_BYTES
     lost = tl.minimum(tl.sum(residual * residual, 1), MOST_LOST)
-    raising = tl.exp2(-gain * tl.log2(1 - lost))
+    gain_factor = tl.exp2(-gain * tl.log2(1 - lost))
     coefficients *= norm[:, None]
-    _write_records(head_start, destination % P, coded, chosen, coefficients, levels_ptr, raising, ADDRESS, CODEC)
+    _write_records(head_start, destination % P, coded, chosen, coefficients, levels_ptr, gain_factor, ADDRESS, CODEC)
 
 
 @triton.jit
@@ -152,12 +152,12 @@ def _omp_encode(
     key_levels_ptr,
     key_mean_ptr,
     key_stretch_ptr,
-    key_screen_ptr,
+    key_fp8_atoms_ptr,
     value_atoms_ptr,
     value_levels_ptr,
     value_mean_ptr,
     value_stretch_ptr,
-    value_screen_ptr,
+    value_fp8_atoms_ptr,
     code_ptr,
     code_page_stride,
     source_ptr,
@@ -197,7 +197,7 @@ def _omp_encode(
         _encode_part(
             key_ptr, key_stride_t, key_stride_h, tail_ptr, tail_page_stride,
             key_atoms_ptr + head * KEY_STRIDE, key_levels_ptr, key_mean_ptr, key_stretch_ptr,
-            key_screen_ptr + head * KEY_STRIDE,
+            key_fp8_atoms_ptr + head * KEY_STRIDE,
             code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, key_gain,
             0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
@@ -206,7 +206,7 @@ def _omp_encode(
         _encode_part(
             value_ptr, value_stride_t, value_stride_h, tail_ptr, tail_page_stride,
             value_atoms_ptr + head * VALUE_STRIDE, value_levels_ptr, value_mean_ptr, value_stretch_ptr,
-            value_screen_ptr + head * VALUE_STRIDE,
+            value_fp8_atoms_ptr + head * VALUE_STRIDE,
             code_ptr, code_page_stride,
             source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, value_gain,
             1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
@@ -286,7 +286,7 @@ def omp_encode(
         _write_exact[grid](*inputs, *outputs, M, **sizes, HK=Hk, TILE=WRITE_EXACT.tile, num_warps=WRITE_EXACT.num_warps)
         return
     S_PAD = triton.next_power_of_2(max(layout.key_sparsity, layout.value_sparsity))
-    screens = [book.atoms if book.screen is None else book.screen for book in (cache.key, cache.value)]
+    screens = [book.atoms if book.fp8_atoms is None else book.fp8_atoms for book in (cache.key, cache.value)]
     launch = pursuit_launch(2 * M * Hk, D_PAD, max(screen.element_size() for screen in screens))
     scratch = [empty(2 * M * Hk * S_PAD, dtype=dtype, device=key.device) for dtype in (int32, float32)]
     books = (*cache.key.tensors, screens[0], *cache.value.tensors, screens[1])

@@ -106,9 +106,9 @@ def decode_slice(
     lse: Tensor,
 ) -> None:
     """All steps for tokens that fit the scratch memory."""
-    places = (token_request, token_seq_len, tables.sink_end, tables.raw_start)
+    addresses = (token_request, token_seq_len, tables.sink_end, tables.raw_start)
     factor = scale * LOG2_E
-    prepare(shape, scratch, query, cache, tables, places, factor)
+    prepare(shape, scratch, query, cache, tables, addresses, factor)
     attend_codes(shape, scratch, cache, tables, token_request)
     multiply_bins(shape, scratch, cache, query.shape[0])
     merge(shape, scratch, cache, out, lse)
@@ -120,7 +120,7 @@ def prepare(
     query: Tensor,
     cache: LayerCache,
     tables: RequestTables,
-    places: tuple[Tensor, ...],
+    addresses: tuple[Tensor, ...],
     factor: float,
 ) -> None:
     """Tables, scales and plans of all tokens, and attention over sinks and window."""
@@ -134,7 +134,7 @@ def prepare(
         cache.key.atoms,
         cache.key.mean,
         cache.key.stretch,
-        *places,
+        *addresses,
         scratch["table"],
         scratch["query_scale"],
         scratch["offset"],
@@ -162,7 +162,7 @@ def prepare(
         SHORT_SPAN=TABLE.short_span,
         SHORT=TABLE.short_tokens,
         TILE=tile,
-        PARTS=TABLE_TAIL.parts,
+        KV=TABLE_TAIL.parts,
         TAIL_TILE=TABLE_TAIL.tile,
         num_warps=TABLE_MATMUL.num_warps,
     )

@@ -7,7 +7,7 @@ from math import gcd
 import torch
 
 from lexico_kernels.device.launch import TABLE, TABLE_MATMUL, TABLE_SCRATCH_BYTES, TABLE_TAIL, TableLaunch, table_launch
-from lexico_kernels.memory.layout import MAX_ATOMS, PARTS, CodeLayout
+from lexico_kernels.memory.layout import KV, MAX_ATOMS, CodeLayout
 
 MAX_GROUP = 8  # query heads that one pass over the codes can serve
 NO_LIMIT_BYTES = 1 << 30
@@ -142,8 +142,8 @@ def constants(shape: Shape, launch: TableLaunch, page_alignment: int, limit_byte
         "HEAD_BYTES": layout.head_bytes,
         "HEAD_GROUPS": shape.head_groups,
     }
-    for part, atoms in zip(PARTS, (shape.key_atoms, shape.value_atoms), strict=True):
-        offset, stride = layout.part_offset_bytes(part), layout.part_bytes(part)
+    for part, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
+        offset, stride = layout.kv_offset_bytes(part), layout.vector_bytes(part)
         out |= {
             f"{part.upper()}_SPARSITY": layout.sparsity(part),
             f"{part.upper()}_ATOMS": atoms,

@@ -125,7 +125,7 @@ def _attend_tail(
     D_PAD: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
+    KV: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One part of one token's raw context: normalised output [T, H * G, PARTS, D] and base-2 log-sum-exp.
@@ -147,14 +147,14 @@ def _attend_tail(
     )
     tails = tail_table_ptr + request * tail_table_stride
     kv_head = head // HEAD_GROUPS
-    if part == PARTS - 1:
+    if part == KV - 1:
         state = _attend_raw(q, state, 0, sinks, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
-    span = tl.cdiv(tl.cdiv(seq_len - first, PARTS), TILE) * TILE
+    span = tl.cdiv(tl.cdiv(seq_len - first, KV), TILE) * TILE
     start = first + part * span
     end = tl.minimum(start + span, seq_len)
     state = _attend_raw(q, state, start, end, tail_ptr, tail_page_stride, tails, kv_head, factor, R, D, D_PAD, TILE)
     top, total, acc = state
-    out_row = (token * H * G + head * G + group) * PARTS + part
+    out_row = (token * H * G + head * G + group) * KV + part
     empty = total == 0
     tl.store(part_out_ptr + out_row[:, None] * D + dims[None, :], acc / tl.where(empty, 1.0, total)[:, None], mask=mask)
     tl.store(part_lse_ptr + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=group < G)
@@ -199,18 +199,18 @@ def prepare(
     SHORT_SPAN: tl.constexpr,
     SHORT: tl.constexpr,
     TILE: tl.constexpr,
-    PARTS: tl.constexpr,
+    KV: tl.constexpr,
     TAIL_TILE: tl.constexpr,
 ):
     """What needs nothing but the query, side by side: the first T * H * PARTS programs attend the raw context, the
     others make tables."""
     program = tl.program_id(0)
-    tails = T * (H * PARTS)
+    tails = T * (H * KV)
     if program < tails:
         _attend_tail(
-            (program // (H * PARTS)).to(tl.int64),
-            program // PARTS % H,
-            program % PARTS,
+            (program // (H * KV)).to(tl.int64),
+            program // KV % H,
+            program % KV,
             H,
             query_ptr,
             query_stride_t,
@@ -232,7 +232,7 @@ def prepare(
             D_PAD,
             G,
             G_PAD,
-            PARTS,
+            KV,
             TAIL_TILE,
         )
     else:
@@ -284,7 +284,7 @@ def multiply_bins(
     chunk_out_ptr,
     coded_lse_ptr,
     T,
-    PARTS,
+    KV,
     HEAD_STRIDE: tl.constexpr,
     HEAD_GROUPS: tl.constexpr,
     N: tl.constexpr,
@@ -310,7 +310,7 @@ def multiply_bins(
     parts = tl.load(plan_ptr + token * 4 + 3, mask=there, other=0)
     part = tl.arange(0, PARTS_PAD)
     exists = (part[:, None] < parts[None, :]) & (g < G)[None, :]
-    at = stats_ptr + (row * PARTS)[None, :] * ROW + part[:, None] * ROW + g[None, :]
+    at = stats_ptr + (row * KV)[None, :] * ROW + part[:, None] * ROW + g[None, :]
     tops = tl.load(at, mask=exists, other=-float("inf"))
     top = tl.max(tops, 0)
     shift = tl.where(exists, tl.exp2(tops - top[None, :]), 0.0)
@@ -331,7 +331,7 @@ def multiply_bins(
             for later in tl.static_range(PARTS_AT_ONCE):  # one by one: a sum over an axis would go through other lanes
                 some = first_part + later
                 used = (some < parts) & (g < G)
-                place = row * PARTS + some
+                place = row * KV + some
                 stat = stats_ptr + place * ROW + g
                 worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
                 worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top), 0.0)

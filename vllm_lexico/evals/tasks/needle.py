@@ -83,10 +83,10 @@ class Builder:
                 f"more; raise --needle-lengths or lower --needle-keys"
             )
         depths = [DEPTHS[index % len(DEPTHS)]] if kind == "single" else [(i + 0.5) / count for i in range(count)]
-        ids, places = hide(self._paragraphs(generator, room), needles, depths)
+        ids, addresses = hide(self._paragraphs(generator, room), needles, depths)
         questions = [
             Question(key, value, place / max(len(ids), 1), prompt)
-            for (key, value), place, prompt in zip(pairs, places, asked, strict=True)
+            for (key, value), place, prompt in zip(pairs, addresses, asked, strict=True)
         ]
         return Document(f"{length}/{kind}/{index}", length, kind, before + ids, questions)
 
@@ -124,15 +124,15 @@ def hide(
     total = boundaries[-1]
     chosen = [_nearest(boundaries, depth * total) for depth in depths]
     ids: list[int] = []
-    places: list[int] = []
+    addresses: list[int] = []
     for i in range(len(boundaries)):
         for needle, boundary in zip(needles, chosen, strict=True):
             if boundary == i:
-                places.append(len(ids))
+                addresses.append(len(ids))
                 ids += needle
         if i < len(paragraphs):
             ids += paragraphs[i]
-    return ids, places
+    return ids, addresses
 
 
 def _nearest(boundaries: Sequence[int], place: float) -> int:
