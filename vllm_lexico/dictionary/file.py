@@ -30,9 +30,9 @@ import torch
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KV, MAX_SPARSITY, NUM_LEVELS
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vllm_lexico.dictionary.names import same_model, train_command
+from vllm_lexico.files import save_tensors
 
 logger = logging.getLogger("vllm.lexico")
 
@@ -264,11 +264,7 @@ class Dictionary:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all. float tensors keep their dtype."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = self.info.to_metadata() | {"sha256": _checksum(self.tensors)}
-        unfinished = path.with_name(path.name + ".tmp")
-        save_file(self.tensors, str(unfinished), metadata=metadata)
-        unfinished.replace(path)
+        save_tensors(path, self.tensors, self.info.to_metadata() | {"sha256": _checksum(self.tensors)})
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from lexico_kernels.files import cache_folder
 
 from vllm_lexico.dictionary.file import ModelFingerprint
 from vllm_lexico.dictionary.names import file_name, train_command
-from vllm_lexico.dictionary.search import DictionaryNotFoundError, cache_folder, find_dictionary
+from vllm_lexico.dictionary.search import DictionaryNotFoundError, find_dictionary
 
 logger = logging.getLogger("vllm.lexico")
 

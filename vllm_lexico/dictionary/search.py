@@ -1,11 +1,12 @@
 """Where dictionaries are looked for: a file or hub id that the user names, the package, the user's cache, the hub."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+from lexico_kernels.files import cache_folder
 
 from vllm_lexico.dictionary.file import DictionaryInfo, ModelFingerprint, read_info
 from vllm_lexico.dictionary.names import file_name, is_hub_id, same_model, train_command
@@ -23,11 +24,6 @@ def bundled_folder() -> Path:
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     return Path(__file__).resolve().parents[2] / "dictionaries"
-
-
-def cache_folder() -> Path:
-    """The user's own dictionaries, where `vllm-lexico train` puts them: ~/.cache/vllm-lexico, or in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-lexico"
 
 
 class DictionaryNotFoundError(ValueError):

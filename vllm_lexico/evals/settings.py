@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lexico_kernels.files import write_whole
+
 from vllm_lexico import __version__
 
 TASKS = ("gsm8k", "wikitext", "needle")
@@ -163,7 +165,4 @@ def versions() -> dict[str, str | None]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a file whole or not at all: an interrupted run must not leave half a result behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(values, indent=1) + "\n")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from lexico_kernels.memory.layout import KV
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from vllm_lexico.dictionary.file import pack_atoms, unit_atoms
+from vllm_lexico.files import save_tensors
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import Levels, learn_levels
 
@@ -33,7 +34,7 @@ class FinishedLayers:
 
     def write(self, target: Path) -> None:
         """target.safetensors and target.json; the latter is written last and says that both are complete."""
-        save_file(self.tensors, str(target.with_suffix(".safetensors")))
+        save_tensors(target.with_suffix(".safetensors"), self.tensors)
         target.with_suffix(".json").write_text(json.dumps({"errors": self.errors, "rounds": self.rounds}))
 
 
@@ -172,9 +173,7 @@ class LayerLearners:
         tensors["rounds_done"] = torch.tensor(rounds_done)
         for at, learner in enumerate(self.learners):
             tensors |= {f"{at}.{name}": tensor.contiguous() for name, tensor in learner.state().items()}
-        unfinished = path.with_name(path.name + ".tmp")
-        save_file(tensors, str(unfinished))
-        unfinished.replace(path)
+        save_tensors(path, tensors)
 
     def load(self, path: Path) -> int:
         """Go on from a saved state; returns the rounds that are done."""

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lexico_kernels.files import cache_folder
 from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from vllm_lexico.dictionary.file import ATOM_BITS, Dictionary, DictionaryInfo, ModelFingerprint
 from vllm_lexico.dictionary.names import file_name
-from vllm_lexico.dictionary.search import cache_folder
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings

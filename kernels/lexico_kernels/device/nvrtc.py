@@ -7,9 +7,7 @@ source is a `.cu` file of `lexico_kernels` without includes; its `extern "C"` ke
 import ctypes
 import hashlib
 import logging
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache as once
@@ -18,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lexico_kernels.files import cache_folder, write_whole
 
 SOURCES = Path(__file__).parent.parent
 MIN_CAPABILITY = (8, 0)
@@ -62,7 +62,7 @@ def compile_source(source: str, arch: str, defines: Mapping[str, int] | None = N
     options = [*OPTIONS, f"--gpu-architecture={arch}", *macros]
     version = check(nvrtc.nvrtcVersion())
     name = hashlib.sha256("\0".join([source, *options, *map(str, version)]).encode()).hexdigest()
-    path = cache_folder() / f"{name}.cubin"
+    path = cache_folder() / "kernels" / f"{name}.cubin"
     if path.is_file():
         return path.read_bytes()
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
@@ -80,20 +80,11 @@ def compile_source(source: str, arch: str, defines: Mapping[str, int] | None = N
     return bytes(cubin)
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ~/.cache/vllm-lexico/kernels, or in XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-lexico" / "kernels"
-
-
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, since other processes may do the same; a folder that cannot be written is no
-    error, it only means to compile again next time."""
+    """Write a kernel's file; one that cannot be written is no error, it only means to compile again next time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
-    except OSError as error:
+        write_whole(path, content)
+    except (OSError, ValueError) as error:
         logger.info("Compiled kernels are not kept: %s", error)
 
 
@@ -214,6 +205,10 @@ def _unavailable(device: int) -> str:
         return f"the device is sm_{capability[0]}{capability[1]}, and they need sm_80 or newer"
     try:
         _load(PROBE, "probe", device, 0, {})
-    except (ImportError, RuntimeError) as error:  # cuda.bindings raises RuntimeErrors where libraries are missing
+    except (
+        ImportError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # cuda.bindings raises RuntimeErrors where libraries are missing
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
