@@ -22,17 +22,17 @@ def a_step(computed, query_lens, num_padding_tokens=0, num_padding_requests=0):
     return torch.tensor(starts, dtype=torch.int32), seq_lens, table, tail_table, starts[-1] + num_padding_tokens
 
 
-def waits(page):
-    return int(plan._waits(torch.tensor(page)))
+def delay(page):
+    return int(plan._delay(torch.tensor(page)))
 
 
 def coded_end(written, page):
-    """End of the group that is coded when a position of a page is written; 0 if none is."""
+    """End of the span that is coded when a position of a page is written; 0 if none is."""
     block = written // BLOCK * BLOCK
     last = block + BLOCK - 1
     if written == last:
         return last + 1
-    ends = [e for e in range(block + plan.SPAN_TOKENS, last, plan.SPAN_TOKENS) if e - 1 + waits(page) == written]
+    ends = [e for e in range(block + plan.SPAN_TOKENS, last, plan.SPAN_TOKENS) if e - 1 + delay(page) == written]
     return ends[0] if ends else 0
 
 
@@ -49,12 +49,12 @@ STEPS = [
 @pytest.mark.parametrize("computed, query_lens", STEPS)
 @pytest.mark.parametrize("padding", [(0, 0), (5, 0), (3, 2)])
 @pytest.mark.parametrize("from_batch", [True, False])
-def test_coded_tokens_are_those_of_the_groups_whose_turn_it_is(computed, query_lens, padding, from_batch):
+def test_coded_tokens_are_those_of_the_spans_whose_turn_it_is(computed, query_lens, padding, from_batch):
     starts, seq_lens, table, tail_table, num_tokens = a_step(computed, query_lens, *padding)
     request, position = plan.locate_tokens(starts, seq_lens, num_tokens)
-    members = plan.coded_tokens(request, position, table, BLOCK)
-    source = plan.sources(members, starts, tail_table, TAIL, from_batch=from_batch).tolist()
-    destination = plan.destinations(members, table, BLOCK).tolist()
+    coding = plan.plan_coding(request, position, table, BLOCK)
+    source = coding.sources(starts, tail_table, TAIL, from_batch=from_batch).tolist()
+    destination = coding.destinations(table, BLOCK).tolist()
     assert len(source) == len(destination) == plan.max_coded_tokens(num_tokens, len(seq_lens))
 
     expected = {}
@@ -103,16 +103,15 @@ def test_missing_window_pages_after_a_hit_are_read_from_codes(num_present):
 @pytest.mark.parametrize("query_len", [1, 3, 5])
 def test_every_token_is_coded_in_time(block, query_len):
     """Step by step: nothing leaves the window uncoded, and full blocks are coded."""
-    pages = [next(p for p in range(1, 9999) if waits(p) == w) for w in (0, 31, 17, 1, 30, 31, 0, 16)]
+    pages = [next(p for p in range(1, 9999) if delay(p) == w) for w in (0, 31, 17, 1, 30, 31, 0, 16)]
     table = torch.tensor([pages], dtype=torch.int32)
     coded = set()
     for first in range(0, len(pages) * block - query_len, query_len):
         written = first + query_len
         request, position = plan.locate_tokens(torch.tensor([0, query_len]), torch.tensor([written]), query_len)
-        _, _, members = plan.coded_tokens(request, position, table, block)
-        members = members.tolist()
-        kept = [p for p in members if p >= 0]
-        assert members == kept + [-1] * (len(members) - len(kept))
+        positions = plan.plan_coding(request, position, table, block).position.tolist()
+        kept = [p for p in positions if p >= 0]
+        assert positions == kept + [-1] * (len(positions) - len(kept))
         assert all(first - plan.MAX_WAITING_TOKENS <= p < written for p in kept)
         coded.update(kept)
         assert coded >= set(range(written - plan.MAX_WAITING_TOKENS))
@@ -120,10 +119,21 @@ def test_every_token_is_coded_in_time(block, query_len):
 
 
 def test_requests_in_step_are_coded_apart():
-    """Pages at equal distances, as those of requests that started together, wait for different numbers of tokens."""
+    """Pages at equal distances, as those of requests that started together, get different delays."""
     for distance in range(1, 200):
         pages = torch.arange(64) * distance + 5
-        assert plan._waits(pages).bincount(minlength=plan.SPAN_TOKENS).max() <= 12, distance
+        assert plan._delay(pages).bincount(minlength=plan.SPAN_TOKENS).max() <= 12, distance
+
+
+def test_a_plan_is_handed_over_once_and_in_order():
+    handover = plan.PlanHandover()
+    with pytest.raises(AssertionError, match="not planned before its tail"):
+        handover.take()
+    made = plan.CodingPlan(*torch.zeros(3, 32, dtype=torch.int64))
+    handover.put(made)
+    assert handover.take() is made
+    with pytest.raises(AssertionError, match="not planned before its tail"):
+        handover.take()
 
 
 def test_bound_is_never_too_small():
@@ -131,5 +141,5 @@ def test_bound_is_never_too_small():
         assert plan.max_coded_tokens(num_tokens, num_requests) % plan.SPAN_TOKENS == 0
         lens = torch.full((num_requests,), num_tokens // num_requests)
         lens[: num_tokens % num_requests] += 1
-        groups = sum(min(n, n // plan.SPAN_TOKENS + 2) for n in lens.tolist())
-        assert groups * plan.SPAN_TOKENS <= plan.max_coded_tokens(num_tokens, num_requests)
+        spans = sum(min(n, n // plan.SPAN_TOKENS + 2) for n in lens.tolist())
+        assert spans * plan.SPAN_TOKENS <= plan.max_coded_tokens(num_tokens, num_requests)

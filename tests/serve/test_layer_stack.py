@@ -48,7 +48,11 @@ def with_pages(count=3):
 
 def test_the_last_layer_of_a_run_launches():
     step = finder_of(with_pages()).of_step(LAYOUT)
-    assert [step.store() for _ in range(6)] == [False, False, True] * 2  # metadata may serve a warm-up and a capture
+    assert [step.count_stored() for _ in range(6)] == [
+        False,
+        False,
+        True,
+    ] * 2  # metadata may serve a warm-up and a capture
 
 
 def test_pages_that_move_are_found_again():
@@ -73,6 +77,6 @@ def test_without_pages_or_alike_layers_each_codes_by_itself():
 
 def test_a_step_that_missed_a_layer_is_noticed():
     finder = finder_of(with_pages())
-    finder.of_step(LAYOUT).store()
+    finder.of_step(LAYOUT).count_stored()
     with pytest.raises(AssertionError):
         finder.of_step(LAYOUT)

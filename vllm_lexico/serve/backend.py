@@ -1,234 +1,27 @@
-"""Where vLLM enters: the backend that it selects by name, and what it builds for each step.
+"""Where vLLM enters: the backend that it selects by name.
 
-A layer has two kinds of pages. Its own cache group holds codes; a shadow layer beside it holds the tail, the tokens in
-full precision (`tail.py`). Both groups have a metadata builder here; `impl.py` does the attention.
+A layer has two kinds of pages. Its own cache group holds codes; a shadow layer beside it (`tail_layer.py`) owns the
+tail, the tokens in full precision. `metadata.py` has the builders of both groups, `impl.py` does the attention.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from lexico_kernels import CodeLayout
-from torch import Tensor
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-    MultipleOf,
-)
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME
-from vllm_lexico.serve import coding_plan as plan
 from vllm_lexico.serve import refusals
-from vllm_lexico.serve import start_line as report
-from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
-from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
+from vllm_lexico.serve.impl import LexicoImpl
+from vllm_lexico.serve.metadata import PAGE_LAYOUTS, LexicoMetadataBuilder
 from vllm_lexico.serve.setup import LexicoSetup
-from vllm_lexico.serve.tail_pages import LexicoTailSpec
 
 DEFAULT_BLOCK_TOKENS = 128
-TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
-
-
-@dataclass
-class LexicoMetadata(AttentionMetadata):
-    """One step, as the codes group sees it. Decode requests come first in the batch.
-
-    Tensors are on the device and persistent, so that a CUDA graph can hold them, but for those of `prefill`.
-    """
-
-    layout: CodeLayout
-    num_tokens: int
-    num_decode_tokens: int
-    prefill: PrefillPlan | None  # of the requests after those that decode
-    block_table: Tensor  # int32 [B, pages]
-    token_request: Tensor  # int32 [T]
-    token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
-    destination: Tensor  # int64 [M], where the codes of the tokens to code go
-    layers: LayersOfStep | None  # that one launch codes; None if each layer codes by itself
-
-
-@dataclass
-class LexicoTailMetadata(AttentionMetadata):
-    """One step, as the tail group sees it."""
-
-    slot_mapping: Tensor  # int64 [T]
-    block_table: Tensor  # int32 [B, pages]
-    source: Tensor  # int32 [M], where the tokens to code are read
-    sink_end: Tensor  # int32 [B]
-    raw_start: Tensor  # int32 [B]
-
-
-class _StepBuffers:
-    """Tensors of fixed address for what a builder derives in each step."""
-
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        scheduler = vllm_config.scheduler_config
-        # A batch that is padded to the size of a CUDA graph may exceed what the scheduler allows.
-        padded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self.max_requests = max(scheduler.max_num_seqs, padded)
-        self.max_tokens = max(scheduler.max_num_batched_tokens, padded)
-        self.max_coded = plan.max_coded_tokens(self.max_tokens, self.max_requests)
-        self.device = device
-
-    def new(self, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(count, dtype=dtype, device=self.device)
-
-
-def _keep(buffer: Tensor, values: Tensor) -> Tensor:
-    """Copy values into the front of a persistent buffer and return that part of it."""
-    kept = buffer[: values.shape[0]]
-    kept.copy_(values)
-    return kept
-
-
-def _only_decodes(common: CommonAttentionMetadata, threshold: int) -> bool:
-    """Whether every request of a step decodes. Then all tokens that it codes, its own too, are in tail pages."""
-    return common.max_query_len <= threshold
-
-
-class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
-    """Builds a step's metadata for the layers of the codes group."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.setup = LexicoSetup.of(vllm_config)
-        self.layout = self.setup.layout(
-            kv_cache_spec.head_size, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, kv_cache_spec.dtype
-        )
-        buffers = _StepBuffers(vllm_config, device)
-        self.token_request = buffers.new(buffers.max_tokens, torch.int32)
-        self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
-        self.destination = buffers.new(buffers.max_coded, torch.int64)
-        self._layers = vllm_config.compilation_config.static_forward_context
-        self._finder = LayerFinder(layer_names, vllm_config)
-        self._reported = False
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LexicoMetadata:
-        """Derive where this step's codes go and what each token sees."""
-        common = common_attn_metadata
-        if not self._reported:
-            report.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config, self.layer_names)
-            self._reported = True
-        assert self.reorder_batch_threshold is not None
-        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
-        request, position = plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        block_table = common.block_table_tensor[: common.num_reqs]
-        members = plan.coded_tokens(request, position, block_table, self.layout.block_tokens)
-        for name in self.layer_names:
-            self._layers[name].impl.members = members
-        destination = plan.destinations(members, block_table, self.layout.block_tokens)
-        return LexicoMetadata(
-            layout=self.layout,
-            num_tokens=common.num_actual_tokens,
-            num_decode_tokens=num_decode_tokens,
-            prefill=self._plan_prefill(common, num_decodes) if num_decode_tokens < common.num_actual_tokens else None,
-            block_table=common.block_table_tensor,
-            token_request=_keep(self.token_request, request),
-            token_seq_len=_keep(self.token_seq_len, position + 1),
-            destination=_keep(self.destination, destination),
-            layers=self._finder.of_step(self.layout) if _only_decodes(common, self.reorder_batch_threshold) else None,
-        )
-
-    def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
-        # An upper bound only for requests that decode, whose drafts may yet be rejected.
-        seq_lens = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
-        assert seq_lens is not None
-        query_lens = common.query_start_loc_cpu.diff()[num_decodes:].tolist()
-        spec = self.kv_cache_spec
-        tile_tokens = history_tokens(spec.num_kv_heads, spec.head_size, spec.dtype)
-        return plan_prefill(query_lens, seq_lens[num_decodes:].tolist(), num_decodes, tile_tokens, self.device)
-
-
-class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
-    """Builds a step's metadata for the shadow layers of the tail group."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.spec = kv_cache_spec
-        layers = vllm_config.compilation_config.static_forward_context
-        self._attention = layers[layer_names[0].removesuffix(TAIL_SUFFIX)]
-        buffers = _StepBuffers(vllm_config, device)
-        self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
-        self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
-        self.raw_start = buffers.new(buffers.max_requests, torch.int32)
-        self.source = buffers.new(buffers.max_coded, torch.int32)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LexicoTailMetadata:
-        """Derive where this step reads full-precision tokens."""
-        common, tail_tokens = common_attn_metadata, self.spec.block_size
-        # They depend on the pages of codes, whose group is the first and was built just before this one.
-        members, self._attention.impl.members = self._attention.impl.members, None
-        assert members is not None, "a step's codes were not planned before its tail"
-        assert self.reorder_batch_threshold is not None
-        # A launch that codes all layers has no layer's batch.
-        from_batch = not _only_decodes(common, self.reorder_batch_threshold)
-        source = plan.sources(
-            members, common.query_start_loc, common.block_table_tensor, tail_tokens, from_batch=from_batch
-        )
-        raw_start = plan.raw_starts(
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
-            window_tokens=self.spec.window_tokens,
-            tail_tokens=tail_tokens,
-            sink_end=self.sink_tokens,
-        )
-        return LexicoTailMetadata(
-            slot_mapping=common.slot_mapping,
-            block_table=common.block_table_tensor,
-            source=_keep(self.source, source),
-            sink_end=self.sink_end[: common.num_reqs],
-            raw_start=_keep(self.raw_start, raw_start),
-        )
-
-
-class LexicoTailBackend(AttentionBackend):
-    """The backend of shadow layers; it only names their builder."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_name() -> str:
-        return f"{NAME}_TAIL"
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        from vllm_lexico.serve.impl import LexicoImpl
-
-        return LexicoImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[LexicoTailMetadataBuilder]:
-        return LexicoTailMetadataBuilder
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return LexicoBackend.supported_kv_cache_layouts()
 
 
 class LexicoBackend(AttentionBackend):
@@ -241,6 +34,8 @@ class LexicoBackend(AttentionBackend):
     @functools.cache
     def bound_to(cls, setup: LexicoSetup) -> type[LexicoBackend]:
         """This backend for layers of one engine: `customize_spec` is handed a spec and no configuration."""
+        if cls.setup == setup:
+            return cls
         return type(
             cls.__name__, (cls,), {"setup": setup, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         )
@@ -250,9 +45,7 @@ class LexicoBackend(AttentionBackend):
         return NAME
 
     @staticmethod
-    def get_impl_cls() -> Any:
-        from vllm_lexico.serve.impl import LexicoImpl
-
+    def get_impl_cls() -> type[LexicoImpl]:
         return LexicoImpl
 
     @staticmethod
@@ -274,8 +67,7 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layouts in which a page is one run of bytes; what is inside is ours."""
-        return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+        return PAGE_LAYOUTS
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -5,11 +5,13 @@ B requests, T tokens of the batch (both may be padded), P tokens a code page, R 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from lexico_kernels.memory.layout import SPAN_TOKENS
 from torch import Tensor
 
-# A step leaves at most this many tokens to be coded that it could have coded: a group that waits, and one not complete.
+# Most tokens that a step may leave uncoded: a span that is delayed, and one that is not complete.
 MAX_WAITING_TOKENS = 2 * SPAN_TOKENS - 1
 SKIPPED = -1
 
@@ -39,72 +41,104 @@ def locate_tokens(query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) ->
     return request, torch.where(is_padding, SKIPPED, position)
 
 
-def coded_tokens(
-    request: Tensor, position: Tensor, block_table: Tensor, block_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """List the tokens of every group that this step codes.
+class CodingPlan(NamedTuple):
+    """The tokens that a step codes: M = max_coded_tokens(T, B) of them at most, those to be coded first.
 
-    A block's last group is coded by the step that writes its last token, since others may read the block then. Another
-    group waits for as many tokens more as the block's page says (`_waits`), so that requests that complete groups in
-    the same step are coded in different ones. What a step writes decides, so that rewritten tokens are coded again.
+    Attributes:
+        row: int64 [M], row in the batch, counted as if the token's whole span were in it.
+        request: int64 [M].
+        position: int64 [M], in the request's sequence; -1 where the list is not used.
+    """
+
+    row: Tensor
+    request: Tensor
+    position: Tensor
+
+    def sources(
+        self, query_start_loc: Tensor, tail_block_table: Tensor, tail_tokens: int, *, from_batch: bool
+    ) -> Tensor:
+        """Say where each token is read: row of the batch, or -1 - slot in the tail pages. int32 [M].
+
+        Args:
+            query_start_loc: int32 [B + 1].
+            tail_block_table: int32 [B, max_pages], of the tail pages.
+            tail_tokens: R.
+            from_batch: read there the tokens that are in it; a long chunk has no tail pages for some.
+        """
+        slot = _slots(self.request, self.position, tail_block_table, tail_tokens)
+        if not from_batch:
+            return (-1 - slot).to(torch.int32)
+        return torch.where(self.row >= query_start_loc[self.request], self.row, -1 - slot).to(torch.int32)
+
+    def destinations(self, block_table: Tensor, block_tokens: int) -> Tensor:
+        """Say where each code goes: page * P + offset, or -1 for nowhere. int64 [M].
+
+        Args:
+            block_table: int32 [B, max_pages], of the code pages.
+            block_tokens: P.
+        """
+        slot = _slots(self.request, self.position, block_table, block_tokens)
+        return torch.where(self.position >= 0, slot, SKIPPED)
+
+
+class PlanHandover:
+    """Hands a step's coding plan from the codes group's builder to the tail group's.
+
+    The plan depends on the pages of codes, and the tail's builder needs it too. vLLM builds its groups in the order of
+    their layers, so the codes group, whose layers the model has, comes first.
+    """
+
+    def __init__(self) -> None:
+        self._plan: CodingPlan | None = None
+
+    def put(self, plan: CodingPlan) -> None:
+        """Leave the plan of the step that is being built."""
+        self._plan = plan
+
+    def take(self) -> CodingPlan:
+        """The plan of the step that is being built; it can be taken once."""
+        plan, self._plan = self._plan, None
+        assert plan is not None, "a step's codes were not planned before its tail"
+        return plan
+
+
+def plan_coding(request: Tensor, position: Tensor, block_table: Tensor, block_tokens: int) -> CodingPlan:
+    """Plan which tokens this step codes: those of every span whose turn it is.
+
+    A block's last span is coded by the step that writes its last token, since others may read the block then. Another
+    span is delayed by as many tokens as the block's page says (`_delay`), so that requests that complete spans in the
+    same step are coded in different ones. What a step writes decides, so that rewritten tokens are coded again.
 
     Args:
         request, position: int64 [T] from `locate_tokens`.
         block_table: int32 [B, max_pages], of the code pages.
         block_tokens: P.
-
-    Returns:
-        Of M = max_coded_tokens(T, B) tokens, those to be coded first: int64 [M] row in the batch, counted as if the
-        whole group were in it; int64 [M] request; int64 [M] position, -1 where the list is not used.
     """
     num_tokens, num_requests = position.shape[0], block_table.shape[0]
-    max_groups = max_coded_tokens(num_tokens, num_requests) // SPAN_TOKENS
+    max_spans = max_coded_tokens(num_tokens, num_requests) // SPAN_TOKENS
     block, offset = position.clamp(min=0) // block_tokens, position % block_tokens
-    waits = torch.where(offset == block_tokens - 1, 0, _waits(block_table[request, block]))
-    ends_group = (offset >= waits) & ((offset - waits + 1) % SPAN_TOKENS == 0) & (position >= 0)
-    target = torch.where(ends_group, ends_group.cumsum(0) - 1, max_groups)  # the last entry collects what is no end
-    ends = position.new_full((max_groups + 1,), SKIPPED)
+    delay = torch.where(offset == block_tokens - 1, 0, _delay(block_table[request, block]))
+    ends_span = (offset >= delay) & ((offset - delay + 1) % SPAN_TOKENS == 0) & (position >= 0)
+    target = torch.where(ends_span, ends_span.cumsum(0) - 1, max_spans)  # the last place collects what is no end
+    ends = position.new_full((max_spans + 1,), SKIPPED)
     rows = torch.arange(num_tokens, device=position.device)
-    ends = ends.scatter_(0, target, rows)[:max_groups]
+    ends = ends.scatter_(0, target, rows)[:max_spans]
     last = ends.clamp(min=0)
-    back = torch.arange(1 - SPAN_TOKENS, 1, device=position.device) - waits[last][:, None]
-    member_position = torch.where((ends >= 0)[:, None], position[last][:, None] + back, SKIPPED)
-    member_row = ends[:, None] + back
-    member_request = request[last][:, None].expand_as(member_row)
-    return member_row.flatten(), member_request.flatten(), member_position.flatten()
+    back = torch.arange(1 - SPAN_TOKENS, 1, device=position.device) - delay[last][:, None]
+    span_position = torch.where((ends >= 0)[:, None], position[last][:, None] + back, SKIPPED)
+    span_row = ends[:, None] + back
+    span_request = request[last][:, None].expand_as(span_row)
+    return CodingPlan(span_row.flatten(), span_request.flatten(), span_position.flatten())
 
 
-def _waits(page: Tensor) -> Tensor:
-    """Tokens that groups of a page wait for, 0 to G - 1: a hash, since pages of requests that started together lie at
-    equal distances. int64."""
+def _delay(page: Tensor) -> Tensor:
+    """Tokens by which spans of a page are delayed, 0 to 31; int64.
+
+    A hash, since pages of requests that started together lie at equal distances.
+    """
     mixed = page.long() * 1640531527 % (1 << 31)
     mixed = (mixed ^ mixed >> 15) * 1812433253 % (1 << 31)
     return mixed * SPAN_TOKENS >> 31
-
-
-def sources(
-    members: tuple[Tensor, Tensor, Tensor],
-    query_start_loc: Tensor,
-    tail_block_table: Tensor,
-    tail_tokens: int,
-    *,
-    from_batch: bool,
-) -> Tensor:
-    """Say where each token to code is read: row of the batch, or -1 - slot in the tail pages. int32 [M].
-
-    from_batch: read there those that are in it; a long chunk has no tail pages for some.
-    """
-    row, request, position = members
-    slot = _slots(request, position, tail_block_table, tail_tokens)
-    if not from_batch:
-        return (-1 - slot).to(torch.int32)
-    return torch.where(row >= query_start_loc[request], row, -1 - slot).to(torch.int32)
-
-
-def destinations(members: tuple[Tensor, Tensor, Tensor], block_table: Tensor, block_tokens: int) -> Tensor:
-    """Say where each code goes: page * P + offset, or -1 for nowhere. int64 [M]."""
-    _, request, position = members
-    return torch.where(position >= 0, _slots(request, position, block_table, block_tokens), SKIPPED)
 
 
 def raw_starts(

@@ -5,52 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lexico_kernels import KV, CodeLayout, LayerCache, RequestTables
-from lexico_kernels import ops as kernels
+from lexico_kernels import CodeLayout, LayerCache, RequestTables, ops
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat
-from vllm_lexico.dictionary.file import GAINS
 from vllm_lexico.serve import refusals
-from vllm_lexico.serve.backend import (
-    TAIL_SUFFIX,
-    LexicoBackend,
-    LexicoMetadata,
-    LexicoTailBackend,
-    LexicoTailMetadata,
-)
+from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into
+from vllm_lexico.serve.metadata import LexicoMetadata, LexicoTailMetadata
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens
 from vllm_lexico.serve.setup import LexicoSetup
-from vllm_lexico.serve.tail_pages import LexicoTailSpec, tail_spec
+from vllm_lexico.serve.tail_layer import add_tail_layer
 
-BOOK_FIELDS = ("atoms", "levels", "mean", "stretch")
-
-
-class LexicoTail(nn.Module, AttentionLayerBase):
-    """Shadow layer that owns the tail pages of an attention layer; vLLM allocates them as a group of their own."""
-
-    def __init__(self, layer: Any, setup: LexicoSetup) -> None:
-        super().__init__()
-        self.num_kv_heads, self.head_size, self.dtype = layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype
-        self.setup = setup
-        self.kv_cache = torch.tensor([])
-
-    def get_attn_backend(self) -> type[LexicoTailBackend]:
-        return LexicoTailBackend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> LexicoTailSpec:
-        """Raw pages of exactly the bytes of a code page, so that both groups draw from one pool."""
-        block_tokens = vllm_config.cache_config.block_size
-        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, self.dtype)
-        return tail_spec(self.setup, layout, self.dtype)
+CODEBOOKS = "lexico_codebooks"  # the attention layer's submodule that holds them
 
 
 class LexicoImpl(AttentionImpl[LexicoMetadata]):
@@ -92,33 +64,27 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Put the shadow layer beside this one and load its dictionary; harmless when called again."""
+        """Put the shadow layer beside this one and load its codebooks; harmless when called again.
+
+        Args:
+            act_dtype: the model's dtype, that of the atoms.
+        """
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self.tail_name = f"{name}{TAIL_SUFFIX}"
-        layer.attn_backend = LexicoBackend.bound_to(self.setup)
-        layers.setdefault(self.tail_name, LexicoTail(layer, self.setup))
-        self._load_codebooks(layer, extract_layer_index(name), act_dtype)
-
-    def _load_codebooks(self, layer: nn.Module, index: int, dtype: torch.dtype) -> None:
-        """Register the layer's codebooks as buffers: sleep mode keeps buffers, and profiling counts them.
-
-        When weights are loaded again, the buffers stay where they are: captured CUDA graphs know their addresses.
-        """
-        dictionary = self.setup.dictionary()
-        device = torch.device(current_platform.device_type)
-        heads = _heads_of_rank(self.vllm_config.model_config.get_total_num_kv_heads(), self.num_kv_heads)
-        for kv in KV:
-            if dictionary is None:
-                rows = self.num_kv_heads, self.head_size
-                shapes = (1, self.head_size), (16,), rows, rows
-                atoms, levels, mean, stretch = (torch.zeros(shape, device=device) for shape in shapes)
-                book = kernels.Codebook(atoms, levels, mean, stretch)
-            else:
-                sparsity = getattr(self.setup.config.sparsity, kv)
-                book = dictionary.codebook(index, kv, sparsity, device=device, dtype=dtype, heads=heads)
-                book = kernels.with_fp8_atoms(book, sparsity)
-            _register(layer, kv, book)
+        layer.attn_backend = layer.attn_backend.bound_to(self.setup)
+        self.tail_name = add_tail_layer(name, layer, self.setup, layers)
+        if not hasattr(layer, CODEBOOKS):
+            layer.add_module(CODEBOOKS, LayerCodebooks())
+        books = layer_books(
+            self.setup,
+            extract_layer_index(name),
+            head_size=self.head_size,
+            num_kv_heads=self.num_kv_heads,
+            total_kv_heads=self.vllm_config.model_config.get_total_num_kv_heads(),
+            device=torch.device(current_platform.device_type),
+            dtype=act_dtype,
+        )
+        getattr(layer, CODEBOOKS).load(books)
 
     def forward(
         self,
@@ -147,16 +113,16 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         cache = self.bind(layer, kv_cache, step.layout)
         num_tokens = step.num_tokens
         key, value = key[:num_tokens], value[:num_tokens]
-        kernels.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
+        ops.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
         entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
         if step.layers is None:
-            kernels.omp_encode(key, value, cache, *entries, relative_error=relative_error)
-        elif step.layers.store():
-            kernels.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
+            ops.omp_encode(key, value, cache, *entries, relative_error=relative_error)
+        elif step.layers.count_stored():
+            ops.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
-            kernels.sparse_decode(
+            ops.sparse_decode(
                 query[rows],
                 cache,
                 tables,
@@ -185,7 +151,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         _, lse = dense_attention(query, key, value, chunks, chunks, scale=self.scale, causal=True, out=output)
         for tile in prefill.tiles:
             keys, values = self._workspace(query)[:, : len(tile.token_request)]
-            kernels.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
+            ops.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
             seen = dense_attention(
                 query[tile.rows], keys, values, tile.queries, tile.keys, scale=self.scale, causal=False
             )
@@ -205,7 +171,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         num_decodes = min(query.shape[0], decode_tokens)
         block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
         layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
-        scratch = kernels.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
+        scratch = ops.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
         query.new_empty(scratch, dtype=torch.uint8)
 
     def _tail_metadata(self) -> LexicoTailMetadata:
@@ -225,36 +191,11 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
-            self._cache = LayerCache(
-                _code_pages(kv_cache),
-                _tail_pages(tail_cache, layout),
-                _book(layer, "key"),
-                _book(layer, "value"),
-                layout,
-            )
+            books = getattr(layer, CODEBOOKS)
+            codes, tail = _code_pages(kv_cache), _tail_pages(tail_cache, layout)
+            self._cache = LayerCache(codes, tail, books.book("key"), books.book("value"), layout)
             self._bound_to = pages
         return self._cache
-
-
-def _register(layer: nn.Module, kv: str, book: kernels.Codebook) -> None:
-    for field in BOOK_FIELDS:
-        _set_buffer(layer, f"lexico_{kv}_{field}", getattr(book, field))
-    if book.fp8_atoms is not None:
-        _set_buffer(layer, f"lexico_{kv}_fp8_atoms", book.fp8_atoms)
-
-
-def _book(layer: nn.Module, kv: str) -> kernels.Codebook:
-    atoms, levels, mean, stretch = (layer.get_buffer(f"lexico_{kv}_{field}") for field in BOOK_FIELDS)
-    screen = getattr(layer, f"lexico_{kv}_fp8_atoms", None)
-    return kernels.Codebook(atoms, levels, mean, stretch, screen, GAINS[kv])
-
-
-def _set_buffer(layer: nn.Module, name: str, values: Tensor) -> None:
-    present = getattr(layer, name, None)
-    if present is not None and (present.shape, present.dtype) == (values.shape, values.dtype):
-        present.copy_(values)
-    else:
-        layer.register_buffer(name, values, persistent=False)
 
 
 def _code_pages(kv_cache: Tensor) -> Tensor:
@@ -263,15 +204,8 @@ def _code_pages(kv_cache: Tensor) -> Tensor:
     return kv_cache.as_strided((num_pages, page_elements), (kv_cache.stride(0), 1)).view(torch.uint8)
 
 
-def _tail_pages(kv_cache: Tensor, layout: Any) -> Tensor:
+def _tail_pages(kv_cache: Tensor, layout: CodeLayout) -> Tensor:
     """The same pages as raw tokens [pages, Hk, R, 2, D]."""
     heads, tokens, head_dim = layout.num_kv_heads, layout.tail_tokens, layout.head_dim
     strides = (kv_cache.stride(0), tokens * 2 * head_dim, 2 * head_dim, head_dim, 1)
     return kv_cache.as_strided((kv_cache.shape[0], heads, tokens, 2, head_dim), strides)
-
-
-def _heads_of_rank(total_kv_heads: int, local_kv_heads: int) -> slice:
-    """The KV heads of this tensor-parallel rank; ranks beyond the heads hold copies."""
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    first = rank * local_kv_heads if total_kv_heads >= size else rank * total_kv_heads // size
-    return slice(first, first + local_kv_heads)

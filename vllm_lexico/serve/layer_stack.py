@@ -26,8 +26,8 @@ class LayersOfStep:
     stack: LayerStack
     stored: int = 0
 
-    def store(self) -> bool:
-        """Say that one more layer has stored its tokens; True if it was the last."""
+    def count_stored(self) -> bool:
+        """Count one more layer that has stored the step's tokens; True for the last, which codes for all."""
         self.stored = (self.stored + 1) % len(self.stack.caches)
         return self.stored == 0
 
