@@ -65,34 +65,9 @@ def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
 
 
 @pytest.fixture(scope="session")
-def write_letters_model() -> Callable[..., Path]:
+def write_letters_model(load_benchmark: Callable[[str], ModuleType]) -> Callable[..., Path]:
     """Write a random Llama of heads of 16, two queries a KV head, and a tokenizer that knows single letters."""
-
-    def write(folder: Path, layers: int, kv_heads: int = 1) -> Path:
-        import torch
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=32 * kv_heads,
-            intermediate_size=32 * kv_heads,
-            num_hidden_layers=layers,
-            num_attention_heads=2 * kv_heads,
-            num_key_value_heads=kv_heads,
-            head_dim=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            initializer_range=0.3,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer = Tokenizer(models.WordLevel({chr(97 + at): at + 2 for at in range(26)} | {"?": 1}, unk_token="?"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-        return folder
-
-    return write
+    return load_benchmark("bench/letters_model").write_letters_model
 
 
 @pytest.fixture(scope="session")
