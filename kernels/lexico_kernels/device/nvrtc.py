@@ -5,7 +5,6 @@ source is a `.cu` file of `lexico_kernels` without includes; its `extern "C"` ke
 """
 
 import ctypes
-import hashlib
 import logging
 import struct
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexico_kernels.files import cache_folder, write_whole
+from lexico_kernels.device.kernel_files import kept
 
 SOURCES = Path(__file__).parent.parent
 MIN_CAPABILITY = (8, 0)
@@ -47,24 +46,31 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def compile_source(source: str, arch: str, defines: Mapping[str, int] | None = None) -> bytes:
-    """Compile CUDA C++ to a CUBIN, or take it from the disk if it was compiled before.
+    """Compile CUDA C++ to machine code, or take it from the disk if it was compiled before (`kernel_files`).
 
     Args:
         source: one translation unit.
         arch: as `architecture` names it.
         defines: macros.
 
-    Raises RuntimeError with the compiler's messages if it does not compile.
+    Returns:
+        A CUBIN.
+
+    Raises:
+        RuntimeError: it does not compile; with the compiler's messages.
     """
     from cuda.bindings import nvrtc
 
     macros = [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
     options = [*OPTIONS, f"--gpu-architecture={arch}", *macros]
-    version = check(nvrtc.nvrtcVersion())
-    name = hashlib.sha256("\0".join([source, *options, *map(str, version)]).encode()).hexdigest()
-    path = cache_folder() / "kernels" / f"{name}.cubin"
-    if path.is_file():
-        return path.read_bytes()
+    identity = "\0".join([source, *options, *map(str, check(nvrtc.nvrtcVersion()))])
+    return kept(identity, lambda: run_compiler(source, options))
+
+
+def run_compiler(source: str, options: list[str]) -> bytes:
+    """NVRTC's CUBIN of a source; RuntimeError with its messages if it does not compile."""
+    from cuda.bindings import nvrtc
+
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -74,18 +80,9 @@ def compile_source(source: str, arch: str, defines: Mapping[str, int] | None = N
             raise RuntimeError(f"NVRTC says {status.name} with {options}:\n{log.rstrip(bytes(1)).decode()}")
         cubin = bytearray(check(nvrtc.nvrtcGetCUBINSize(program)))
         check(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return bytes(cubin)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    _keep(path, bytes(cubin))
-    return bytes(cubin)
-
-
-def _keep(path: Path, content: bytes) -> None:
-    """Write a kernel's file; one that cannot be written is no error, it only means to compile again next time."""
-    try:
-        write_whole(path, content)
-    except (OSError, ValueError) as error:
-        logger.info("Compiled kernels are not kept: %s", error)
 
 
 @dataclass(frozen=True)
