@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import lzma
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 import torch
 from bench.record import RESULTS, record

@@ -48,6 +48,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
 from bench import engine_loads as loads
 from bench.record import RESULTS, record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary

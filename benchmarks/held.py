@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
 from bench.record import record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 

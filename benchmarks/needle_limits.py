@@ -25,11 +25,14 @@ of energy lost. Rows go to benchmarks/results/needle_limits.jsonl, metric `found
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 import torch
 from bench.coded_model import CodedPerplexity

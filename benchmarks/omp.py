@@ -17,7 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
 import torch
+from bench.omp_latency import record_latencies
 from bench.omp_peers import Authors, OmpGpu, float64_energies
 from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors
 from bench.record import RESULTS, record
@@ -26,7 +29,6 @@ from lexico_kernels.memory.pages import LayerCache
 from lexico_kernels.ops import omp_encode, pursue
 from lexico_kernels.testing import residual_energy
 from lexico_kernels.timing import milliseconds
-from omp_latency import record_latencies
 from torch import Tensor
 
 SOURCES = ("books", "textbooks", "docs", "math", "code")

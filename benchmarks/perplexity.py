@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
 import torch
 from bench.coded_model import CodedPerplexity, ratio
 from bench.record import RESULTS, record

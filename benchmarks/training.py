@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
 from bench.record import RESULTS, record
 
 from vllm_lexico.dictionary.file import load_dictionary

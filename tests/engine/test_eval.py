@@ -21,7 +21,7 @@ ABSENT = "turboquant_4bit_nc"
 def out(smollm2, root, tmp_path_factory):
     """The folder that an evaluation of two caches leaves; it ends with status 2, because one of them fails."""
     folder = tmp_path_factory.mktemp("eval")
-    text = (root / "docs" / "design.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "design" / "memory.md").read_text(encoding="utf-8")
     (folder / "wikitext2_raw_test.txt.xz").write_bytes(lzma.compress(text.encode()))
     (folder / "train_textbooks.jsonl.xz").write_bytes(lzma.compress(json.dumps({"text": text}).encode()))
     command = [sys.executable, "-m", "vllm_lexico.cli", "eval", str(smollm2), "--data", str(folder)]

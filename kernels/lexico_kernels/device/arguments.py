@@ -88,7 +88,7 @@ class KvSizes(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Compile-time constants of a layer's cache; letters as in docs/design.md."""
+    """Compile-time constants of a layer's cache; letters as in docs/design/memory.md."""
 
     kv: tuple[KvSizes, KvSizes]
     HEAD_BYTES: int  # of one head in a code page

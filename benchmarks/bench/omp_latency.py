@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.omp_vectors import CapturedLayer
-from bench.record import record
 from lexico_kernels import ops
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.timing import graph_milliseconds
+
+from bench.omp_vectors import CapturedLayer
+from bench.record import record
 
 HEADS = 8  # of the shape that is timed; a token has 2 * HEADS vectors
 VECTORS = (32, 256, 1024, 2048)
