@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.record import RESULTS, ROOT
 
 from vllm_lexico.dictionary.picture import DOTS_PER_INCH, LOOKS
 
+COLOURS = 64  # of a picture's palette
 # By name: the figure's size in inches and what draws it.
 PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Path], None]]] = {
     "pages": ((11.0, 4.4), diagrams.draw_pages),
@@ -56,14 +58,16 @@ def draw(name: str, path: Path, results: Path) -> None:
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from PIL import Image
 
     size, fill = PICTURES[name]
     with rc_context(LOOKS):
         figure = Figure(figsize=size, layout="constrained")
         fill(figure, results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without the version of matplotlib, so that equal pictures are equal files.
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+        drawn = BytesIO()
+        figure.savefig(drawn, dpi=DOTS_PER_INCH)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(path, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":
