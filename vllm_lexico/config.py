@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lexico_kernels.memory.layout import CODECS, MAX_SPARSITY
 
+from vllm_lexico.errors import check_choice, check_whole_number, is_whole_number, refusal, shown
+
+LEXICO = "lexico"  # the key of vLLM's `additional_config` that holds the settings
 PREFIX_HITS = ("codes", "window")
 TRAIN = "train"  # the setting `dictionary` that makes a missing one
+EXAMPLE = """'{"lexico": {"sparsity": 7}}'"""
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Atoms a vector, for keys and for values."""
+    """Atoms per vector, for keys and for values."""
 
     key: int
     value: int
@@ -23,12 +29,11 @@ class Sparsity:
     def of(given: Any) -> Sparsity:
         """Read a number or `{"key": number, "value": number}`."""
         parts = given if isinstance(given, Mapping) else {"key": given, "value": given}
-        allowed = f'a whole number from 1 to {MAX_SPARSITY}, or {{"key": number, "value": number}}'
-        numbers = [value for value in parts.values() if _is_int(value) and 1 <= value <= MAX_SPARSITY]
+        numbers = [value for value in parts.values() if is_whole_number(value, 1, MAX_SPARSITY)]
         if set(parts) != {"key", "value"} or len(numbers) < 2:
-            raise ValueError(
-                _refusal("sparsity", given, allowed, "15 keeps 12.5 % of bf16 at head size 128, 7 keeps 6.25 %")
-            )
+            allowed = f'a whole number from 1 to {MAX_SPARSITY}, or {{"key": number, "value": number}}'
+            remedy = "with 128-dimensional heads 15 keeps 12.5 % of bf16's bytes and 7 keeps 6.25 %"
+            raise ValueError(refusal("LEXICO setting sparsity", given, allowed, remedy))
         return Sparsity(parts["key"], parts["value"])
 
 
@@ -38,13 +43,14 @@ class LexicoConfig:
 
     dictionary: a file or a Hugging Face id; None searches for one that was made for the model; "train" searches too,
         and trains one at the first start where there is none.
-    sparsity: atoms a vector, the dial between memory and quality.
+    sparsity: atoms per vector, the dial between memory and quality.
     window: newest tokens kept in full precision; at least 63 are, since so many may wait to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
     relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does);
         saves time, not memory: a code has the size that its sparsity gives it.
     prefix_hits: "codes" takes every prefix-cache hit and reads a missing window from codes; "window" takes a hit only
-        where the full-precision window before it is cached too, which keeps one more block a request in full precision.
+        where the full-precision window before it is cached too, which keeps one more block per request in full
+        precision.
     codec: "packed16", "paper" (int16 + fp8) or "exact" (the vectors themselves, for tests).
     """
 
@@ -59,58 +65,86 @@ class LexicoConfig:
     def __post_init__(self) -> None:
         if self.dictionary is not None and not (isinstance(self.dictionary, str) and self.dictionary):
             allowed = f'a file, a Hugging Face id or "{TRAIN}"'
-            raise ValueError(_refusal("dictionary", self.dictionary, allowed, "leave it out"))
-        _check_int("window", self.window, 0, 65536)
-        _check_int("sinks", self.sinks, 0, 1024)
+            remedy = "leave it out to have one searched for"
+            raise ValueError(refusal("LEXICO setting dictionary", self.dictionary, allowed, remedy))
+        check_whole_number("LEXICO setting window", self.window, 0, 65536, "it counts tokens, 128 by default")
+        check_whole_number("LEXICO setting sinks", self.sinks, 0, 1024, "it counts tokens, 16 by default")
         error = self.relative_error
         if isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error < 1:
-            raise ValueError(_refusal("relative_error", error, "a number from 0 up to, not including, 1", "0 is off"))
-        _check_choice("prefix_hits", self.prefix_hits, PREFIX_HITS)
-        _check_choice("codec", self.codec, CODECS)
-        if self.codec == "exact" and (self.dictionary is not None or error > 0):
-            raise ValueError(
-                "codec 'exact' stores the vectors themselves, so it takes neither a dictionary nor a relative_error; "
-                "remove them, or choose codec 'packed16'"
-            )
+            allowed = "a number from 0 up to, not including, 1"
+            raise ValueError(refusal("LEXICO setting relative_error", error, allowed, "0 switches it off"))
+        check_choice("LEXICO setting prefix_hits", self.prefix_hits, PREFIX_HITS)
+        check_choice("LEXICO setting codec", self.codec, CODECS)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> LexicoConfig:
         """Read vLLM's `additional_config`.
 
         Raises:
-            ValueError: an unknown key or a value out of range, with what was given, what is allowed and what to do.
+            ValueError: a setting in the wrong place, an unknown one or a value out of range, in one sentence: what was
+                given, what is allowed and what to do.
         """
-        given = additional_config.get("lexico", {}) if isinstance(additional_config, Mapping) else {}
-        if not isinstance(given, Mapping):
-            raise ValueError(
-                _refusal("lexico", given, "an object of settings", """e.g. '{"lexico": {"sparsity": 7}}'""")
-            )
+        beside = additional_config if isinstance(additional_config, Mapping) else {}
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown LEXICO setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}. "
-                "Correct or remove it in --additional-config"
-            )
+        _check_place(beside, known)
+        given = beside.get(LEXICO, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(refusal(f'"{LEXICO}" in --additional-config', given, "an object of settings", EXAMPLE))
+        for name in given:
+            if name not in known:
+                raise ValueError(_unknown(name, known))
+        _check_exact(given)
         values = dict(given)
         if "sparsity" in values:
             values["sparsity"] = Sparsity.of(values["sparsity"])
         return cls(**values)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def without_backend(additional_config: Any) -> str | None:
+    """What to say where another backend runs and vLLM's `additional_config` has settings for LEXICO; None if not."""
+    if not isinstance(additional_config, Mapping) or LEXICO not in additional_config:
+        return None
+    return (
+        f'--additional-config has settings under "{LEXICO}", but the attention backend is another; add '
+        "--attention-backend LEXICO, or remove the settings"
+    )
 
 
-def _refusal(name: str, given: Any, allowed: str, remedy: str) -> str:
-    return f"LEXICO setting {name} was given as {given!r}; allowed is {allowed}. Hint: {remedy}"
+def _check_place(additional_config: Mapping[Any, Any], known: list[str]) -> None:
+    """Refuse settings beside the key "lexico", and the key in other letters: vLLM would ignore them."""
+    for name, value in additional_config.items():
+        if not isinstance(name, str) or name == LEXICO:
+            continue
+        if name.casefold() == LEXICO:
+            raise ValueError(f'--additional-config has the key {shown(name)}; write it as "{LEXICO}"')
+        if name in known:
+            raise ValueError(
+                f'the setting {name} stands beside "{LEXICO}" in --additional-config; put it under that key: '
+                f"{_placed(name, value)}"
+            )
 
 
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if not _is_int(value) or not low <= value <= high:
-        raise ValueError(_refusal(name, value, f"a whole number from {low} to {high}", "it counts tokens"))
+def _placed(name: str, value: Any) -> str:
+    try:
+        text = json.dumps({LEXICO: {name: value}})
+    except (TypeError, ValueError, RecursionError):
+        text = ""
+    return f"'{text}'" if 0 < len(text) <= 100 and text.isascii() else f"""'{{"{LEXICO}": {{"{name}": ...}}}}'"""
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(_refusal(name, value, " or ".join(map(repr, choices)), f"the default is {choices[0]!r}"))
+def _unknown(name: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1) if isinstance(name, str) and len(name) < 40 else []
+    guess = f"did you mean {near[0]}?" if near else "correct or remove it"
+    return f"unknown LEXICO setting {shown(name)} in --additional-config; known are {', '.join(known)}; {guess}"
+
+
+def _check_exact(given: Mapping[Any, Any]) -> None:
+    """Refuse what the exact codec would ignore."""
+    if given.get("codec") != "exact":
+        return
+    ignored = [name for name in ("sparsity", "dictionary", "relative_error") if given.get(name) is not None]
+    if ignored:
+        raise ValueError(
+            "codec 'exact' stores the vectors themselves and takes no sparsity, dictionary or relative_error; remove "
+            f"{' and '.join(ignored)}, or choose codec 'packed16'"
+        )

@@ -65,7 +65,9 @@ def parse_cache(name: str, dictionary: str | None = None) -> Cache:
     engine = {argument: options.pop(option) for option, argument in ENGINE_OPTIONS.items() if option in options}
     if kind == LEXICO:
         settings = {"sparsity": _sparsity(name, numbers), **options}
-        if dictionary is not None and settings.get("codec") != "exact":
+        if settings.get("codec") == "exact":
+            del settings["sparsity"]  # the name has one, the codec takes none
+        elif dictionary is not None:
             settings.setdefault("dictionary", dictionary)
         LexicoConfig.from_additional_config({LEXICO: settings})
         if "attention_backend" in engine:

@@ -15,7 +15,7 @@ logger = logging.getLogger("vllm.lexico")
 
 
 def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_tokens: int) -> str:
-    """Preset, dictionary, bytes a token against 16-bit and tokens that fit, in one line.
+    """Codec, dictionary, bytes per token compared with 16 bits, and tokens that fit, in one line.
 
     Args:
         num_layers: attention layers of this rank.
@@ -29,7 +29,7 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
     source = f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms)" if dictionary else ""
     num_heads = layout.num_kv_heads * num_layers
     return (
-        f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes a token instead of "
+        f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes per token instead of "
         f"{layout.raw_token_bytes * num_heads:,} ({layout.ratio:.2%}), newest {setup.window_tokens} and first "
         f"{setup.sink_blocks(layout) * layout.tail_tokens} tokens exact; {num_tokens:,} tokens fit"
     )
@@ -51,6 +51,6 @@ def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_
     max_model_len = vllm_config.model_config.max_model_len
     tail = tail_spec(setup, layout, spec.dtype)
     tail_blocks = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, max_model_len)
-    blocks_a_request = -(-max_model_len // spec.block_size) + tail_blocks
+    blocks_per_request = -(-max_model_len // spec.block_size) + tail_blocks
     num_blocks = vllm_config.compilation_config.static_forward_context[layers[0]].kv_cache.shape[0]
-    logger.info(describe_start(setup, layout, len(layers), num_blocks * max_model_len // blocks_a_request))
+    logger.info(describe_start(setup, layout, len(layers), num_blocks * max_model_len // blocks_per_request))
