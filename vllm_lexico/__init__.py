@@ -1,8 +1,10 @@
 """vllm-lexico: serve language models from a sparsely coded KV cache inside vLLM.
 
 vLLM loads this package through the entry point `vllm.general_plugins` in each of its processes, also where LEXICO is
-not used. So nothing heavy is imported here: `register` only adds a name.
+not used. So nothing heavy is imported here: `register` only adds a name, and has a use of it checked.
 """
+
+from typing import Any
 
 NAME = "LEXICO"
 BACKEND = "vllm_lexico.serve.backend.LexicoBackend"
@@ -17,3 +19,10 @@ def register() -> None:
 
     compat.register_backend_name(NAME, BACKEND)
     compat.let_cpu_platform_select(NAME, BACKEND)
+    compat.check_engine_configs(_check_before_start)
+
+
+def _check_before_start(vllm_config: Any, given_cache_dtype: str) -> None:
+    from vllm_lexico.serve.before_start import check
+
+    check(vllm_config, given_cache_dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,18 @@ TESTED_VLLM = ("0.32", "0.33")
 logger = logging.getLogger("vllm.lexico")  # only loggers below "vllm" have a handler
 
 
-def registered_member() -> AttentionBackendEnum:
-    """The registry member LEXICO; registers it first where it is unknown. What pickled configs unpickle to."""
+def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
+    """The registry member LEXICO; registers it first where it is unknown. What pickled configs unpickle to.
+
+    Args:
+        refusal_file: where the process that made the configuration reads what to end with, see `last_word`.
+    """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_lexico import NAME, register
+    from vllm_lexico import NAME, last_word, register
 
     register()
+    last_word.inherit(refusal_file)
     return AttentionBackendEnum[NAME]
 
 
@@ -35,9 +41,11 @@ def register_backend_name(name: str, path: str) -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from vllm_lexico import last_word
+
     if name not in AttentionBackendEnum.__members__:
         register_backend(name, path)
-    AttentionBackendEnum[name].__reduce_ex__ = lambda _protocol: (registered_member, ())
+    AttentionBackendEnum[name].__reduce_ex__ = lambda _protocol: (registered_member, (last_word.path(),))
 
 
 def let_cpu_platform_select(name: str, path: str) -> None:
@@ -70,6 +78,74 @@ def let_cpu_platform_select(name: str, path: str) -> None:
 
     get_attn_backend_cls.lexico = True  # type: ignore[attr-defined]
     CpuPlatform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+
+
+def check_engine_configs(check: Callable[[Any, str], None]) -> None:
+    """Have configurations that ask for LEXICO checked where they are made: in the process that the user started.
+
+    Why: vLLM validates an attention backend in its workers, whose exceptions never reach the user's process. How:
+    `EngineArgs.create_engine_config`, which `LLM` and `vllm serve` call before they spawn anything, hands what it made
+    to `check`, with --kv-cache-dtype as it was given. Where LEXICO is not asked for it returns what vLLM returns.
+    Plugins are loaded from that module or, in workers, without it. Can go when vLLM asks a backend about a
+    configuration before it spawns.
+    """
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if arguments is None:
+        return
+    original = getattr(getattr(arguments, "EngineArgs", None), "create_engine_config", None)
+    if original is None:
+        logger.warning("LEXICO's settings are checked late: this vLLM has no EngineArgs.create_engine_config")
+    if original is None or getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given_cache_dtype = getattr(self, "kv_cache_dtype", "auto")
+        vllm_config = original(self, *args, **kwargs)
+        if serves_lexico(vllm_config) or "lexico" in (getattr(vllm_config, "additional_config", None) or ()):
+            check(vllm_config, given_cache_dtype)
+        return vllm_config
+
+    create_engine_config.lexico = True  # type: ignore[attr-defined]
+    arguments.EngineArgs.create_engine_config = create_engine_config
+
+
+def serves_lexico(vllm_config: Any) -> bool:
+    """Whether any layers of an engine are to have LEXICO's backend."""
+    from vllm_lexico import NAME
+
+    attention = getattr(vllm_config, "attention_config", None)
+    backends = [getattr(attention, "backend", None), *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", None) == NAME for backend in backends)
+
+
+def repeat_refusals_last() -> None:
+    """Let this process end with the refusal of a worker instead of "Engine core initialization failed".
+
+    Why: a worker's exception goes to its log alone. How: `wait_for_engine_startup` is wrapped; when it fails and a
+    worker left a sentence (see `last_word`), that is raised. Called where LEXICO is asked for. Can go when vLLM hands a
+    worker's exception on.
+    """
+    from vllm.v1.engine import utils
+
+    from vllm_lexico import last_word
+
+    original = getattr(utils, "wait_for_engine_startup", None)
+    if original is None or getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RuntimeError as error:
+            said = last_word.take()
+            if not said:
+                raise
+            raise ValueError(said) from error
+
+    wait_for_engine_startup.lexico = True  # type: ignore[attr-defined]
+    utils.wait_for_engine_startup = wait_for_engine_startup
 
 
 def ensure_builtin_cache_specs() -> None:

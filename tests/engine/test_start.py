@@ -1,71 +1,111 @@
-"""What stops an engine from starting says why, before a weight is loaded."""
+"""What a user's terminal ends with when an engine does not start, and engines that start where they once did not."""
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 vllm = pytest.importorskip("vllm")
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def start(model, lexico, **settings):
-    settings = {"max_model_len": 512, "enforce_eager": True, "dtype": "float32"} | settings
-    return vllm.LLM(
-        str(model),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        attention_backend="LEXICO",
-        additional_config={"lexico": lexico},
-        **settings,
-    )
-
-
-def reason(model, lexico, **settings):
-    with pytest.raises(Exception) as error:
-        start(model, lexico, **settings)
-    return str(error.value)
+START = """
+import json, sys, vllm
+if __name__ == "__main__":
+    model, arguments = sys.argv[1], json.loads(sys.argv[2])
+    vllm.LLM(model, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, **arguments)
+"""
+ANSWER = """
+import json, sys, vllm
+llm = vllm.LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
+               max_model_len=512, max_num_batched_tokens=64, **json.loads(sys.argv[2]))
+prompt = [3 + at * at % 500 for at in range(300)]
+asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+(output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+scores = [one[token].logprob for token, one in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+specs = [type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups]
+print(json.dumps({"scores": scores, "specs": specs, "dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype}))
+"""
 
 
-def test_no_dictionary(tiny_llama, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    said = reason(tiny_llama, {})
-    assert "no dictionary for" in said and f"vllm-lexico train {tiny_llama}" in said
+@pytest.fixture
+def run(tmp_path):
+    """Run a script, or a module's command line, in a process of its own."""
+
+    def run(command, *, in_this_process=False):
+        if not command[0].startswith("-"):
+            script = tmp_path / "start.py"
+            script.write_text(command[0])
+            command = [str(script), *command[1:]]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        if in_this_process:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+    return run
 
 
-def test_a_file_that_is_no_dictionary(tiny_llama, tmp_path):
-    path = tmp_path / "broken.safetensors"
-    path.write_bytes(b"not a dictionary at all")
-    said = reason(tiny_llama, {"dictionary": str(path)})
-    assert str(path) in said and "damaged" in said
+@pytest.fixture
+def write_model(tiny_llama, tmp_path):
+    """Write a Llama with other settings in its config.json."""
+
+    def write(**changes):
+        folder = tmp_path / f"model-{len(changes)}"
+        folder.mkdir()
+        config = json.loads((tiny_llama / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return write
 
 
-def test_a_dictionary_of_another_model(tiny_llama, root):
-    (path,) = (root / "dictionaries").glob("*SmolLM2-135M*.safetensors")
-    said = reason(tiny_llama, {"dictionary": str(path)})
-    assert "does not fit" in said and "num_layers: 30 in the dictionary, 4 in the model" in said
+def last_line(result):
+    assert result.returncode != 0, result.stdout[-2000:]
+    return result.stderr.strip().splitlines()[-1]
 
 
-def test_an_unknown_setting(tiny_llama):
-    assert "unknown LEXICO setting 'sparcity'" in reason(tiny_llama, {"sparcity": 7})
+def arguments(backend="LEXICO", **others):
+    return json.dumps({"attention_backend": backend} | others)
 
 
-def test_hybrid_manager_off(tiny_llama):
-    said = reason(tiny_llama, {"codec": "exact"}, disable_hybrid_kv_cache_manager=True)
-    assert "hybrid KV cache manager is off" in said
+def test_a_misspelt_setting_is_the_last_line_and_nothing_was_spawned(run, tiny_llama):
+    result = run([START, str(tiny_llama), arguments(additional_config={"lexico": {"sparcity": 7}})])
+    assert last_line(result).startswith("ValueError: unknown LEXICO setting 'sparcity'"), result.stderr[-2000:]
+    assert "EngineCore" not in result.stdout + result.stderr
 
 
-def test_another_cache_number_format(tiny_llama):
-    assert "--kv-cache-dtype fp8" in reason(tiny_llama, {"codec": "exact"}, kv_cache_dtype="fp8")
+def test_the_server_ends_with_the_sentence_too(run, tiny_llama):
+    flags = ["--attention-backend", "LEXICO", "--additional-config", '{"lexico": {"codec": "exact"}}']
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama), "--skip-tokenizer-init", *flags]
+    result = run([*command, "--block-size", "96"])
+    said = last_line(result)
+    assert "--block-size 96 is not supported; give 64, 128 or 256" in said, result.stderr[-2000:]
+    assert "EngineCore" not in result.stdout + result.stderr
 
 
-def test_an_unsupported_head_size(tiny_llama, tmp_path):
-    config = json.loads((tiny_llama / "config.json").read_text()) | {"head_dim": 96}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "head size 96 is not supported" in reason(tmp_path, {"codec": "exact"})
+def test_a_workers_refusal_is_repeated_last(run, write_model):
+    """Only a layer's own arguments show that it is an encoder's."""
+    model = write_model(is_causal=False)
+    result = run([START, model, arguments(additional_config={"lexico": {"codec": "exact"}})])
+    said = last_line(result)
+    assert said.startswith("ValueError: LEXICO cannot serve this: encoder"), result.stderr[-3000:]
+    assert "Engine core initialization failed" in result.stderr  # as vLLM ends by itself
+
+
+def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(run, write_model):
+    """Full attention in the model's dtype: the answers are those of the same model without window and scheme."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
+    model = write_model(sliding_window=262144, quantization_config=quantization)
+    found = []
+    for command in (
+        [ANSWER, model, arguments(additional_config={"lexico": {"codec": "exact"}})],
+        [ANSWER, write_model(), arguments("CPU_ATTN")],
+    ):
+        result = run(command, in_this_process=True)
+        assert result.returncode == 0, result.stderr[-4000:]
+        found.append(json.loads(result.stdout.strip().splitlines()[-1]))
+    ours, peer = found
+    assert ours["specs"] == ["FullAttentionSpec", "LexicoTailSpec"] and ours["dtype"] == "bfloat16"
+    assert max(abs(a - b) for a, b in zip(ours["scores"], peer["scores"], strict=True)) < 0.05

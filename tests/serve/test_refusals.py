@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import pytest
+import torch
 
 from vllm_lexico.serve import refusals
 
@@ -11,8 +12,20 @@ from vllm_lexico.serve import refusals
 def an_engine(**changes):
     """A configuration that LEXICO accepts, with changes like `cache.cache_dtype="fp8"`."""
     config = types.SimpleNamespace(
-        model_config=types.SimpleNamespace(use_mla=False, is_hybrid=False, is_encoder_decoder=False),
-        cache_config=types.SimpleNamespace(cache_dtype="auto", block_size=128, user_specified_block_size=False),
+        model_config=types.SimpleNamespace(
+            use_mla=False,
+            is_hybrid=False,
+            is_encoder_decoder=False,
+            dtype=torch.bfloat16,
+            max_model_len=4096,
+            hf_text_config=types.SimpleNamespace(),
+            get_head_size=lambda: 128,
+            get_sliding_window=lambda: None,
+        ),
+        attention_config=types.SimpleNamespace(backend=types.SimpleNamespace(name="LEXICO"), backend_per_kind={}),
+        cache_config=types.SimpleNamespace(
+            cache_dtype="auto", block_size=128, user_specified_block_size=False, sliding_window=None
+        ),
         parallel_config=types.SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
@@ -31,7 +44,16 @@ def an_engine(**changes):
 
 A_CONNECTOR = types.SimpleNamespace(kv_connector="LMCacheConnectorV1")
 ENGINES = [
-    ({"cache_config__cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "leave it at auto"]),
+    ({"cache_config__cache_dtype": "fp8"}, ["a KV cache in fp8", "start with --kv-cache-dtype bfloat16"]),
+    (
+        {"cache_config__cache_dtype": "fp8", "model_config__dtype": torch.float16},
+        ["a KV cache in fp8", "start with --kv-cache-dtype float16"],
+    ),
+    ({"cache_config__cache_dtype": "float16"}, ["a KV cache in float16", "start with --kv-cache-dtype bfloat16"]),
+    (
+        {"cache_config__cache_dtype": "fp8", "model_config__dtype": torch.float32},
+        ["a KV cache in fp8", "start with --dtype bfloat16 --kv-cache-dtype bfloat16"],
+    ),
     ({"model_config__use_mla": True}, ["multi-head latent attention", "another --attention-backend"]),
     ({"model_config__is_hybrid": True}, ["Mamba", "another --attention-backend"]),
     ({"model_config__is_encoder_decoder": True}, ["encoder", "only decoders"]),
@@ -50,22 +72,33 @@ ENGINES = [
     ({"speculative_config": types.SimpleNamespace(method="eagle")}, ["'eagle'", "no dictionary", "ngram"]),
     (
         {"cache_config__block_size": 48, "cache_config__user_specified_block_size": True},
-        ["--block-size 48", "64, 128, 256"],
+        ["--block-size 48", "give 64, 128 or 256, or leave it out for 128"],
     ),
 ]
-SELECTED = {"head_size": 128, "kv_cache_dtype": "auto", "attn_type": "decoder"}
+SELECTED = {"head_size": 128, "kv_cache_dtype": "auto", "attn_type": "decoder", "dtype": torch.bfloat16}
+MODELS = [
+    ({"model_config__get_head_size": lambda: 96}, ["head size 96", "only 64 or 128", "another --attention-backend"]),
+    ({"cache_config__sliding_window": 4095}, ["window of 4095 tokens", "may have 4096", "--disable-sliding-window"]),
+    (
+        {
+            "model_config__hf_text_config": types.SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
+            "model_config__get_sliding_window": lambda: 512,
+        },
+        ["window of 512 tokens", "--disable-sliding-window, which limits sequences", "another --attention-backend"],
+    ),
+]
 LAYERS_BY_SELECTOR = [
-    ({"kv_cache_dtype": "turboquant_3bit_nc"}, ["--kv-cache-dtype turboquant_3bit_nc", "auto"]),
+    ({"kv_cache_dtype": "turboquant_3bit_nc"}, ["KV cache in turboquant_3bit_nc", "--kv-cache-dtype bfloat16"]),
+    ({"block_size": 96}, ["--block-size 96", "give 64, 128 or 256"]),
     ({"use_mla": True, "head_size": 576}, ["MLA", "another --attention-backend"]),
-    ({"head_size": 96}, ["head size 96", "only 64 and 128", "another --attention-backend"]),
-    ({"has_sliding_window": True}, ["sliding-window", "pages have another size", "another --attention-backend"]),
+    ({"head_size": 96}, ["head size 96", "only 64 or 128", "another --attention-backend"]),
     ({"has_sink": True}, ["learned attention sinks", "gpt-oss"]),
     ({"attn_type": "encoder_only"}, ["encoder", "only decoders"]),
     ({"use_dcp": True}, ["decode context parallelism", "--decode-context-parallel-size"]),
 ]
 LAYERS_BY_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, ["ALiBi", "another --attention-backend"]),
-    ({"sliding_window": 4096}, ["sliding-window", "pages have another size", "another --attention-backend"]),
+    ({"sliding_window": 4095}, ["window of 4095 tokens", "--disable-sliding-window", "another --attention-backend"]),
     ({"logits_soft_cap": 50.0}, ["soft cap", "50.0"]),
     ({"attn_type": "encoder_decoder"}, ["encoder"]),
     ({"kv_sharing_target": "model.layers.3.attn"}, ["share the cache", "model.layers.3.attn"]),
@@ -82,10 +115,27 @@ def check(reasons, words):
 
 
 def test_what_is_supported_is_not_refused():
-    assert refusals.engine_refusals(an_engine()) == []
-    assert refusals.selector_refusals(SELECTED) == []
-    assert refusals.layer_refusals() == []
+    assert refusals.engine_refusals(an_engine()) == refusals.model_refusals(an_engine()) == []
+    assert refusals.selector_refusals(SELECTED) == refusals.selector_refusals(SELECTED | {"block_size": 64}) == []
+    assert refusals.layer_refusals(max_model_len=4096) == []
     refusals.refuse([])
+
+
+@pytest.mark.parametrize("window", [4096, 262144])  # of Mistral-7B at 4,096 tokens, of Phi-4-mini
+def test_a_window_that_no_sequence_outgrows_is_none(window):
+    assert refusals.layer_refusals(max_model_len=4096, sliding_window=window) == []
+    assert refusals.selector_refusals(SELECTED | {"has_sliding_window": True}) == []
+    assert refusals.model_refusals(an_engine(cache_config__sliding_window=window)) == []
+
+
+def test_windows_that_another_backend_serves():
+    changes = {"cache_config__sliding_window": 512, "attention_config__backend_per_kind": {"sliding_window": None}}
+    assert refusals.model_refusals(an_engine(**changes)) == []
+
+
+@pytest.mark.parametrize("changes, words", MODELS)
+def test_model(changes, words):
+    check(refusals.model_refusals(an_engine(**changes)), words)
 
 
 @pytest.mark.parametrize("changes, words", ENGINES)
@@ -100,7 +150,7 @@ def test_layer_as_the_selector_sees_it(changes, words):
 
 @pytest.mark.parametrize("changes, words", LAYERS_BY_ARGUMENTS)
 def test_layer_as_its_implementation_sees_it(changes, words):
-    check(refusals.layer_refusals(**changes), words)
+    check(refusals.layer_refusals(max_model_len=4096, **changes), words)
 
 
 def test_ngram_drafts_are_welcome():
@@ -111,7 +161,16 @@ def test_vllm_names_what_the_selector_hands_over():
     """The names that `selector_refusals` looks for are those of vLLM's selector."""
     selector = pytest.importorskip("vllm.v1.attention.selector")
     names = set(selector.AttentionSelectorConfig._fields)
-    assert {"head_size", "kv_cache_dtype", "use_mla", "has_sink", "has_sliding_window", "attn_type", "use_dcp"} <= names
+    assert {
+        "head_size",
+        "dtype",
+        "kv_cache_dtype",
+        "block_size",
+        "use_mla",
+        "has_sink",
+        "attn_type",
+        "use_dcp",
+    } <= names
     import vllm.config as config
 
     for owner, name in [
@@ -119,6 +178,8 @@ def test_vllm_names_what_the_selector_hands_over():
         (config.ParallelConfig, "decode_context_parallel_size"),
         (config.ParallelConfig, "prefill_context_parallel_size"),
         (config.CacheConfig, "user_specified_block_size"),
+        (config.CacheConfig, "sliding_window"),
+        (config.AttentionConfig, "backend_per_kind"),
         (config.SpeculativeConfig, "method"),
         (config.KVTransferConfig, "kv_connector"),
     ]:

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_lexico import NAME
+from vllm_lexico import NAME, last_word
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.impl import LexicoImpl
 from vllm_lexico.serve.metadata import PAGE_LAYOUTS, LexicoMetadataBuilder
@@ -62,6 +62,16 @@ class LexicoBackend(AttentionBackend):
         return block_size is None or block_size in refusals.SUPPORTED_BLOCK_SIZES
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """A layer's implementation refuses one that binds; vLLM does not say here how long it is."""
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """A checkpoint may bring them for a cache of its own kind; codes have no use for them."""
+        return True
+
+    @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         return DEFAULT_BLOCK_TOKENS
 
@@ -79,5 +89,11 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Reasons why LEXICO cannot serve a layer, as sentences with remedies."""
-        return refusals.selector_refusals(kwargs) or super().validate_configuration(*args, **kwargs)
+        """Reasons why LEXICO cannot serve a layer, with remedies. vLLM asks in a worker; the user reads them last."""
+        reasons = refusals.selector_refusals(kwargs)
+        if not reasons:
+            generic = super().validate_configuration(*args, **kwargs)
+            reasons = [f"{reason}; {refusals.OTHER_BACKEND}" for reason in generic]
+        if reasons:
+            last_word.say(refusals.as_sentence(reasons))
+        return reasons

@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_lexico import compat
+from vllm_lexico import compat, last_word
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into
@@ -28,6 +28,7 @@ CODEBOOKS = "lexico_codebooks"  # the attention layer's submodule that holds the
 class LexicoImpl(AttentionImpl[LexicoMetadata]):
     """Attention over codes and tail for one layer."""
 
+    @last_word.kept()
     def __init__(
         self,
         num_heads: int,
@@ -43,8 +44,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
+        self.vllm_config = get_current_vllm_config()
         refusals.refuse(
             refusals.layer_refusals(
+                max_model_len=self.vllm_config.model_config.max_model_len,
                 alibi_slopes=alibi_slopes,
                 sliding_window=sliding_window,
                 logits_soft_cap=logits_soft_cap,
@@ -56,13 +59,13 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         compat.warn_of_untested_version()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
-        self.vllm_config = get_current_vllm_config()
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
         self._cache: LayerCache | None = None
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
+    @last_word.kept()
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Put the shadow layer beside this one and load its codebooks; harmless when called again.
 
@@ -72,6 +75,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         layer.attn_backend = layer.attn_backend.bound_to(self.setup)
+        layer.sliding_window = None  # one that binds was refused, and any makes vLLM give the layer a window's pages
         self.tail_name = add_tail_layer(name, layer, self.setup, layers)
         if not hasattr(layer, CODEBOOKS):
             layer.add_module(CODEBOOKS, LayerCodebooks())

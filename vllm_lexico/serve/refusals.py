@@ -1,11 +1,15 @@
-"""What LEXICO cannot serve, each as one sentence with the reason and the remedy."""
+"""What LEXICO cannot serve, each as one clause with the reason and the remedy."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm_lexico import NAME
+from vllm_lexico.errors import either
+
 SUPPORTED_HEAD_SIZES = (64, 128)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
+HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
 OTHER_BACKEND = "choose another --attention-backend for this model"
 
@@ -20,9 +24,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     connector = vllm_config.kv_transfer_config
     draft = vllm_config.speculative_config
-    reasons = []
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-        reasons.append(_kv_cache_dtype(cache.cache_dtype))
+    reasons = _kv_cache_dtype(cache.cache_dtype, model.dtype)
     if model.use_mla:
         reasons.append(_mla())
     if model.is_hybrid:
@@ -45,31 +47,43 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     if draft is not None and draft.method not in DRAFTS_WITHOUT_ATTENTION:
         reasons.append(
             f"speculative method {draft.method!r} is not supported: its draft layers have no dictionary; "
-            f"use one of {', '.join(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
+            f"use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
-    block_size = cache.block_size
-    if getattr(cache, "user_specified_block_size", False) and block_size not in SUPPORTED_BLOCK_SIZES:
-        sizes = ", ".join(map(str, SUPPORTED_BLOCK_SIZES))
-        reasons.append(f"--block-size {block_size} is not supported; leave it out (128) or give one of {sizes}")
+    if getattr(cache, "user_specified_block_size", False):
+        reasons += _block_size(cache.block_size)
+    return reasons
+
+
+def model_refusals(vllm_config: Any) -> list[str]:
+    """Reasons that a model's configuration shows before its layers are built, which would show them too.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`, read only; of a model that `engine_refusals` has nothing against.
+    """
+    model = vllm_config.model_config
+    reasons = _head_size(model.get_head_size())
+    attention = vllm_config.attention_config
+    backend = attention.backend_per_kind.get("sliding_window", attention.backend)
+    if backend is not None and backend.name == NAME:
+        reasons += _sliding_window(_window_of_layers(model, vllm_config.cache_config), model.max_model_len)
     return reasons
 
 
 def selector_refusals(selected: dict[str, Any]) -> list[str]:
     """Reasons that follow from what vLLM's backend selector says about a layer.
 
+    It says that there is a sliding window and not how long it is: `layer_refusals` looks at that.
+
     Args:
         selected: the keyword arguments of `AttentionBackend.validate_configuration`; missing ones mean no.
     """
-    reasons = []
-    if selected.get("kv_cache_dtype") not in (None, "auto", "float16", "bfloat16"):
-        reasons.append(_kv_cache_dtype(selected["kv_cache_dtype"]))
+    reasons = _kv_cache_dtype(selected.get("kv_cache_dtype") or "auto", selected.get("dtype"))
     if selected.get("use_mla"):
         reasons.append(_mla())
-    elif selected.get("head_size") not in SUPPORTED_HEAD_SIZES:
-        sizes = " and ".join(map(str, SUPPORTED_HEAD_SIZES))
-        reasons.append(f"head size {selected.get('head_size')} is not supported, only {sizes}; {OTHER_BACKEND}")
-    if selected.get("has_sliding_window"):
-        reasons.append(_sliding_window())
+    else:
+        reasons += _head_size(selected.get("head_size"))
+    if selected.get("block_size") is not None:
+        reasons += _block_size(selected["block_size"])
     if selected.get("has_sink"):
         reasons.append(f"learned attention sinks (as in gpt-oss) are not supported; {OTHER_BACKEND}")
     if selected.get("attn_type", "decoder") != "decoder":
@@ -81,6 +95,7 @@ def selector_refusals(selected: dict[str, Any]) -> list[str]:
 
 def layer_refusals(
     *,
+    max_model_len: int,
     alibi_slopes: Any = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -88,12 +103,14 @@ def layer_refusals(
     kv_sharing_target: str | None = None,
     sinks: Any = None,
 ) -> list[str]:
-    """Reasons that only the arguments of a layer's implementation show."""
-    reasons = []
+    """Reasons that only the arguments of a layer's implementation show.
+
+    Args:
+        max_model_len: tokens of the longest sequence; a window that is not shorter never binds.
+    """
+    reasons = _sliding_window(sliding_window, max_model_len)
     if alibi_slopes is not None:
         reasons.append(f"ALiBi position biases are not supported; {OTHER_BACKEND}")
-    if sliding_window is not None:
-        reasons.append(_sliding_window())
     if logits_soft_cap:
         reasons.append(f"a soft cap on attention logits ({logits_soft_cap}) is not supported; {OTHER_BACKEND}")
     if attn_type != "decoder":
@@ -107,26 +124,73 @@ def layer_refusals(
     return reasons
 
 
+def as_sentence(reasons: list[str]) -> str:
+    """All reasons, one after another."""
+    return "LEXICO cannot serve this: " + "; ".join(reasons)
+
+
 def refuse(reasons: list[str]) -> None:
     """Raise where there is a reason to.
 
     Raises:
-        ValueError: all reasons, one after another.
+        ValueError: all reasons in one sentence.
     """
     if reasons:
-        raise ValueError("LEXICO cannot serve this: " + "; ".join(reasons))
+        raise ValueError(as_sentence(reasons))
 
 
-def _kv_cache_dtype(given: str) -> str:
-    return f"--kv-cache-dtype {given} is not supported: codes replace the cache's number format; leave it at auto"
+def _kv_cache_dtype(given: str, model_dtype: Any) -> list[str]:
+    """The tail's pages and what is computed with them have one number format, the model's."""
+    own = dtype_name(model_dtype)
+    if given in ("auto", own):
+        return []
+    remedy = f"--kv-cache-dtype {own}" if own in HALF_DTYPES else "--dtype bfloat16 --kv-cache-dtype bfloat16"
+    return [
+        f"a KV cache in {given} is not supported: codes replace it, and the rest stays in {own}; start with {remedy}"
+    ]
+
+
+def dtype_name(dtype: Any) -> str:
+    """Torch's dtype as vLLM's flags write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _block_size(given: int) -> list[str]:
+    if given in SUPPORTED_BLOCK_SIZES:
+        return []
+    return [f"--block-size {given} is not supported; give {either(SUPPORTED_BLOCK_SIZES)}, or leave it out for 128"]
+
+
+def _head_size(given: int | None) -> list[str]:
+    if given in SUPPORTED_HEAD_SIZES:
+        return []
+    return [f"head size {given} is not supported, only {either(SUPPORTED_HEAD_SIZES)}; {OTHER_BACKEND}"]
 
 
 def _mla() -> str:
     return f"multi-head latent attention (MLA) is not supported; {OTHER_BACKEND}"
 
 
-def _sliding_window() -> str:
-    return f"sliding-window layers are not supported: their pages have another size; {OTHER_BACKEND}"
+def window_binds(sliding_window: int | None, max_model_len: int) -> bool:
+    """Whether a sliding window ever hides a token: not where the longest sequence fits it."""
+    return sliding_window is not None and sliding_window < max_model_len
+
+
+def _sliding_window(sliding_window: int | None, max_model_len: int) -> list[str]:
+    if not window_binds(sliding_window, max_model_len):
+        return []
+    reason = (
+        f"layers with a sliding window of {sliding_window} tokens are not supported where a sequence may have "
+        f"{max_model_len}; start with --disable-sliding-window, which limits sequences to the window, "
+        f"or {OTHER_BACKEND}"
+    )
+    return [reason]
+
+
+def _window_of_layers(model: Any, cache: Any) -> int | None:
+    """The window that some or all layers of a model will have; None where its configuration names none."""
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or []
+    return model.get_sliding_window() if "sliding_attention" in layer_types else cache.sliding_window
 
 
 def _encoder() -> str:

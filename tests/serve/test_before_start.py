@@ -1,0 +1,178 @@
+"""What is refused or decided in the process that the user started, from vLLM's arguments to its configuration."""
+
+import json
+import logging
+
+import pytest
+
+pytest.importorskip("vllm")
+import vllm_lexico
+from vllm_lexico import compat, last_word
+
+FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+BLOCKS = "--block-size {} is not supported; give 64, 128 or 256, or leave it out for 128"
+
+
+@pytest.fixture(scope="module")
+def configure(tiny_llama, tmp_path_factory):
+    """Make vLLM's configuration of a Llama with other settings in its config.json, as `LLM` and `vllm serve` do."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_lexico.register()
+    plain = json.loads((tiny_llama / "config.json").read_text())
+    made = {}
+
+    def configure(model=None, lexico=None, **arguments):
+        text = json.dumps(plain | (model or {}))
+        if text not in made:
+            made[text] = tmp_path_factory.mktemp("model")
+            (made[text] / "config.json").write_text(text)
+        usual = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico or {"codec": "exact"}}}
+        usual |= {"max_model_len": 512, "enforce_eager": True, "skip_tokenizer_init": True}
+        return EngineArgs(str(made[text]), **usual | arguments).create_engine_config()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(logging.getLogger("vllm"), "propagate", True)
+        yield configure
+
+
+def refused(configure, *arguments, **named):
+    with pytest.raises(ValueError) as error:
+        configure(*arguments, **named)
+    said = str(error.value)
+    assert said.isprintable()
+    return said
+
+
+def test_settings(configure):
+    assert "unknown LEXICO setting 'sparcity'" in refused(configure, lexico={"sparcity": 7})
+    said = refused(configure, additional_config={"sparsity": 7})
+    assert """put it under that key: '{"lexico": {"sparsity": 7}}'""" in said
+    assert "add --attention-backend LEXICO" in refused(configure, attention_backend=None)
+    assert "add --attention-backend LEXICO" in refused(configure, attention_backend="CPU_ATTN")
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 96, 512])
+def test_block_sizes(configure, size):
+    assert BLOCKS.format(size) in refused(configure, block_size=size)
+
+
+def test_what_is_supported(configure):
+    for arguments in ({}, {"block_size": 64}, {"block_size": 256}, {"kv_cache_dtype": "bfloat16"}):
+        assert compat.serves_lexico(configure(**arguments))
+
+
+def test_dictionaries(configure, root, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # not for all: vLLM keeps model classes there
+    assert "no dictionary for" in refused(configure, additional_config={})
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"not a dictionary at all")
+    said = refused(configure, lexico={"dictionary": str(path)})
+    assert str(path) in said and "damaged" in said
+    (path,) = (root / "dictionaries").glob("*SmolLM2-135M*.safetensors")
+    said = refused(configure, lexico={"dictionary": str(path)})
+    assert "does not fit" in said and "num_layers: 30 in the dictionary, 4 in the model" in said
+
+
+def test_engines_and_models(configure):
+    said = refused(configure, disable_hybrid_kv_cache_manager=True)
+    assert "hybrid KV cache manager is off" in said
+    assert "head size 96 is not supported, only 64 or 128" in refused(configure, {"head_dim": 96})
+
+
+def test_cache_dtypes(configure):
+    for dtype in ("fp8", "float16"):
+        said = refused(configure, kv_cache_dtype=dtype)
+        assert f"a KV cache in {dtype} is not supported" in said and "--kv-cache-dtype bfloat16" in said
+    said = refused(configure, kv_cache_dtype="bfloat16", dtype="float32")
+    assert "start with --dtype bfloat16 --kv-cache-dtype bfloat16" in said
+
+
+@pytest.mark.parametrize("quantization", ["modelopt", "compressed-tensors"])
+def test_a_checkpoints_scheme_for_its_cache_is_not_followed(configure, caplog, quantization):
+    """`auto` is fp8 for both; --kv-cache-dtype bfloat16 wins over both in vLLM."""
+    model = {"quantization_config": {"quant_method": quantization, "ignore": ["lm_head"]}}
+    if quantization == "modelopt":
+        model["quantization_config"]["quantization"] = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+        model["quantization_config"]["quantization"]["exclude_modules"] = ["lm_head"]
+    else:
+        model["quantization_config"] |= {"config_groups": {}, "kv_cache_scheme": FP8_SCHEME}
+    with caplog.at_level(logging.INFO, "vllm.lexico"):
+        assert configure(model).cache_config.cache_dtype == "bfloat16"
+    assert "the checkpoint asks for a KV cache in fp8" in caplog.text and "the rest is bfloat16" in caplog.text
+    assert configure(model, dtype="float16").cache_config.cache_dtype == "float16"
+    plain = configure(model, attention_backend="CPU_ATTN", additional_config={})
+    assert plain.cache_config.cache_dtype == ("fp8_e4m3" if quantization == "modelopt" else "auto")
+    assert "a KV cache in fp8 is not supported" in refused(configure, model, kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize("layers", [None, ["sliding_attention", "full_attention"] * 2])
+def test_windows(configure, layers):
+    """All layers have the window, or every second one."""
+    model = {"layer_types": layers} if layers else {}
+    for window in (262144, 512):  # as in Phi-4-mini, and the shortest that never binds
+        assert compat.serves_lexico(configure(model | {"sliding_window": window}))
+    said = refused(configure, model | {"sliding_window": 511})
+    assert "a sliding window of 511 tokens" in said and "a sequence may have 512" in said
+    assert "start with --disable-sliding-window, which limits sequences to the window" in said
+    off = configure(model | {"sliding_window": 511}, disable_sliding_window=True, max_model_len=None)
+    assert off.model_config.max_model_len == 511 and off.cache_config.sliding_window is None
+
+
+def test_windows_of_another_backend(configure):
+    model = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 100}
+    per_kind = {"backend": "LEXICO", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
+    configure(model, attention_backend=None, attention_config=per_kind)
+
+
+def test_other_engines_are_left_alone(configure, monkeypatch):
+    """Without LEXICO and its settings the check is not even imported."""
+    monkeypatch.setattr(vllm_lexico, "_check_before_start", None)
+    config = configure(attention_backend="CPU_ATTN", additional_config={"sparsity": 7}, block_size=16)
+    assert not compat.serves_lexico(config) and config.cache_config.block_size == 16
+
+
+def test_the_check_is_installed_once():
+    from vllm.engine.arg_utils import EngineArgs
+
+    before = EngineArgs.create_engine_config
+    vllm_lexico.register()
+    assert EngineArgs.create_engine_config is before and before.lexico
+
+
+def test_a_workers_refusal_is_the_last_word(configure, monkeypatch):
+    """What a process below writes is raised where the user's process would end with "initialization failed"."""
+    import pickle
+
+    from vllm.v1.engine import utils
+
+    def fails(*_):
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr(utils, "wait_for_engine_startup", fails)
+    backend = configure().attention_config.backend
+    assert utils.wait_for_engine_startup is not fails and fails.__name__ == utils.wait_for_engine_startup.__name__
+    with pytest.raises(RuntimeError, match="initialization failed"):
+        utils.wait_for_engine_startup()
+    path = last_word.path()
+    monkeypatch.setattr(last_word, "_path", None)
+    pickled = pickle.dumps(backend)
+    assert pickle.loads(pickled) is backend and last_word.path() is None
+    monkeypatch.setattr(last_word, "_path", path)
+    pickled = pickle.dumps(backend)
+    monkeypatch.setattr(last_word, "_path", None)
+    assert pickle.loads(pickled) is backend and last_word.path() == path
+    with pytest.raises(ValueError, match="soft cap"), last_word.kept():
+        raise ValueError("a soft cap is not supported")
+    with pytest.raises(ValueError, match=r"^a soft cap is not supported$"):
+        utils.wait_for_engine_startup()
+    with pytest.raises(RuntimeError, match="initialization failed"):  # said once
+        utils.wait_for_engine_startup()
+
+
+def test_nothing_is_said_where_there_is_no_file(monkeypatch, tmp_path):
+    for path in (None, str(tmp_path / "gone" / "refusal"), str(tmp_path / "refusal")):
+        monkeypatch.setattr(last_word, "_path", path)
+        last_word.say("nobody reads this")
+        assert last_word.take() == "" and not list(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+"""What can be known before anything is spawned, checked in the process that the user started.
+
+There a refusal is the last line that the user sees. `compat.check_engine_configs` has this called with each
+configuration that vLLM makes for an engine; the workers check again whatever they are handed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm_lexico import compat, last_word
+from vllm_lexico.config import without_backend
+from vllm_lexico.serve import refusals
+from vllm_lexico.serve.setup import LexicoSetup
+
+logger = logging.getLogger("vllm.lexico")
+
+
+def check(vllm_config: Any, given_cache_dtype: str) -> None:
+    """Refuse what cannot be served, find or train the dictionary, and prepare that later refusals are repeated last.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`, in which LEXICO is asked for by the backend's name or by settings for it.
+        given_cache_dtype: --kv-cache-dtype as the user gave it, "auto" if not at all.
+
+    Raises:
+        ValueError: one sentence that says what to do.
+    """
+    if not compat.serves_lexico(vllm_config):
+        said = without_backend(vllm_config.additional_config)
+        if said is not None:
+            raise ValueError(said)
+        return
+    if given_cache_dtype == "auto":
+        keep_models_dtype(vllm_config)
+    refusals.refuse(refusals.engine_refusals(vllm_config))
+    refusals.refuse(refusals.model_refusals(vllm_config))
+    LexicoSetup.of(vllm_config).dictionary()
+    last_word.prepare()
+    compat.repeat_refusals_last()
+
+
+def keep_models_dtype(vllm_config: Any) -> None:
+    """Undo that "auto" follows a checkpoint's scheme for its cache, which codes replace.
+
+    ModelOpt's scheme is in the configuration already; that of compressed-tensors comes in when a layer is built, unless
+    the cache's dtype is named.
+    """
+    cache, own = vllm_config.cache_config, refusals.dtype_name(vllm_config.model_config.dtype)
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    asked = "fp8" if cache.cache_dtype == "auto" and scheme is not None else cache.cache_dtype
+    if asked == "auto" or own not in refusals.HALF_DTYPES:
+        return
+    logger.info("the checkpoint asks for a KV cache in %s; LEXICO's codes replace it, and the rest is %s", asked, own)
+    cache.cache_dtype = own
