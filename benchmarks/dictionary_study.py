@@ -28,7 +28,7 @@ from bench.vector_codecs import ByLayer, RotationCodec, VectorCodec
 from lexico_kernels import KV
 from torch import Tensor
 
-from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.evals.tasks.windows import wikitext_windows
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners

@@ -24,7 +24,7 @@ from bench.record import RESULTS, record
 from lexico_kernels import KV
 from torch import Tensor
 
-from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings, evaluate

@@ -27,7 +27,8 @@ from bench.record import RESULTS, record
 from bench.vector_codecs import DictionaryCodec, RotationCodec, VectorCodec, dictionary_means
 from torch import Tensor
 
-from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.evals.tasks.windows import jsonl_windows, wikitext_windows
 

@@ -41,7 +41,8 @@ from bench.vector_codecs import ByLayer, CountingCodec, DictionaryCodec, VectorC
 from lexico_kernels.memory.layout import KV
 from torch import Tensor
 
-from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.evals.tasks.windows import wikitext_windows
 

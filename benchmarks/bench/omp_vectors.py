@@ -107,7 +107,8 @@ def capture_vectors(
     """
     from transformers import AutoTokenizer
 
-    from vllm_lexico.dictionary.file import ModelFingerprint, load_dictionary
+    from vllm_lexico.dictionary.file import load_dictionary
+    from vllm_lexico.dictionary.fingerprint import ModelFingerprint
     from vllm_lexico.train.capture import capture, load_model
     from vllm_lexico.train.texts import TextSequences
 

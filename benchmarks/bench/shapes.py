@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from vllm_lexico.dictionary.file import Dictionary, DictionaryInfo, ModelFingerprint
+from vllm_lexico.dictionary.file import Dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.info import DictionaryInfo
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,7 +11,7 @@ from lexico_kernels.memory.layout import KV
 
 from bench.study_points import TAIL_STUDIES, Point
 from bench.tail_cost import BLOCKS, REQUEST_TOKENS, held_bytes, plain_bytes
-from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 
 METRIC = "perplexity_ratio"
 

@@ -6,7 +6,7 @@ import torch
 from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.config import LexicoConfig, Sparsity
-from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 
 PLAIN_BYTES = 2  # of a number in bf16
 BLOCKS = (64, 128)  # vLLM's block sizes

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from vllm_lexico.dictionary.file import ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 
 LAYERS = 12
 LLAMA_8B = ModelFingerprint("llama", 32, 8, 128, 4096, "")

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from vllm_lexico.dictionary import first_start, search
-from vllm_lexico.dictionary.file import Dictionary, DictionaryInfo, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
+from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.serve.setup import LexicoSetup, _checked_dictionary
 
 FINGERPRINT = ModelFingerprint("llama", 1, 2, 16, 64, "{}")
@@ -41,6 +43,7 @@ def trainer(addresses, monkeypatch):
     tensors = {}
     for kv in ("key", "value"):
         tensors[f"{kv}_atoms"] = torch.ones(1, 4, 8, dtype=torch.uint8)
+        tensors[f"{kv}_atoms"][:, 0] = 0
         tensors[f"{kv}_mean"] = torch.zeros(1, 2, 16)
         tensors[f"{kv}_stretch"] = torch.ones(1, 2, 16)
         tensors[f"{kv}_levels"] = torch.zeros(1, 32, 16)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -51,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        repo, _, file = self.path.lstrip("/").partition("/resolve/main/")
+        path = self.path.lstrip("/").replace(f"/resolve/{COMMIT}/", "/resolve/main/")
+        repo, _, file = path.partition("/resolve/main/")
         info = self.path.removeprefix("/api/models/")
         if info in self.server.private:
             self.answer({"id": info, "private": self.server.private[info], "sha": COMMIT, "siblings": [], "tags": []})
@@ -141,51 +143,68 @@ def dictionary(root) -> Dictionary:
     return Dictionary(replace(bundled.info, model_name="some/Model-1", fingerprint=fingerprint), bundled.tensors)
 
 
+PUSH = """
+import json, os, sys
+from vllm_lexico import cli
+for token, *arguments in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    print("status", cli.main(["push", *arguments]), flush=True)
+    print("next", file=sys.stderr, flush=True)
+"""
+
 FIND = """
-import sys
+import json, sys
 from pathlib import Path
-from statistics import fmean
-from vllm_lexico.dictionary.search import find_dictionary
+from vllm_lexico.dictionary import search
 from vllm_lexico.dictionary.file import read_info
 info = read_info(Path(sys.argv[1]))
-print(find_dictionary(sys.argv[2] or None, info.model_name, info.fingerprint))
+listed = {"repository": "vllm-lexico/some_Model-1", "revision": "c" * 40}
+for setting in ("me/shared", "me/shared/dictionary.safetensors", None):
+    print(search.find_dictionary(setting, info.model_name, info.fingerprint))
+    search._listed_on_hub = lambda: {info.model_name: listed}
 """
 
 
 def test_pushed_and_loaded_again(hub, in_process, dictionary, tmp_path):
-    path = tmp_path / "mine.safetensors"
+    path, local = tmp_path / "mine.safetensors", tmp_path / "local.safetensors"
     dictionary.save(path)
-    for repo in ("me/shared", "vllm-lexico/some_Model-1"):
-        pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), repo)
-        assert pushed.returncode == 0, pushed.stderr
-        assert f"pushed to {hub.address}/{repo}" in pushed.stdout
+    replace(dictionary, info=replace(dictionary.info, model_name="/home/me/tiny")).save(local)
+    hub.private["me/open"] = False
+    refused = [["hf_wrong", str(path), "me/wrong"], [TOKEN, str(path), "me/open", "--private"]]
+    repos = ["me/shared", "vllm-lexico/some_Model-1"]
+    commands = [[TOKEN, str(path), repo] for repo in repos]
+    commands += [[TOKEN, str(local), "me/tiny"], [TOKEN, str(path), "me/secret", "--private"]]
+    pushed = in_process("-c", PUSH, json.dumps(refused + commands))  # in one process, whose start takes seconds
+    assert pushed.returncode == 0 and "Traceback" not in pushed.stderr, pushed.stderr
+    assert re.findall(r"status (\d)", pushed.stdout) == ["2", "2", "0", "0", "0", "0"]
+    errors = pushed.stderr.split("next\n")
+    assert "could not be pushed to me/wrong" in errors[0] and "me/wrong" not in hub.private
+    assert "me/open exists and is public, so nothing was pushed" in errors[1]
+    assert not [repo for repo, _ in hub.files if repo == "me/open"]
+    assert f"pushed to {hub.address}/me/shared" in pushed.stdout
+    for repo in repos:
         assert not hub.private[repo] and hub.files[repo, "README.md"].startswith(b"---\nlibrary_name: vllm-lexico\n")
         assert hub.files[repo, "dictionary.safetensors"] == path.read_bytes()
-    for at, setting in enumerate(("me/shared", "me/shared/dictionary.safetensors", "")):  # "": without a setting
-        found = in_process("-c", FIND, str(path), setting, cache=f"fresh{at}", token="")
-        assert found.returncode == 0, found.stderr
-        assert f"{os.sep}fresh{at}{os.sep}" in found.stdout
-        loaded = load_dictionary(found.stdout.strip())
+    assert hub.private["me/secret"] and ("me/secret", "README.md") in hub.files
+    (tmp_path / "tiny.safetensors").write_bytes(hub.files["me/tiny", "dictionary.safetensors"])
+    assert load_dictionary(tmp_path / "tiny.safetensors").info.model_name == "tiny"
+    assert not any(b"/home/me" in content for content in hub.files.values())
+    found = in_process("-c", FIND, str(path), cache="fresh", token="")
+    assert found.returncode == 0, found.stderr
+    paths = found.stdout.split()
+    assert len(paths) == 3 and "some_Model-1" in paths[2]
+    for file in paths:
+        assert f"{os.sep}fresh{os.sep}" in file and COMMIT in file
+        loaded = load_dictionary(file)
         assert loaded.info == dictionary.info
         assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in dictionary.tensors.items())
 
 
-def test_what_stops_a_push(hub, in_process, dictionary, tmp_path):
-    path = tmp_path / "mine.safetensors"
-    dictionary.save(path)
-
-    def refusal(repo: str, *options: str, **settings: str) -> str:
-        pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), repo, *options, **settings)
-        assert pushed.returncode == 2 and "Traceback" not in pushed.stderr, pushed.stderr
-        return pushed.stderr
-
-    assert "there is no Hugging Face token; log in with `hf auth login`" in refusal("me/shared", token="")
-    assert "could not be pushed to me/shared" in refusal("me/shared", token="hf_wrong") and not hub.files
-    hub.private["me/shared"] = False
-    assert "me/shared exists and is public, so nothing was pushed" in refusal("me/shared", "--private")
-    assert not hub.files and not hub.uploads
-    pushed = in_process("-m", "vllm_lexico.cli", "push", str(path), "me/secret", "--private")
-    assert pushed.returncode == 0 and hub.private["me/secret"] and ("me/secret", "README.md") in hub.files
+def test_no_token(dictionary, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    dictionary.save(tmp_path / "mine.safetensors")
+    assert cli.main(["push", str(tmp_path / "mine.safetensors"), "me/shared"]) == 2
+    assert "there is no Hugging Face token; log in with `hf auth login`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("repo", ["name", "org/name/file", "https://huggingface.co/org/name", "a b/c", ""])
@@ -206,13 +225,12 @@ def test_a_damaged_file_is_not_pushed(dictionary, tmp_path, capsys):
 def test_model_card(dictionary):
     card = model_card(dictionary.info, "me/shared")
     assert "\nbase_model: some/Model-1\n" in card
-    assert "| atoms a vector | keys | values |\n|---|---|---|\n| 7 | " in card
+    assert "| atoms per vector | keys | values |\n|---|---|---|\n| 7 | " in card
     means = [fmean(dictionary.info.errors[part]["15"]) for part in ("key", "value")]
     assert "\n| 15 | {:.4f} | {:.4f} |\n".format(*means) in card
     assert (
         """--attention-backend LEXICO \\\n        --additional-config '{"lexico": {"dictionary": "me/shared"}}'"""
         in card
     )
-    assert "--additional-config" not in model_card(dictionary.info, "vllm-lexico/some_Model-1")
     local = model_card(replace(dictionary.info, model_name="/home/me/tiny", errors={}), "me/shared")
     assert "base_model" not in local and "/home/me" not in local and "It was not measured." in local

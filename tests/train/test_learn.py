@@ -6,7 +6,7 @@ from lexico_kernels import Codebook, CodeLayout, reference
 from lexico_kernels.ops import pursue
 from torch.nn.functional import normalize
 
-from vllm_lexico.dictionary.file import unit_atoms, unpack_atoms
+from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
 from vllm_lexico.train import learn
 from vllm_lexico.train.layer_learners import LayerLearners, key_stretch
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vllm_lexico import cli
-from vllm_lexico.dictionary.file import ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train import run
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners

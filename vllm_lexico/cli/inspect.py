@@ -1,4 +1,4 @@
-"""`vllm-lexico inspect`: what a dictionary file is, what it was made from and what it loses, in words and a picture."""
+"""`vllm-lexico inspect`: check a dictionary file, and show in words and a picture what it is and what it loses."""
 
 import argparse
 import sys
@@ -8,33 +8,33 @@ from typing import Any
 from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
-from vllm_lexico.dictionary.names import train_command
+from vllm_lexico.dictionary.names import printable, train_command
 from vllm_lexico.dictionary.picture import plot_dictionary
 from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
 
 EXAMPLES = """examples:
   vllm-lexico inspect ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors
-      a table, and a picture beside the file
+      print the table and write the picture next to the file
   vllm-lexico inspect my-finetune.safetensors --plot losses.png
-      the picture somewhere else
+      write the picture somewhere else
   vllm-lexico inspect my-finetune.safetensors --no-plot
-      only the table"""
+      print the table only"""
 
 
 def add(commands: Any) -> None:
     """Add the parser."""
     parser = commands.add_parser(
         "inspect",
-        help="say what a dictionary file is, what it was made from, and what it loses",
-        description="Say what a dictionary file is, what it was made from and what it loses; check that it is whole. "
-        "Draws a picture of the losses and of how often atoms are used.",
+        help="check a dictionary file and show what it loses",
+        description="Check that a dictionary file is intact, and show the model it belongs to, the data it was trained "
+        "on and the share of energy that each layer loses. A picture shows the losses and how often atoms are used.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a dictionary file")
     picture = parser.add_mutually_exclusive_group()
-    picture.add_argument("--plot", metavar="PATH", type=Path, help="the picture to write (default: FILE as .png)")
-    picture.add_argument("--no-plot", action="store_true", help="write no picture")
+    picture.add_argument("--plot", metavar="PATH", type=Path, help="picture to write (default: FILE with suffix .png)")
+    picture.add_argument("--no-plot", action="store_true", help="do not write a picture")
     parser.set_defaults(run=run, after_interrupt="nothing was changed")
 
 
@@ -66,15 +66,17 @@ def draw(dictionary: Dictionary, path: Path) -> None:
 def _print_facts(dictionary: Dictionary) -> None:
     info = dictionary.info
     shape = info.fingerprint
+    whose = "layer" if dictionary.shared else "KV head"
     print(f"dictionary of {info.model_name}")
     heads = f"{shape.num_kv_heads} KV heads of {shape.head_dim}"
     print(f"  model      {shape.model_type}, {shape.num_layers} layers, {heads}")
     print(f"  rope       {shape.rope}")
-    whose = "layer" if dictionary.shared else "KV head"
-    print(f"  atoms      {info.atoms} a {whose} for keys and as many for values, {info.atom_bits} bits a number")
-    print(f"  trained    at {info.sparsity} atoms a vector on {info.vectors_seen} vectors of {info.tokens_seen} tokens")
-    print(f"  data       {info.data}")
-    print(f"  made by    {info.version}, seed {info.seed}; make one of your own: {train_command(info.model_name)}")
+    print(f"  atoms      {info.atoms} per {whose} for keys and as many for values, {info.atom_bits} bits per number")
+    seen = f"{info.vectors_seen:,} vectors per layer, of {info.tokens_seen:,} tokens"
+    print(f"  trained    at {info.sparsity} atoms per vector on {seen}")
+    print(f"  data       {printable(info.data)}")
+    print(f"  made by    {printable(info.version)}, seed {info.seed}")
+    print(f"  your own   {train_command(info.model_name)}")
     for kv in KV:
         usage = dictionary.usage(kv)
         if usage is not None:
@@ -86,11 +88,11 @@ def _print_facts(dictionary: Dictionary) -> None:
 
 
 def _print_layers(dictionary: Dictionary) -> None:
-    """The table: energy lost and, where the file knows it, use of atoms, layer by layer."""
-    columns = []  # title, a value a layer, digits after the point
-    for kv, of_part in dictionary.info.errors.items():
-        columns += [(f"{kv} {sparsity}", lost, 4) for sparsity, lost in of_part.items()]
-    headings = ["energy lost on held-out text by atoms a vector"] if columns else []
+    """Print the table: energy lost and, where the file knows it, use of atoms, per layer."""
+    columns = []  # title, one value per layer, digits after the point
+    for kv, of_kv in dictionary.info.errors.items():
+        columns += [(f"{kv} {sparsity}", lost, 4) for sparsity, lost in of_kv.items()]
+    headings = ["energy lost on held-out text, by atoms per vector"] if columns else []
     used = [(kv, usage) for kv in KV if (usage := dictionary.usage(kv)) is not None]
     for kv, usage in used:
         columns += [

@@ -8,11 +8,12 @@ from vllm_lexico.dictionary.push import push_dictionary
 
 EXAMPLES = """examples:
   vllm-lexico push ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors me/qwen2.5-7b-lexico
-      serve with it: --additional-config '{"lexico": {"dictionary": "me/qwen2.5-7b-lexico"}}'
+      then serve with: --additional-config '{"lexico": {"dictionary": "me/qwen2.5-7b-lexico"}}'
   vllm-lexico push my-finetune.safetensors me/my-finetune-lexico --private
-      for yourself alone
+      keep the repository to yourself
 
-Log in first, with `hf auth login` or the environment variable HF_TOKEN. Pushing again replaces file and model card."""
+Log in first, with `hf auth login` or the environment variable HF_TOKEN. Pushing again replaces the file and its model
+card."""
 
 
 def add(commands: Any) -> None:
@@ -20,12 +21,14 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "push",
         help="share a dictionary on the Hugging Face hub",
-        description="Check a dictionary file and upload it to the Hugging Face hub with a model card.",
+        description="Check that a dictionary file is intact and upload it to the Hugging Face hub, with a model card.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a dictionary file")
-    parser.add_argument("repo", metavar="REPO", help="repository on the hub, org/name; made if it does not exist")
+    parser.add_argument(
+        "repo", metavar="REPO", help="repository on the hub, org/name; it is created if it does not exist"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.set_defaults(run=run, after_interrupt="the same command starts the upload again")
 

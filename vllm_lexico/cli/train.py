@@ -7,7 +7,8 @@ from typing import Any
 from lexico_kernels.files import cache_folder
 
 from vllm_lexico.cli.inspect import draw
-from vllm_lexico.dictionary.file import ATOM_BITS, load_dictionary
+from vllm_lexico.dictionary.atoms import ATOM_BITS
+from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.run import TrainSettings, train_dictionary
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lexico_kernels.files import cache_folder
 
-from vllm_lexico.dictionary.file import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.names import file_name, train_command
 from vllm_lexico.dictionary.search import DictionaryNotFoundError, find_dictionary
 
@@ -70,7 +70,7 @@ def _train(model_name: str, out: Path) -> None:
     if status or not out.is_file():
         raise ValueError(
             f"training a dictionary for {model_name} failed with status {status}; the reason is above. Start again "
-            f"when it is mended, name a dictionary that exists, or train by hand: {train_command(model_name)}"
+            f"when it is fixed, name a dictionary that exists, or train by hand: {train_command(model_name)}"
         )
     logger.info("trained the dictionary of %s in %.0f s: %s", model_name, time.monotonic() - started, out)
 

@@ -1,31 +1,102 @@
 """Names of models: which two mean one model, and what a dictionary made for one is called."""
 
+import hashlib
+import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
+
+from vllm_lexico.errors import refusal
+
+LONGEST_ID = 200  # letters; the hub allows 96 in each part
+HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-))*"
+# A folder of the hub's cache, .../models--ORG--NAME/snapshots/COMMIT; the hub allows no "--" in names.
+SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+")
 
 
-def file_name(model_name: str) -> str:
-    """Name of a model's dictionary file: "Qwen/Qwen2.5-7B" -> "Qwen_Qwen2.5-7B.safetensors"."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", _plain_name(model_name)) + ".safetensors"
+def check_words(what: str, given: Any) -> None:
+    """Refuse what is not one line of printable text.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not isinstance(given, str) or not given.strip() or not given.isprintable():
+        raise ValueError(refusal(what, given, "one line of printable text, not blank", "change it"))
 
 
-def train_command(model_name: str) -> str:
-    """The shell command that makes a dictionary of this model."""
-    return f"vllm-lexico train {shlex.quote(model_name)}"
+def check_name(model_name: Any) -> None:
+    """Refuse what no model can be called, see `check_words`."""
+    check_words("the model's name", model_name)
 
 
-def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: ids compare whole, paths and bare names by their last part; case is ignored."""
-    if is_hub_id(one) and is_hub_id(other):
-        return one.casefold() == other.casefold()
-    return Path(one).name.casefold() == Path(other).name.casefold()
+def printable(text: str) -> str:
+    """Text with line breaks, escape codes and the like written as Python writes them, as in "\\n"."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is an id on the hub, org/name, and no folder here."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+    known = len(name) <= LONGEST_ID and re.fullmatch(f"{HUB_PART}/{HUB_PART}", name) is not None and ".." not in name
+    return known and not Path(name).exists()
 
 
-def _plain_name(model_name: str) -> str:
-    return model_name if is_hub_id(model_name) else Path(model_name).resolve().name
+def plain_name(model_name: str) -> str:
+    """The one way to write a model's name: an id, or any name alone, as it is; a folder as an absolute path.
+
+    A snapshot's folder in the hub's cache, which is what vLLM is handed offline, is the id that it belongs to.
+    """
+    if is_hub_id(model_name) or ("/" not in model_name and not os.path.lexists(model_name)):
+        return model_name
+    path = Path(model_name)
+    for folder in (path.absolute(), path.resolve()):  # a link into the hub's cache is a snapshot too
+        if snapshot := SNAPSHOT.fullmatch(str(folder)):
+            return snapshot[1].replace("--", "/", 1)
+    return str(path.resolve())
+
+
+def _is_path(plain: str) -> bool:
+    return Path(plain).is_absolute()
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model for certain.
+
+    Ids compare without case, folders by their path; a folder .../ORG/NAME is the id ORG/NAME.
+    """
+    one, other = plain_name(one), plain_name(other)
+    if _is_path(one) == _is_path(other):
+        return one == other or (not _is_path(one) and one.casefold() == other.casefold())
+    folder, name = (one, other) if _is_path(one) else (other, one)
+    return "/" in name and folder.casefold().endswith("/" + name.casefold())
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two names may mean one model: the last parts are the same, and they are not two folders."""
+    one, other = plain_name(one), plain_name(other)
+    two_folders = _is_path(one) and _is_path(other)
+    return not two_folders and Path(one).name.casefold() == Path(other).name.casefold()
+
+
+def file_name(model_name: str) -> str:
+    """Name of a model's dictionary file; two models never have the same.
+
+    "Qwen/Qwen2.5-7B" -> "Qwen_Qwen2.5-7B.safetensors". A hash of the whole name follows where that can be read in two
+    ways, and for a folder: "checkpoint@1a2b3c4d.safetensors".
+
+    Raises:
+        ValueError: no model can be called that.
+    """
+    check_name(model_name)
+    plain = plain_name(model_name)
+    org = plain.partition("/")[0]
+    if re.fullmatch(f"(?:{HUB_PART}/)?{HUB_PART}", plain) and "_" not in org and len(plain) <= LONGEST_ID:
+        return plain.replace("/", "_") + ".safetensors"
+    readable = Path(plain).name if _is_path(plain) else plain
+    stem = re.sub(r"[^A-Za-z0-9.-]+", "_", readable)[:LONGEST_ID] or "model"
+    return f"{stem}@{hashlib.sha256(plain.encode()).hexdigest()[:8]}.safetensors"
+
+
+def train_command(model_name: str) -> str:
+    """The shell command that makes a dictionary of this model."""
+    return f"vllm-lexico train {shlex.quote(printable(plain_name(model_name)))}"

@@ -50,25 +50,25 @@ def plot_dictionary(dictionary: Dictionary, path: Path) -> None:
             _draw_usage(axes.pop(0), dictionary)
         info = dictionary.info
         name = info.model_name if is_hub_id(info.model_name) else Path(info.model_name).name
-        made = f"{info.atoms:,} atoms of {info.atom_bits} bits a number, trained at {info.sparsity} atoms a vector"
+        made = f"{info.atoms:,} atoms of {info.atom_bits} bits per number, trained at {info.sparsity} atoms per vector"
         figure.suptitle(f"Dictionary of {name}\n{made}", fontsize=12.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
 def _draw_losses(axes: Any, dictionary: Dictionary) -> None:
-    """A line for each part and sparsity over the layers; what the part is shows in its colour."""
+    """A line per sparsity over the layers, for keys and for values, told apart by colour."""
     errors = dictionary.info.errors
-    sparsities = sorted({int(sparsity) for of_part in errors.values() for sparsity in of_part})
-    for kv, of_part in errors.items():
-        for sparsity, lost in sorted(of_part.items(), key=lambda item: int(item[0])):
+    sparsities = sorted({int(sparsity) for of_kv in errors.values() for sparsity in of_kv})
+    for kv, of_kv in errors.items():
+        for sparsity, lost in sorted(of_kv.items(), key=lambda item: int(item[0])):
             axes.plot(
                 range(len(lost)),
                 [100 * share for share in lost],
                 color=COLOURS[kv],
                 markersize=4,
                 linewidth=1.6,
-                label=f"{kv}s, {sparsity} atoms a vector: {100 * sum(lost) / len(lost):.1f} %",
+                label=f"{kv}s, {sparsity} atoms per vector: {100 * sum(lost) / len(lost):.1f} %",
                 **STYLES[sparsities.index(int(sparsity)) % len(STYLES)],
             )
     axes.set(title="Energy lost on held-out text", xlabel="layer", ylabel="share of the vectors' energy lost (%)")

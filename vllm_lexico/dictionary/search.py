@@ -1,5 +1,6 @@
 """Where dictionaries are looked for: a file or hub id that the user names, the package, the user's cache, the hub."""
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -8,14 +9,23 @@ from pathlib import Path
 
 from lexico_kernels.files import cache_folder
 
-from vllm_lexico.dictionary.file import DictionaryInfo, ModelFingerprint, read_info
-from vllm_lexico.dictionary.names import file_name, is_hub_id, same_model, train_command
+from vllm_lexico.dictionary.file import read_info
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.info import DictionaryInfo
+from vllm_lexico.dictionary.names import alike, plain_name, printable, same_model, train_command
+from vllm_lexico.errors import refusal
 
 logger = logging.getLogger("vllm.lexico")
 
-HUB_FILE = "dictionary.safetensors"
-HUB_OWNER = "vllm-lexico"
+HUB_FILE = "dictionary.safetensors"  # of a repository on the hub
+HUB_LIST = "hub.json"  # of the bundled folder: which repositories are asked without a setting
 HUB_TIMEOUT_SECONDS = 3.0
+
+Found = tuple[Path, DictionaryInfo]
+
+
+class DictionaryNotFoundError(ValueError):
+    """No dictionary for a model in any place that was searched, or several and none of its own; says what to do."""
 
 
 def bundled_folder() -> Path:
@@ -26,42 +36,54 @@ def bundled_folder() -> Path:
     return Path(__file__).resolve().parents[2] / "dictionaries"
 
 
-class DictionaryNotFoundError(ValueError):
-    """No dictionary for a model in any place that was searched; says which and how to make one."""
-
-
-def hub_repository(model_name: str) -> str:
-    """Where a hub model's dictionary is looked for without a setting: this project's repository for it on the hub."""
-    return f"{HUB_OWNER}/{file_name(model_name).removesuffix('.safetensors')}"
-
-
 def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFingerprint) -> Path:
     """Path of the dictionary file for a model; only headers are read.
 
-    setting: a file, or a hub id "org/name" or "org/name/file.safetensors"; with it nothing else is looked at. Without:
-    a dictionary of this very model that is bundled, in the user's cache or on the hub; then one of a model of the same
-    fingerprint (a fine-tune, say) that is bundled or in the cache; DictionaryNotFoundError if none is. A setting that
-    leads nowhere is a ValueError.
+    Args:
+        setting: a file, or a hub id "org/name" or "org/name/file.safetensors"; with it nothing else is looked at.
+            Without: a dictionary of this very model that is bundled, in the user's cache, or on the hub where the
+            package lists it; then one that is bundled or in the cache and has the same fingerprint: first of a model
+            whose name ends alike, then of any (a fine-tune's original, say). Of several models' none is taken.
+        model_name: as vLLM was given it.
+        fingerprint: the model's.
+
+    Raises:
+        DictionaryNotFoundError: there is none, or several of other models fit.
+        ValueError: the setting leads nowhere.
     """
     if setting is not None:
         return _from_setting(setting)
     bundled, cached = bundled_folder(), cache_folder()
-    twins = [(path, info) for path, info in _dictionaries_in(bundled, cached) if info.fingerprint == fingerprint]
-    for path, info in twins:
+    fitting = [found for found in _dictionaries_in(bundled, cached) if found[1].fingerprint == fingerprint]
+    for path, info in fitting:
         if same_model(info.model_name, model_name):
             return path
     downloaded, hub_note = _from_hub(model_name)
     if downloaded is not None:
         return downloaded
-    if twins:
-        return twins[0][0]
+    likely = [found for found in fitting if alike(found[1].model_name, model_name)] or fitting
+    if len({plain_name(info.model_name).casefold() for _, info in likely}) == 1:
+        return likely[0][0]
+    if likely:
+        raise DictionaryNotFoundError(_several(likely, model_name))
     raise DictionaryNotFoundError(
-        f"no dictionary for {model_name}. Searched: bundled ({bundled}); the user's cache ({cached}); {hub_note}. "
-        f"Make one (some minutes on a GPU): {train_command(model_name)}"
+        f"no dictionary for {printable(model_name)}. Searched: bundled ({bundled}); the user's cache ({cached}); "
+        f"{hub_note}. Name one that you have, a file or org/name on the hub, or make one (some minutes on a GPU): "
+        f"{train_command(model_name)}"
     )
 
 
-def _dictionaries_in(*folders: Path) -> Iterator[tuple[Path, DictionaryInfo]]:
+def _several(fitting: list[Found], model_name: str) -> str:
+    listed = ", ".join(f"{info.model_name} ({path})" for path, info in fitting)
+    setting = json.dumps({"lexico": {"dictionary": str(fitting[0][0])}})
+    return (
+        f"no dictionary for {printable(model_name)}, and those of several other models fit its shape: {listed}. Name "
+        f"one, as in --additional-config '{setting}', or make its own (some minutes on a GPU): "
+        f"{train_command(model_name)}"
+    )
+
+
+def _dictionaries_in(*folders: Path) -> Iterator[Found]:
     for folder in folders:
         for path in sorted(folder.glob("*.safetensors")):
             try:
@@ -72,15 +94,20 @@ def _dictionaries_in(*folders: Path) -> Iterator[tuple[Path, DictionaryInfo]]:
 
 def _from_setting(setting: str) -> Path:
     path = Path(setting).expanduser()
-    if path.is_file():
+    kind = _kind(path)
+    if kind == "file":
         return path
+    subject, allowed = "dictionary", "a file, or a hub id (org/name or org/name/file.safetensors)"
+    if kind == "folder":
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        remedy = f"name the file in it, {path / files[0]}" if files else "it holds no dictionary, so name another"
+        raise ValueError(refusal(subject, setting, f"{allowed}, and this is a folder", remedy))
     parts = setting.split("/")
     hub_like = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/.+\.safetensors)?", setting)
-    if not hub_like or (len(parts) == 2 and parts[1].endswith(".safetensors")):
-        raise ValueError(
-            f"dictionary {setting!r} is not a file that exists; give a path to a file, a hub id (org/name or "
-            f"org/name/file.safetensors), or nothing to have one looked for"
-        )
+    in_a_folder = len(parts) > 2 and _kind(path.parent) == "folder"
+    if not hub_like or in_a_folder or (len(parts) == 2 and parts[1].endswith(".safetensors")):
+        remedy = "this is not a file that exists: correct the path, or leave it out to have one looked for"
+        raise ValueError(refusal(subject, setting, allowed, remedy))
     try:
         return _download("/".join(parts[:2]), "/".join(parts[2:]) or HUB_FILE)
     except Exception as error:  # whatever the hub client raises, the user named this and must hear why it failed
@@ -90,33 +117,58 @@ def _from_setting(setting: str) -> Path:
         ) from error
 
 
-def _from_hub(model_name: str) -> tuple[Path | None, str]:
-    """(path, what was tried in words): a hub model's dictionary under this project's name on the hub, if any."""
-    if not is_hub_id(model_name):
-        return None, f"not the Hugging Face hub ({model_name} is a path)"
-    repo = hub_repository(model_name)
+def _kind(path: Path) -> str:
     try:
-        if _answers(repo, HUB_FILE):
-            return _download(repo, HUB_FILE), ""
+        return "file" if path.is_file() else "folder" if path.is_dir() else "absent"
+    except OSError:  # a name that is too long
+        return "absent"
+
+
+def _from_hub(model_name: str) -> tuple[Path | None, str]:
+    """(path, what was tried in words): a dictionary on the hub that the package lists for the model, if any.
+
+    Anybody may own a name on the hub, so nothing is asked for but what is listed, at the commit that is listed.
+    """
+    listed = {name.casefold(): entry for name, entry in _listed_on_hub().items()}
+    entry = listed.get(plain_name(model_name).casefold())
+    if entry is None:
+        return None, "not the Hugging Face hub, where this release knows of none for it"
+    repo, revision = entry["repository"], entry["revision"]
+    try:
+        if _answers(repo, HUB_FILE, revision):
+            return _download(repo, HUB_FILE, revision), ""
         return None, f"the Hugging Face hub ({repo}: not there)"
     except Exception as error:  # no network, no such repository, offline mode: none of them may stop the search
         return None, f"the Hugging Face hub ({repo}: {_short(error)})"
 
 
-def _answers(repo: str, file: str) -> bool:
+def _listed_on_hub() -> dict[str, dict[str, str]]:
+    """Model -> {"repository": "org/name", "revision": a commit's hash}."""
+    path = bundled_folder() / HUB_LIST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _answers(repo: str, file: str, revision: str) -> bool:
     """Whether the hub's cache or the hub has a file. One request: without network a download tries for long."""
     from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(repo, file), str):
+    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
         return True
-    return get_session().head(hf_hub_url(repo, file), timeout=HUB_TIMEOUT_SECONDS).status_code < 400
+    url = hf_hub_url(repo, file, revision=revision)
+    return get_session().head(url, timeout=HUB_TIMEOUT_SECONDS).status_code < 400
 
 
-def _download(repo: str, file: str) -> Path:
-    """Fetch from the hub, or from its cache when offline (HF_HUB_OFFLINE) or when the hub does not answer in time."""
+def _download(repo: str, file: str, revision: str | None = None) -> Path:
+    """Fetch from the hub, or from its cache when offline (HF_HUB_OFFLINE) or when the hub does not answer in time.
+
+    revision: a commit's hash, or None for the newest. Which one was taken is logged.
+    """
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repo, file, etag_timeout=HUB_TIMEOUT_SECONDS))
+    path = Path(hf_hub_download(repo, file, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS))
+    commit = re.search(r"/snapshots/([0-9a-f]+)/", path.as_posix())
+    logger.info("dictionary from the Hugging Face hub: %s of %s, revision %s", file, repo, commit[1] if commit else "?")
+    return path
 
 
 def _short(error: Exception) -> str:

@@ -12,7 +12,8 @@ from lexico_kernels import CodeLayout
 from lexico_kernels.memory.layout import SPAN_TOKENS
 
 from vllm_lexico.config import TRAIN, LexicoConfig
-from vllm_lexico.dictionary.file import Dictionary, ModelFingerprint, load_dictionary
+from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.serve import refusals

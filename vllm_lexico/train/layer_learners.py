@@ -10,7 +10,7 @@ from lexico_kernels.memory.layout import KV
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from vllm_lexico.dictionary.file import pack_atoms, unit_atoms
+from vllm_lexico.dictionary.atoms import pack_atoms, unit_atoms
 from vllm_lexico.files import save_tensors
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import Levels, learn_levels

@@ -13,7 +13,7 @@ import torch
 from lexico_kernels.ops import pursue
 from torch.nn.functional import normalize
 
-from vllm_lexico.dictionary.file import unit_atoms
+from vllm_lexico.dictionary.atoms import unit_atoms
 from vllm_lexico.train.levels import Levels
 
 MOMENTUM = 0.7

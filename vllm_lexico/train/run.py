@@ -23,8 +23,11 @@ from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from vllm_lexico.dictionary.file import ATOM_BITS, Dictionary, DictionaryInfo, ModelFingerprint
-from vllm_lexico.dictionary.names import file_name
+from vllm_lexico.dictionary.atoms import ATOM_BITS
+from vllm_lexico.dictionary.file import Dictionary, check_out
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.info import DictionaryInfo
+from vllm_lexico.dictionary.names import file_name, plain_name
 from vllm_lexico.train.capture import SKIPPED_TOKENS, capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings
@@ -137,8 +140,9 @@ def train_dictionary(
 
     settings = settings or TrainSettings()
     devices = checked_devices(device)
-    name = name or model
+    name = plain_name(name or model)
     out = out or cache_folder() / file_name(name)
+    check_out(out, name)
     config = AutoConfig.from_pretrained(model).get_text_config()
     fingerprint = ModelFingerprint.of(config)
     longest = getattr(config, "max_position_embeddings", None) or settings.length

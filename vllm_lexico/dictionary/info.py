@@ -1,0 +1,98 @@
+"""What a dictionary file says of itself: strings in the metadata of the safetensors file."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
+
+from vllm_lexico.dictionary.atoms import ATOM_BITS
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.names import check_name
+from vllm_lexico.errors import check_whole_number, either, refusal, shown
+
+FORMAT = "lexico-dictionary"
+FORMAT_VERSION = "3"  # what is written: its checksum covers metadata, names, types, shapes and bytes
+READ_VERSIONS = ("2", FORMAT_VERSION)  # the checksum of version 2 covers names and bytes
+REMEDY = "fetch it again, or make one with `vllm-lexico train MODEL`"
+MOST_LOST = 10  # of a vector's energy; more than any code that anybody would keep
+_CHANGE = "change it"
+
+
+@dataclass(frozen=True)
+class DictionaryInfo:
+    """What a dictionary says of itself; a value that cannot be right is a ValueError."""
+
+    model_name: str
+    fingerprint: ModelFingerprint
+    atoms: int  # N, with the null atom
+    atom_bits: int
+    sparsity: int  # atoms per vector in training
+    data: str  # what it was trained on, in words
+    tokens_seen: int
+    vectors_seen: int  # per layer, of keys and of values each
+    errors: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # kv -> sparsity -> energy lost by layer
+    version: str = "unknown"  # commit or release that trained it
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.model_name)
+        check_whole_number("atoms", self.atoms, 2, MAX_ATOMS, _CHANGE)
+        if type(self.atom_bits) is not int or self.atom_bits not in ATOM_BITS:
+            raise ValueError(refusal("atom_bits", self.atom_bits, either(ATOM_BITS), _CHANGE))
+        check_whole_number("sparsity", self.sparsity, 1, MAX_SPARSITY, _CHANGE)
+        check_whole_number("tokens_seen", self.tokens_seen, 0, 2**63, _CHANGE)
+        check_whole_number("vectors_seen", self.vectors_seen, 0, 2**63, _CHANGE)
+        check_whole_number("seed", self.seed, -(2**64), 2**64, _CHANGE)
+        self._check_errors()
+
+    def _check_errors(self) -> None:
+        allowed = f"a list of {self.fingerprint.num_layers} numbers from 0 to {MOST_LOST}, by key or value and sparsity"
+        sparsities = {str(sparsity) for sparsity in range(1, MAX_SPARSITY + 1)}
+        known = isinstance(self.errors, dict) and set(self.errors) <= set(KV)
+        for of_kv in self.errors.values() if known else ():
+            known = known and isinstance(of_kv, dict) and set(of_kv) <= sparsities
+            for lost in of_kv.values() if known else ():
+                known = known and isinstance(lost, list) and len(lost) == self.fingerprint.num_layers
+                known = known and all(type(share) in (float, int) and 0 <= share <= MOST_LOST for share in lost)
+        if not known:
+            raise ValueError(refusal("errors", self.errors, allowed, _CHANGE))
+
+    def to_metadata(self) -> dict[str, str]:
+        """Strings from which `from_metadata` makes the same."""
+        values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(self).items()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION} | values
+
+    @staticmethod
+    def from_metadata(metadata: dict[str, str] | None, path: Path) -> "DictionaryInfo":
+        """Read the metadata of the file `path`.
+
+        Raises:
+            ValueError: it is no dictionary, one of another format version, or has values that cannot be right.
+        """
+        if not metadata or metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is a safetensors file but not a Lexico dictionary; {REMEDY}")
+        if metadata.get("format_version") not in READ_VERSIONS:
+            raise ValueError(
+                f"{path} has dictionary format version {shown(metadata.get('format_version'))}, this release reads "
+                f"{either(READ_VERSIONS)}; install the release that wrote the file or train the dictionary again"
+            )
+        absent = [f.name for f in fields(DictionaryInfo) if f.name not in metadata]
+        if absent:
+            raise ValueError(f"{path} is damaged: its metadata lacks {', '.join(absent)}; {REMEDY}")
+        try:
+            values: dict[str, Any] = {}
+            for f in fields(DictionaryInfo):
+                values[f.name] = metadata[f.name] if f.type is str else json.loads(metadata[f.name])
+            values["fingerprint"] = _fingerprint(values["fingerprint"])
+            return DictionaryInfo(**values)
+        except (ValueError, RecursionError) as error:  # ValueError: also JSON, and numbers of thousands of digits
+            raise ValueError(f"{path} is damaged: its metadata cannot be right ({error}); {REMEDY}") from error
+
+
+def _fingerprint(given: Any) -> ModelFingerprint:
+    names = [f.name for f in fields(ModelFingerprint)]
+    if not isinstance(given, dict) or sorted(given) != sorted(names):
+        raise ValueError(refusal("fingerprint", given, f"an object of {', '.join(names)}", _CHANGE))
+    return ModelFingerprint(**given)
