@@ -130,7 +130,8 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     command = first_start._command
     monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
     setup = setup_of(str(model), config)
-    assert setup.dictionary_path == addresses / "cache" / "vllm-lexico" / "tiny_model.safetensors"
+    [trained] = (addresses / "cache" / "vllm-lexico").glob("tiny_model@*.safetensors")
+    assert setup.dictionary_path == trained
     assert load_dictionary(setup.dictionary_path).info.atoms == 16
     monkeypatch.setattr(first_start, "_command", None)  # not needed again
     _checked_dictionary.cache_clear()

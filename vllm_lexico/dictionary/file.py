@@ -199,9 +199,9 @@ def check_out(path: Path, model_name: str) -> None:
             earlier dictionary of the same model.
     """
     check_name(model_name)
-    remedy = "give the name of a file that ends in .safetensors"
-    if path.suffix != ".safetensors":
-        raise ValueError(refusal("the file to write", str(path), "a name that ends in .safetensors", remedy))
+    remedy = "give the name of a file, as in my-dictionary.safetensors"
+    if path.suffix == ".png":  # the picture's name
+        raise ValueError(refusal("the file to write", str(path), "any suffix but .png", remedy))
     if path.exists() and not path.is_file():
         raise ValueError(f"the file to write, {path}, is there and no file; {remedy}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -24,8 +24,8 @@ class ModelFingerprint:
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "hidden_size"):
             check_whole_number(f"the model's {name}", getattr(self, name), 1, MOST, "other models are not supported")
-        for name in ("model_type", "rope"):
-            check_words(f"the model's {name}", getattr(self, name))
+        check_words("the model's type", self.model_type)
+        check_words("the model's rope", self.rope, blank=True)
 
     @staticmethod
     def of(config: Any) -> "ModelFingerprint":

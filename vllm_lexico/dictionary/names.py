@@ -15,14 +15,15 @@ HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-))*"
 SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+")
 
 
-def check_words(what: str, given: Any) -> None:
-    """Refuse what is not one line of printable text.
+def check_words(what: str, given: Any, *, blank: bool = False) -> None:
+    """Refuse what is not one line of printable text. blank: it may be blank.
 
     Raises:
         ValueError: in one sentence.
     """
-    if not isinstance(given, str) or not given.strip() or not given.isprintable():
-        raise ValueError(refusal(what, given, "one line of printable text, not blank", "change it"))
+    if not isinstance(given, str) or not given.isprintable() or not (blank or given.strip()):
+        allowed = "one line of printable text" + ("" if blank else ", not blank")
+        raise ValueError(refusal(what, given, allowed, "change it"))
 
 
 def check_name(model_name: Any) -> None:
