@@ -55,7 +55,7 @@ def lexico(cell_bytes, tail_tokens):
     """Code pages of 128 tokens and tail pages, which are padded to as many bytes, over each other."""
     codes = full(128, state_content_bytes=cell_bytes)
     page = 128 * 2 * cell_bytes
-    own = {"sliding_window": 129, "sink_blocks": 1, "window_hits": False, "concurrent_batches": 1}
+    own = {"sliding_window": 129, "sink_blocks": 1, "hit_margin_tokens": 0, "concurrent_batches": 1}
     tail = LexicoTailSpec(block_size=tail_tokens, page_size_padded=page, **SHAPE, **own)
     return config(5, LAYERS * page, (NAMES, codes), ([f"{name}.lexico_tail" for name in NAMES], tail))
 

@@ -1,5 +1,6 @@
 """The tail's pages in vLLM's own block pool: what a request holds, gives back and finds again."""
 
+import random
 import types
 
 import pytest
@@ -20,9 +21,8 @@ def make(window_hits=False, sink_blocks=1, concurrent_batches=1):
         head_size=64,
         dtype=torch.bfloat16,
         sliding_window=WINDOW + 1,
-        extra_retained_tokens=128 if window_hits else 0,
         sink_blocks=sink_blocks,
-        window_hits=window_hits,
+        hit_margin_tokens=128 if window_hits else 0,
         concurrent_batches=concurrent_batches,
     )
     pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=TAIL)
@@ -183,3 +183,73 @@ def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit):
     assert find(manager, spec, request.block_hashes, 256)[1] == hit
     manager.new_step_starts()
     assert find(manager, spec, request.block_hashes, 256)[1] == 256
+
+
+TEXT = [random.Random(0).randrange(2, 5) for _ in range(700)]
+
+
+@pytest.mark.parametrize("codec", ["packed16", "exact"])
+def test_windows_of_hits_survive_vllms_plan(page_engine, codec):
+    """vLLM plans the cache from the spec and sets fields of its own in it; hits with their window are found."""
+    engine = page_engine(prefix_hits="window", codec=codec, max_model_len=700)
+    assert engine.spec.extra_retained_tokens == 0  # what vLLM sets
+    for name, prompt, hit in (
+        ("first", TEXT[:610], 0),
+        ("same again", TEXT[:610], 576),
+        ("first of 64 tokens", TEXT[:577], 576),
+    ):
+        engine.add(name, prompt, 20)
+        engine.finish()
+        assert engine.hits[name] == hit
+    engine.add("next turn", TEXT[:610] + engine.answers["first"] + TEXT[:60])
+    engine.finish()
+    assert engine.hits["next turn"] == 576
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize("codec", ["packed16", "exact"])
+def test_input_in_pieces_ends_in_the_smallest_pool(page_engine, codec, concurrent):
+    """Four pieces of 150 tokens, 10 answered after each: what a resumed request holds counts for it."""
+    engine = page_engine(codec=codec, max_model_len=700, concurrent=concurrent)
+    for piece in range(4):
+        engine.add("session", TEXT[piece * 150 : piece * 150 + 150], 10, resumable=True)
+        engine.finish()
+        assert len(engine.answers["session"]) == 10 * (piece + 1)
+    engine.add("session", [0])
+    engine.finish()
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_a_page_that_others_hold_is_not_counted_as_free_later():
+    """It leaves a request's window and stays with the other, so a page for new tokens must come from elsewhere."""
+    manager, pool, _ = make()
+    hashes = cache_prompt(manager, 1000)
+    (blocks,), length = LexicoTailManager.find_longest_cache_hit(
+        hashes, 896, [0], pool, manager.kv_cache_spec, drop_eagle_block=False, alignment_tokens=128
+    )
+    manager.add_local_computed_blocks("other", blocks, length, 0)
+    needed = manager.get_num_blocks_to_allocate("new", 4000, blocks, length, length, 4000, apply_admission_cap=True)
+    assert needed == manager.max_admission_blocks_per_request - 1  # the sink alone stays shared
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_events_are_of_code_blocks_with_their_tokens_and_parents(page_engine, concurrent):
+    """What a router follows: `PageEngine._follow` and `check` compare every event with what is stored."""
+    engine = page_engine(concurrent=concurrent, max_model_len=700)
+    for turn in range(4):
+        engine.add(f"turn {turn}", TEXT[turn // 2 : 300 + 80 * turn], 70)
+        engine.finish()
+    assert engine.published[0].total() > 5 and not engine.published[1]
+    assert engine.scheduler.reset_prefix_cache()
+    engine.check()
+    assert not engine.published[0]
+
+
+def test_events_of_a_hit_are_of_code_blocks(page_engine):
+    """A request may ask that blocks it takes from the cache are published again."""
+    engine = page_engine(max_model_len=700, spare_pages=40)
+    for name in ("first", "again"):
+        engine.add(name, TEXT[:300], extra_args={"kv_cache_report_mode": "full"})
+        engine.finish()
+    assert engine.hits["again"] == 256 and not engine.published[1]
+    assert max(engine.published[0].values()) == 2

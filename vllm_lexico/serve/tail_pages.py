@@ -7,20 +7,21 @@ page, the rest are vLLM's null block. Readers must look at those two ranges only
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_lexico import compat
+from vllm_lexico.serve import tail_hits
 
 if TYPE_CHECKING:
     from lexico_kernels import CodeLayout
@@ -32,14 +33,17 @@ if TYPE_CHECKING:
 class LexicoTailSpec(SlidingWindowSpec):
     """Cache spec of a layer's tail; `sliding_window` is the window plus the one token being computed.
 
-    sink_blocks: pages at the start of a sequence that stay for its life.
-    window_hits: accept a prefix-cache hit only where the whole window before it is cached. Hits end at whole code
-        pages, so `extra_retained_tokens` then has to be a code page's tokens.
-    concurrent_batches: scheduling steps that may be under way at once (2 with asynchronous scheduling).
+    Attributes:
+        sink_blocks: pages at the start of a sequence that stay for its life.
+        hit_margin_tokens: 0, or the tokens of a code page where a prefix-cache hit needs its whole window. Such a hit
+            ends at the last whole code page, so its window lies up to this many tokens below the newest one, and
+            pages stay for as long. vLLM's own `extra_retained_tokens` cannot say so: it sets that of every
+            sliding-window spec when it plans the cache.
+        concurrent_batches: scheduling steps that may be under way at once (2 with asynchronous scheduling).
     """
 
     sink_blocks: int
-    window_hits: bool
+    hit_margin_tokens: int
     concurrent_batches: int
 
     @property
@@ -50,7 +54,7 @@ class LexicoTailSpec(SlidingWindowSpec):
     @property
     def retained_tokens(self) -> int:
         """Computed tokens below a step's first position that keep their pages."""
-        return self.window_tokens + self.extra_retained_tokens
+        return self.window_tokens + self.extra_retained_tokens + self.hit_margin_tokens
 
     @property
     def num_retained_tokens(self) -> int:
@@ -70,7 +74,6 @@ class LexicoTailSpec(SlidingWindowSpec):
 
 def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> LexicoTailSpec:
     """The tail of a layer whose codes have this layout; its pages have exactly the bytes of a code page."""
-    window_hits = setup.config.prefix_hits == "window"
     return LexicoTailSpec(
         block_size=layout.tail_tokens,
         num_kv_heads=layout.num_kv_heads,
@@ -78,16 +81,10 @@ def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> Lex
         dtype=dtype,
         page_size_padded=layout.page_bytes if layout.page_bytes > layout.tail_page_bytes else None,
         sliding_window=setup.window_tokens + 1,
-        extra_retained_tokens=layout.block_tokens if window_hits else 0,
         sink_blocks=setup.sink_blocks(layout),
-        window_hits=window_hits,
+        hit_margin_tokens=layout.block_tokens if setup.config.prefix_hits == "window" else 0,
         concurrent_batches=setup.concurrent_batches,
     )
-
-
-# Hashes of the prefixes that end with a block whose last tokens the step that is being scheduled computes, by pool:
-# vLLM asks for hits on the class, so they cannot be a manager's own.
-_being_completed: WeakKeyDictionary[BlockPool, set[Any]] = WeakKeyDictionary()
 
 
 class LexicoTailManager(SlidingWindowManager):
@@ -98,36 +95,30 @@ class LexicoTailManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: LexicoTailSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._null_below: dict[str, int] = {}  # request: all pages from the sinks up to here are null already
-        self._being_completed = _being_completed.setdefault(self.block_pool, set())
+        compat.publish_events_of_whole_prefixes(self.block_pool, self.kv_cache_group_id)
 
     def new_step_starts(self) -> None:
         """What earlier steps completed is coded before this one runs."""
-        self._being_completed.clear()
+        tail_hits.completing(self.block_pool).clear()
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Make a request's full pages known, and remember which block of codes the step completes.
 
         vLLM lets other requests hit a block from when the step that fills it is scheduled, so in that very step. In a
-        step of decode its codes are written when all layers have read theirs (`layers.py`); such a block has its first
-        tokens from an earlier step.
+        step of decode its codes are written when all layers have read theirs (`layer_stack.py`); such a block has its
+        first tokens from an earlier step.
         """
         known_tokens = self.num_cached_block.get(request.request_id, 0) * self.block_size
         super().cache_blocks(request, num_tokens, *args, **kwargs)
-        block_tokens = self.cache_hit_alignment_tokens
-        end = num_tokens // block_tokens * block_tokens
+        block_tokens, pool = self.cache_hit_alignment_tokens, self.block_pool
+        end = min(num_tokens, len(request.block_hashes) * pool.hash_block_size) // block_tokens * block_tokens
         if known_tokens < end and end - block_tokens < request.num_computed_tokens:
-            hashes = self._page_hashes(request.block_hashes, self.block_pool, self.block_size, block_tokens)
-            self._being_completed.add(hashes[end // self.block_size - 1])
+            hashes = tail_hits.page_hashes(request.block_hashes, pool, self.block_size, block_tokens)
+            tail_hits.completing(pool).add(hashes[end // self.block_size - 1])
 
-    @classmethod
-    def _page_hashes(cls, hashes: BlockHashList, pool: BlockPool, page_tokens: int, alignment_tokens: int) -> Any:
-        return resolve_block_hashes(
-            hashes,
-            pool.hash_block_size,
-            page_tokens,
-            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
-            alignment_tokens=alignment_tokens,
-        )
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Tokens below the window, and below what is kept for hits."""
+        return max(num_computed_tokens - self.kv_cache_spec.retained_tokens, 0)
 
     def _takes_page(self, page: int, num_computed_tokens: int) -> bool:
         """Whether a page holds anything worth keeping once `num_computed_tokens` are computed."""
@@ -145,14 +136,25 @@ class LexicoTailManager(SlidingWindowManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Free pages that the next step takes, or with `apply_admission_cap` that the whole request will take."""
-        num_pages = cdiv(num_tokens, self.block_size)
-        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
-            in_use_by_others = sum(block.ref_cnt > 0 and not block.is_null for block in new_computed_blocks)
-            return max(min(num_pages, self.max_admission_blocks_per_request) - in_use_by_others, 0)
-        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        new_pages = sum(self._takes_page(page, num_tokens_main_model) for page in range(held, num_pages))
-        return new_pages + self._get_num_evictable_blocks(new_computed_blocks)
+        """Free pages that the next step takes, or with `apply_admission_cap` that the request may yet take."""
+        num_pages, num_known = cdiv(num_tokens, self.block_size), len(new_computed_blocks)
+        num_known += len(self.req_to_blocks.get(request_id, ()))
+        evictable = self._get_num_evictable_blocks(new_computed_blocks)
+        if apply_admission_cap:
+            fresh = max(num_pages - num_known, 0) + evictable
+            assert self.max_admission_blocks_per_request is not None
+            return min(fresh, self.max_admission_blocks_per_request - self._num_kept(request_id, new_computed_blocks))
+        return sum(self._takes_page(page, num_tokens_main_model) for page in range(num_known, num_pages)) + evictable
+
+    def _num_kept(self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]) -> int:
+        """Pages that a request holds and will keep or give back to the pool, so that they cost it no free page.
+
+        A resumed request, whose input comes in pieces, holds pages already. What others hold too is not free once
+        the request's window has left it, so of that only the sinks count.
+        """
+        held, sinks = self.req_to_blocks.get(request_id, ()), self.kv_cache_spec.sink_blocks
+        own = sum(not block.is_null and (page < sinks or block.ref_cnt == 1) for page, block in enumerate(held))
+        return own + sum(block.ref_cnt > 0 and not block.is_null for block in new_computed_blocks[:sinks])
 
     def add_local_computed_blocks(
         self,
@@ -213,41 +215,22 @@ class LexicoTailManager(SlidingWindowManager):
         alignment_tokens: int,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest hit that has its sinks and, where the spec asks for it, the window before it.
+        """The longest hit that has its sinks and, where the spec asks for it, its window: see `tail_hits.py`.
 
         It ends before a block that the step which is being scheduled completes: see `cache_blocks`.
-
-        Missing window pages are null: what they held is read from the codes. Present ones are an unbroken run up to
-        the hit's end, so that a reader needs one position to tell codes from pages.
         """
-        spec, size = kv_cache_spec, kv_cache_spec.block_size
-        hashes = cls._page_hashes(block_hashes, block_pool, size, alignment_tokens)
-
-        def cached(page: int) -> Sequence[KVCacheBlock] | None:
-            return block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
-
-        length = max_length - max_length % alignment_tokens
-        if drop_eagle_block:
-            length = max(length - alignment_tokens, 0)
-        if length > 0 and hashes[length // size - 1] in _being_completed.get(block_pool, ()):
-            length -= alignment_tokens
-        while length > 0:
-            num_pages = length // size
-            sinks = range(min(spec.sink_blocks, num_pages))
-            window = range(max(length - spec.window_tokens, 0) // size, num_pages)
-            found = {page: blocks for page in sinks if (blocks := cached(page))}
-            if len(found) < len(sinks):
-                return tuple([] for _ in kv_cache_group_ids), 0
-            for page in reversed(window):
-                if not (blocks := cached(page)):
-                    break
-                found[page] = blocks
-            if not spec.window_hits or all(page in found for page in window):
-                nulls = [block_pool.null_block] * len(kv_cache_group_ids)
-                columns = [found.get(page, nulls) for page in range(num_pages)]
-                return tuple([column[group] for column in columns] for group in range(len(kv_cache_group_ids))), length
-            length -= alignment_tokens
-        return tuple([] for _ in kv_cache_group_ids), 0
+        assert not drop_eagle_block, "drafts by a model are refused"
+        hit = tail_hits.longest_hit(
+            kv_cache_spec,
+            tail_hits.page_hashes(block_hashes, block_pool, kv_cache_spec.block_size, alignment_tokens),
+            functools.partial(block_pool.get_cached_block, kv_cache_group_ids=kv_cache_group_ids),
+            max_length,
+            alignment_tokens,
+            tail_hits.completing(block_pool),
+        )
+        nulls = [block_pool.null_block] * len(kv_cache_group_ids)
+        columns = [blocks or nulls for blocks in hit.pages]
+        return tuple([column[group] for column in columns] for group in range(len(nulls))), hit.length
 
     @classmethod
     def reachable_block_mask(
