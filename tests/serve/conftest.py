@@ -110,6 +110,7 @@ class PageEngine:
         self.answers: dict[str, list[int]] = {}
         self.hits: dict[str, int] = {}
         self._arrivals = 0
+        self.whole = True  # no step has failed halfway
         self._look_up, self.pages.get_computed_blocks = self.pages.get_computed_blocks, self._count_hit
 
     def _plan_pages(self) -> tuple[Any, tuple[int, int]]:
@@ -184,6 +185,7 @@ class PageEngine:
 
     def step(self) -> int:
         """Schedule a step, run it, and deliver the oldest that is due; how many tokens were scheduled."""
+        self.whole = False
         scheduled = self.scheduler.schedule()
         computed = self.worker.update(scheduled, self.scheduler)
         kept = self._kept_pages(scheduled)
@@ -194,6 +196,7 @@ class PageEngine:
         most = 1 if self.case.concurrent and scheduled.total_num_scheduled_tokens else 0
         if len(self.under_way) > most:
             self.deliver()
+        self.whole = True
         return int(scheduled.total_num_scheduled_tokens)
 
     def deliver(self) -> None:

@@ -124,21 +124,26 @@ class Worker:
         return [int(start) for start in starts]
 
     def _code(self, rows: list[tuple[str, int, int]], contents: dict[str, list[int]], *, from_batch: bool) -> None:
-        query_start, seq_lens, (codes, _) = self._batch(rows)
+        """Code what `plan_coding` says, from the batch or from tail pages, which must hold it."""
+        query_start, seq_lens, (codes, tail) = self._batch(rows)
         request, position = coding_plan.locate_tokens(query_start, seq_lens, int(query_start[-1]))
-        _, request, position = coding_plan.coded_tokens(request, position, codes, self.block_tokens)
-        for index, at in zip(request.tolist(), position.tolist(), strict=True):
-            if at < 0:
+        plan = coding_plan.plan_coding(request, position, codes, self.block_tokens)
+        size = self.spec.block_size
+        sources = plan.sources(query_start, tail, size, from_batch=from_batch).tolist()
+        targets = plan.destinations(codes, self.block_tokens).tolist()
+        where = zip(plan.request.tolist(), plan.position.tolist(), sources, targets, strict=True)
+        for index, at, source, target in where:
+            if target < 0:
                 continue
             name, start, _ = rows[index]
-            if not (from_batch and at >= start):
-                self._read_raw(name, at, contents[name][at])
+            if source >= 0:
+                assert at >= start and source == query_start[index] + at - start
+            else:
+                kind, slots = self.memory.get((-1 - source) // size, ("nothing", [None] * size))
+                right = kind == "raw" and slots[(-1 - source) % size] == contents[name][at]
+                assert right, f"{name} codes position {at} from a page that holds something else"
+            assert target // self.block_tokens == self.tables[name][0][at // self.block_tokens]
             self._write("code", self.tables[name][0], self.block_tokens, at, contents[name][at])
-
-    def _read_raw(self, name: str, position: int, content: int) -> None:
-        size = self.spec.block_size
-        kind, slots = self.memory.get(self.tables[name][1][position // size], ("nothing", [None] * size))
-        assert kind == "raw" and slots[position % size] == content, f"{name} codes position {position} from nowhere"
 
     def _sample(self, name: str, end: int, contents: list[int]) -> list[int]:
         tokens = self.tokens[name]

@@ -6,6 +6,7 @@ asserts the rules of docs/design.md's table that concern pages, at every call.
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -22,23 +23,21 @@ from hypothesis.stateful import (
 
 pytest.importorskip("vllm")
 
-EXAMPLES, STEPS = 60, 40
+EXAMPLES, STEPS = 6, 50
 MAX_MODEL_LEN, SESSION_ANSWER, BLOCK = 384, 5, 64
 
-CASES = st.fixed_dictionaries(
-    {
-        "window": st.sampled_from([0, 64, 100]),
-        "sinks": st.sampled_from([0, 16, 40]),
-        "prefix_hits": st.sampled_from(["codes", "window"]),
-        "codec": st.sampled_from(["packed16", "exact"]),
-        "concurrent": st.booleans(),
-        "priority": st.booleans(),
-        "chunk": st.sampled_from([48, 100, 512]),
-        "max_model_len": st.just(MAX_MODEL_LEN),
-        "spare_pages": st.sampled_from([0, 4, 40]),
-    }
-)
-LENGTHS = st.sampled_from([1, 17, 63, 64, 65, 127, 128, 129, 130, 192, 193, 250, 256, 257, 300, 320])
+# Each value of a setting with each kind of schedule, in pools from the smallest to one that hardly evicts.
+CASES = {
+    "smallest pool": {},
+    "chunks": {"chunk": 100, "spare_pages": 4},
+    "steps under way": {"concurrent": True, "chunk": 48, "priority": True},
+    "windows of hits": {"prefix_hits": "window", "concurrent": True, "chunk": 100, "spare_pages": 8},
+    "exact codec": {"codec": "exact", "prefix_hits": "window"},
+    "exact codec, steps under way": {"codec": "exact", "concurrent": True, "chunk": 100, "spare_pages": 4},
+    "many sinks": {"window": 100, "sinks": 40, "concurrent": True, "spare_pages": 30},
+    "no sinks": {"window": 0, "sinks": 0, "chunk": 100, "priority": True, "spare_pages": 30},
+}
+LENGTHS = st.sampled_from([300, 1, 250, 64, 320, 17, 65, 127, 257, 128, 129, 193, 130, 192, 256, 63])
 TEXTS = [[random.Random(seed).randrange(2, 5) for _ in range(MAX_MODEL_LEN)] for seed in range(2)]
 
 
@@ -53,9 +52,13 @@ class Pages(RuleBasedStateMachine):
         self.session: str | None = None
         self.session_tokens = 0
 
-    @initialize(case=CASES)
-    def start(self, case: dict[str, Any]) -> None:
-        self.engine = self.make(**case)
+    @initialize()
+    def start(self) -> None:
+        self.engine = self.make()
+
+    def sessions(self) -> list[Any]:
+        """Requests in pieces that are not at their end, closed ones among them."""
+        return [request for request in self.engine.scheduler.requests.values() if request.resumable]
 
     def _send(self, tokens: list[int], max_tokens: int, **kwargs: Any) -> str:
         name = f"request {len(self.prompts)}"
@@ -84,7 +87,7 @@ class Pages(RuleBasedStateMachine):
         said = self.prompts[name] + self.engine.answers[name]
         self._send([*said, 3, 3][: MAX_MODEL_LEN - 1], max_tokens)
 
-    @precondition(lambda self: self.engine.scheduler.running)
+    @precondition(lambda self: self.engine.scheduler.running and not self.engine.scheduler.waiting)
     @rule(data=st.data())
     def ask_what_is_being_answered(self, data: st.DataObject) -> None:
         """A request whose prefix ends with a block that another's next step completes."""
@@ -94,6 +97,7 @@ class Pages(RuleBasedStateMachine):
                 break
             self.engine.step()
         self._send([*request.all_token_ids, 3][: MAX_MODEL_LEN - 1], 2)
+        self.engine.step()
 
     @rule(times=st.sampled_from([1, 1, 2, 10, 40]))
     def work(self, times: int) -> None:
@@ -119,9 +123,10 @@ class Pages(RuleBasedStateMachine):
         self.engine.scheduler.reset_prefix_cache(reset_running_requests=running)
         self.engine.check()
 
-    # A session whose request is preempted with steps under way is lost by vLLM 0.32 (update_from_output takes it out
-    # of the queue that _handle_stopped_request has just put it into; 0.33 does not), whatever the backend.
-    @precondition(lambda self: not self.engine.case.concurrent and not self.session)
+    # Two faults of vLLM itself, whatever the backend, are left out. One that is preempted with steps under way is lost
+    # (0.32 alone: update_from_output takes it out of the queue that _handle_stopped_request has just put it into). Two
+    # that hold pages between pieces, and both need more than is free, wait for each other.
+    @precondition(lambda self: not self.engine.case.concurrent and not self.sessions() and not self.session)
     @rule(length=st.sampled_from([1, 40, 64, 110]))
     def open_session(self, length: int) -> None:
         """A request whose input comes in pieces."""
@@ -142,7 +147,7 @@ class Pages(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever was admitted ends, and every page comes back."""
-        if not hasattr(self, "engine"):
+        if not hasattr(self, "engine") or not self.engine.whole:
             return
         if self.session:
             self.engine.add(self.session, [0])
@@ -152,10 +157,11 @@ class Pages(RuleBasedStateMachine):
         assert self.engine.scheduler.reset_prefix_cache()
 
 
-def test_no_page_rule_is_ever_broken(page_engine):
-    machine = type("Machine", (Pages,), {"make": staticmethod(page_engine)})
+@pytest.mark.parametrize("case", CASES)
+def test_no_page_rule_is_ever_broken(page_engine, case):
+    make = functools.partial(page_engine, max_model_len=MAX_MODEL_LEN, **CASES[case])
     run_state_machine_as_test(
-        machine,
+        type("Machine", (Pages,), {"make": staticmethod(make)}),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
