@@ -168,7 +168,7 @@ def publish_events_of_whole_prefixes(pool: BlockPool, tail_group_id: int) -> Non
     goes wrong. It also registers and publishes the end of a prompt inside a block (`cache_partial_block`), which
     nothing finds where hits end at whole blocks. How: events of the tail's group are dropped when they are taken, and
     the pool takes no partial blocks; a hit is decided by the codes, as the tail's sinks are evicted after them. Can
-    go when events of such groups name the tokens of the blocks that were stored (no issue is open upstream).
+    go when vllm-project/vllm#44451 (sparse groups) and #58119 (partial blocks) are fixed.
     """
     take_events = pool.take_events
     pool.take_events = lambda: [event for event in take_events() if getattr(event, "group_idx", None) != tail_group_id]

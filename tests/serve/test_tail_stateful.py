@@ -125,7 +125,8 @@ class Pages(RuleBasedStateMachine):
 
     # Two faults of vLLM itself, whatever the backend, are left out. One that is preempted with steps under way is lost
     # (0.32 alone: update_from_output takes it out of the queue that _handle_stopped_request has just put it into). Two
-    # that hold pages between pieces, and both need more than is free, wait for each other.
+    # that hold pages between pieces, and both need more than is free, wait for each other
+    # (vllm-project/vllm#49439).
     @precondition(lambda self: not self.engine.case.concurrent and not self.sessions() and not self.session)
     @rule(length=st.sampled_from([1, 40, 64, 110]))
     def open_session(self, length: int) -> None:
