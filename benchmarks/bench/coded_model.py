@@ -21,13 +21,20 @@ Codec = Callable[[int, str, Tensor], Tensor]
 class CodedPerplexity:
     """A causal language model that reads distant tokens through a codec.
 
-    A codec is called as `codec(layer, part, vectors [tokens, Hk, D])`, part "key" (after RoPE) or "value", and returns
-    what would be read back, of the same shape and dtype.
+    A codec is called as `codec(layer, kv, vectors [tokens, Hk, D])`, kv "key" (after RoPE) or "value", and returns what
+    would be read back, of the same shape and dtype.
 
-    model_path: a checkpoint's folder or hub id. device: "cuda" (bf16) or "cpu" (float32). sinks: first tokens read as
-    they are. window: newest tokens read as they are, a query's own included; at least 1. skip: the first tokens of a
-    text window give no score. seconds: what the last run took. ValueError for a model whose attention or output is
-    more than the usual.
+    Args:
+        model_path: a checkpoint's folder or hub id.
+        device: "cuda" (bf16) or "cpu" (float32).
+        sinks, window: tokens that are read as they are, see `read_raw`.
+        skip: the first tokens of a text window give no score.
+
+    Attributes:
+        seconds: duration of the last run.
+
+    Raises:
+        ValueError: the model's attention or output is more than the usual, or an argument is out of range.
     """
 
     _running: CodedPerplexity | None = None  # transformers knows the attention by name only: whose call it is
@@ -50,11 +57,28 @@ class CodedPerplexity:
         self._codec: Codec | None = None
         self._check_head()
 
-    def read_raw(self, sinks: int, window: int) -> None:
-        """From now on the first `sinks` and the newest `window` tokens are read as they are; ValueError as above."""
-        if sinks < 0 or window < 1:
-            raise ValueError(f"sinks {sinks}, window {window}; allowed: from 0 and from 1; 16 and 128 are usual")
-        self.sinks, self.window = sinks, window
+    def read_raw(self, sinks: int, window: int, chunk: int = 1, page: int = 1) -> None:
+        """Set which tokens are read as they are.
+
+        With the default `chunk` and `page` each query reads its own newest `window` tokens, as a step of decode does.
+        An engine that computes a text in chunks reads, for all queries of a chunk, the window before its first token,
+        in whole pages, and the chunk itself.
+
+        Args:
+            sinks: first tokens of the text, from 0.
+            window: newest tokens up to a chunk's first, that one included; from 1.
+            chunk: tokens computed together, from 1.
+            page: tokens per page of full precision, from 1.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if sinks < 0 or min(window, chunk, page) < 1:
+            raise ValueError(
+                f"sinks {sinks}, window {window}, chunk {chunk}, page {page}; allowed: from 0 for sinks and from 1 for "
+                f"the others; sinks of 16 and a window of 128 are usual"
+            )
+        self.sinks, self.window, self.chunk, self.page = sinks, window, chunk, page
         self._masks: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -114,9 +138,9 @@ class CodedPerplexity:
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         groups = query.shape[1] // key.shape[1]
         both: list[Tensor] = []
-        for part, vectors in (("key", key), ("value", value)):
+        for kv, vectors in (("key", key), ("value", value)):
             distant = vectors[:, :, far.start : far.stop].transpose(1, 2)
-            read = self._codec(layer, part, distant.flatten(0, 1)).reshape(distant.shape).transpose(1, 2)
+            read = self._codec(layer, kv, distant.flatten(0, 1)).reshape(distant.shape).transpose(1, 2)
             # Repeated for its queries: with a mask, grouped heads would send SDPA to its slow path on a GPU.
             both.append(torch.cat((vectors, read), 2).repeat_interleave(groups, 1))
         keys, values = both
@@ -124,14 +148,19 @@ class CodedPerplexity:
 
     def _far(self, length: int) -> range:
         """Positions that some query reads from codes."""
-        return range(self.sinks, length - self.window)
+        return range(self.sinks, int(self._raw_starts(torch.tensor([length - 1]))))
+
+    def _raw_starts(self, positions: Tensor) -> Tensor:
+        """First position after the sinks that queries at these positions read as it is; int64, as `positions`."""
+        first = positions // self.chunk * self.chunk
+        return (first - self.window + 1).clamp(min=0) // self.page * self.page
 
     def _mask(self, length: int) -> Tensor:
         """bool [T, T + far]: which raw, then which coded tokens each position reads; each of its past exactly once."""
         if length not in self._masks:
             at = torch.arange(length, device=self.device)
             past = at[:, None] >= at
-            raw = (at[:, None] - at < self.window) | (at < self.sinks)
+            raw = (at >= self._raw_starts(at)[:, None]) | (at < self.sinks)
             far = self._far(length)
             self._masks[length] = torch.cat((past & raw, (past & ~raw)[:, far.start : far.stop]), 1)
         return self._masks[length]

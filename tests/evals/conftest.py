@@ -4,16 +4,18 @@ import json
 import lzma
 import random
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from vllm_lexico.evals.caches import parse_cache
-from vllm_lexico.evals.settings import EvalSettings, NeedleSettings, settle, write_json
+from vllm_lexico.evals.folder import settle
+from vllm_lexico.evals.identity import identities
+from vllm_lexico.evals.prediction_files import write_result
+from vllm_lexico.evals.settings import EvalSettings, NeedleSettings
 
 PLAIN_BYTES = 1000
-HELD = {"sequences": 2, "tokens": 500.0, "bytes": 1e5, "bytes_a_token": 300.0}
+HELD = {"sequences": 2, "tokens": 500.0, "bytes": 1e5, "bytes_per_token": 300.0}
 
 
 @pytest.fixture
@@ -65,15 +67,11 @@ def predictions(task: str, quality: float) -> list[dict]:
     return [{"id": str(i), "found": ok} | more for i, (ok, more) in enumerate(zip(right, about, strict=True))]
 
 
-def write_result(folder: Path, name: str, task: str, quality: float, token_bytes: float) -> None:
-    """What a worker leaves of one task."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "cache.json", asdict(parse_cache(name)))
-    (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions(task, quality)))
-    held = {"all": HELD, "300": HELD | {"bytes_a_token": 500.0}}
+def about(identity: dict, token_bytes: float) -> dict:
+    """What a worker says of one task."""
+    held = {"all": HELD, "300": HELD | {"bytes_per_token": 500.0}}
     numbers = {"token_bytes": token_bytes, "plain_token_bytes": PLAIN_BYTES, "capacity_tokens": 10**6}
-    times = {"seconds": 12.0, "start_seconds": 30.0}
-    write_json(folder / f"{task}.json", {"task": task, "rows": 20, "held": held} | numbers | times)
+    return {"identity": identity, "held": held, "seconds": 12.0, "start_seconds": 30.0} | numbers
 
 
 @pytest.fixture
@@ -82,10 +80,12 @@ def make_results(tmp_path, settings) -> Callable[..., Path]:
 
     def make(*caches: tuple[str, float, float], tasks=("gsm8k", "wikitext", "needle")) -> Path:
         out = tmp_path / "out"
-        settle(out, settings, tasks)
+        asked = {name: identities(settings, parse_cache(name), tasks) for name, _, _ in caches}
+        settle(out, asked)
         for name, quality, token_bytes in caches:
-            for task in tasks:
-                write_result(out / parse_cache(name).folder, name, task, quality, token_bytes)
+            for task, identity in asked[name].items():
+                folder = out / parse_cache(name).folder
+                write_result(folder, task, about(identity, token_bytes), predictions(task, quality))
         return out
 
     return make

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vllm_lexico.evals.caches import DEFAULT_CACHES, parse_cache, parse_caches
+from vllm_lexico.evals.caches import parse_cache, parse_caches
+from vllm_lexico.evals.settings import DEFAULT_CACHES
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,11 @@ def test_the_dictionary_of_the_command_gives_way_to_the_cache_s_own():
         ("fp8+window=32", "has no option window"),
         ("fp8:3", "'fp8:3' is unknown"),
         ("", "is unknown"),
+        ("lexico:" + "9" * 5000, "control characters"),
+        ("lexico:" + "9" * 150, "does not say how many atoms"),
+        ("lexico:15+window=" + "[" * 170, "window was given as '\\["),
+        ("lexico:15+window=NaN", "window was given as nan"),
+        ("bf16\x1b[2J", r"cache 'bf16\\x1b\[2J' has more than 200 letters or control characters"),
     ],
 )
 def test_other_names_are_refused(name, words):

@@ -7,6 +7,7 @@ import pytest
 from vllm_lexico.evals.settings import EvalSettings, Gsm8kSettings
 from vllm_lexico.evals.tasks import gsm8k
 from vllm_lexico.evals.tasks.wikitext import token_losses
+from vllm_lexico.evals.tasks.windows import jsonl_windows
 
 
 def test_agreed_tokens():
@@ -31,6 +32,35 @@ def test_a_file_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "gsm8k_test.jsonl.xz").write_bytes(b"no xz")
     with pytest.raises(ValueError, match="cannot be read"):
         gsm8k.read_problems(tmp_path / "gsm8k_test.jsonl.xz")
+
+
+ODD_LINES = [
+    "null",
+    "3",
+    "[]",
+    '"question answer"',
+    '{"question": 1, "answer": "2"}',
+    '{"question": "1"}',
+    '{"question": "\\ud800", "answer": "2"}',
+    "[" * 100_000,
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+@pytest.mark.parametrize("read", [gsm8k.read_problems, lambda path: jsonl_windows(path, None)])
+def test_lines_of_other_types_are_refused_in_one_sentence(tmp_path, line, read):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "1", "answer": "2"}\n' + line)
+    with pytest.raises(ValueError, match=r"test.jsonl cannot be read .*allowed: one JSON object per line") as error:
+        read(path)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_lines_end_at_line_breaks_alone(tmp_path):
+    """Some characters inside of a text are line breaks to Python, and not to JSON."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "a\u2028b\x85c", "answer": "d"}\n', encoding="utf-8")
+    assert gsm8k.read_problems(tmp_path / "rows.jsonl") == [{"question": "a\u2028b\x85c", "answer": "d"}]
 
 
 def test_the_harness_asks_and_scores(data):

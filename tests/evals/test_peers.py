@@ -1,4 +1,4 @@
-"""TurboQuant's batches as vLLM's metadata builder makes them, with and without what is mended."""
+"""TurboQuant's batches as vLLM's metadata builder makes them, with and without the fix."""
 
 import types
 
@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantMetadataBuilder
 
-from vllm_lexico.evals.peers import mend_turboquant
+from vllm_lexico.evals.peers import fix_turboquant
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ FRESH, GOES_ON, DECODES = (0, 1000), (400, 100), (700, 1)
 
 
 @pytest.mark.parametrize(
-    ("batch", "fresh", "mended"),
+    ("batch", "fresh", "fixed"),
     [
         ([FRESH, (0, 300)], True, True),
         ([GOES_ON, FRESH], True, False),  # the fault
@@ -59,21 +59,21 @@ FRESH, GOES_ON, DECODES = (0, 1000), (400, 100), (700, 1)
         ([DECODES, DECODES], False, False),
     ],
 )
-def test_requests_that_go_on_are_not_taken_for_fresh(build, batch, fresh, mended):
+def test_requests_that_go_on_are_not_taken_for_fresh(build, batch, fresh, fixed):
     assert taken_for_fresh(build(*batch)) == fresh
-    mend_turboquant()
+    fix_turboquant()
     made = build(*batch)
-    assert taken_for_fresh(made) == mended
+    assert taken_for_fresh(made) == fixed
     assert made.is_prefill == any(now > 1 for _, now in batch)
 
 
 def test_lengths_that_only_the_device_knows_are_not_trusted(build):
-    mend_turboquant()
+    fix_turboquant()
     assert not taken_for_fresh(build(FRESH, known=False))
 
 
-def test_it_is_mended_once(build):
-    mend_turboquant()
+def test_it_is_fixed_once(build):
+    fix_turboquant()
     once = TurboQuantMetadataBuilder.build
-    mend_turboquant()
+    fix_turboquant()
     assert TurboQuantMetadataBuilder.build is once

@@ -1,24 +1,30 @@
 """Running caches with processes that only pretend: what is kept, refused, reported and given up."""
 
 import json
+import lzma
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 
 import pytest
 
 from vllm_lexico.evals.caches import parse_caches
-from vllm_lexico.evals.run import last_lines, run_evaluation
+from vllm_lexico.evals.folder import alone_in
+from vllm_lexico.evals.run import run_evaluation
 from vllm_lexico.evals.settings import EvalSettings, Gsm8kSettings, NeedleSettings, WikitextSettings
 
 TASKS = ("gsm8k", "wikitext")
 # Writes what a worker writes: results of all tasks for lexico, of the first for bf16, and for fp8 only a log.
 WORKER = """
-    import json, sys, time
+    import hashlib, json, sys, time
     from pathlib import Path
+    def sealed(values):
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(values | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     folder = Path(sys.argv[1]).parent
     job = json.loads(Path(sys.argv[1]).read_text())
     name = job["cache"]["name"]
@@ -28,14 +34,17 @@ WORKER = """
     if name == "int8_slow":
         time.sleep(600)
     rows = {"gsm8k": '{"id": 0, "strict": 1, "flexible": 1, "tokens": [1]}', "wikitext": '{"id": 0, "loss": 2.0}'}
-    held = {"all": {"sequences": 1, "tokens": 5.0, "bytes": 50.0, "bytes_a_token": 10.0}}
-    for task in job["tasks"]:
+    held = {"all": {"sequences": 1, "tokens": 5.0, "bytes": 50.0, "bytes_per_token": 10.0}}
+    for task, identity in job["identities"].items():
         if name == "bf16" and task == "wikitext":
             (folder / "wikitext.error").write_text("RuntimeError: no logits")
             sys.exit(1)
-        (folder / f"{task}.jsonl").write_text(rows[task] + chr(10))
-        result = {"task": task, "seconds": 1.0, "start_seconds": 1.0, "token_bytes": 5.0, "plain_token_bytes": 10}
-        (folder / f"{task}.json").write_text(json.dumps(result | {"capacity_tokens": 9, "held": held}))
+        content = (rows[task] + chr(10)).encode()
+        (folder / f"{task}.jsonl").write_bytes(content)
+        result = {"identity": identity, "rows": 1, "rows_sha256": hashlib.sha256(content).hexdigest(), "seconds": 1.0}
+        result |= {"start_seconds": 1.0, "token_bytes": 5.0, "plain_token_bytes": 10, "capacity_tokens": 9}
+        result |= {"held": held}
+        (folder / f"{task}.json").write_text(sealed(result))
 """
 
 
@@ -80,7 +89,7 @@ def test_finished_results_are_kept_and_failed_ones_tried_again(settings, tmp_pat
     assert start.calls == ["bf16", "lexico:15", "bf16"]
     assert (out / "lexico-15" / "gsm8k.json").stat().st_mtime_ns == before
     assert "3 of 4 results are in" in capsys.readouterr().err
-    assert json.loads((out / "bf16" / "job.json").read_text())["tasks"] == ["wikitext"]
+    assert list(json.loads((out / "bf16" / "job.json").read_text())["identities"]) == ["wikitext"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,9 @@ def test_tasks_without_results_and_memory_may_change(settings, tmp_path, start):
 def test_another_dictionary_is_refused(settings, tmp_path, start):
     out = tmp_path / "out"
     run_evaluation(settings, parse_caches("lexico:15", "one.safetensors"), TASKS, out, start=start)
-    with pytest.raises(ValueError, match=r"lexico-15 has results of lexico:15 with .*one.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"lexico:15 additional_config was .*one.safetensors.*, now is .*two.safetensors"
+    ):
         run_evaluation(settings, parse_caches("lexico:15", "two.safetensors"), TASKS, out, start=start)
 
 
@@ -145,11 +156,6 @@ def test_ended_from_outside_it_ends_its_processes(settings, tmp_path, start):
     assert (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_last_lines(tmp_path):
-    (tmp_path / "log").write_text("one\n\ntwo\nthree\n")
-    assert last_lines(tmp_path / "log", 2) == "  two\n  three" and last_lines(tmp_path / "none") == "(no log)"
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -161,3 +167,81 @@ def test_last_lines(tmp_path):
 def test_settings_out_of_range(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "gsm8k.jsonl").write_text(""),
+        lambda folder: (folder / "gsm8k.json").write_text(""),
+        lambda folder: (folder / "gsm8k.json").write_text((folder / "gsm8k.json").read_text()[:-40]),
+        lambda folder: (folder / "gsm8k.jsonl").write_text('{"id": 0, "strict": 0, "flexible": 1, "tokens": [1]}\n'),
+        lambda folder: (folder / "gsm8k.jsonl").unlink(),
+    ],
+)
+def test_a_damaged_result_runs_again(settings, tmp_path, start, capsys, damage):
+    out, caches = tmp_path / "out", parse_caches("lexico:15,lexico:7")
+    run_evaluation(settings, caches, TASKS, out, start=start)
+    damage(out / "lexico-15")
+    assert run_evaluation(settings, caches, TASKS, out, start=start) == {}
+    assert start.calls == ["lexico:15", "lexico:7", "lexico:15"]
+    assert "3 of 4 results are in" in (words := capsys.readouterr().err)
+    assert "lexico-15/gsm8k.json" in words and "it runs again now" in words
+    assert json.loads((out / "metrics.json").read_text())["caches"]["lexico:15"]["tasks"].keys() == set(TASKS)
+
+
+@pytest.mark.parametrize("name", ["config.json", "lexico-15/cache.json", "metrics.json"])
+@pytest.mark.parametrize("content", ["", "null", "{"])
+def test_what_is_derived_is_written_anew(settings, tmp_path, start, name, content):
+    out, caches = tmp_path / "out", parse_caches("lexico:15")
+    run_evaluation(settings, caches, TASKS, out, start=start)
+    before = (out / name).read_text()
+    (out / name).write_text(content)
+    assert run_evaluation(settings, caches, TASKS, out, start=start) == {}
+    assert (out / name).read_text() == before and len(start.calls) == 1
+
+
+def test_other_data_and_other_weights_are_refused(settings, tmp_path, start):
+    out, caches, model = tmp_path / "out", parse_caches("lexico:15"), tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    settings = replace(settings, model=str(model))
+    run_evaluation(settings, caches, TASKS, out, start=start)
+    (model / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ValueError, match=r"results of another configuration: weights was '\w{64}', now is '\w{64}'"):
+        run_evaluation(settings, caches, TASKS, out, start=start)
+    (model / "model.safetensors").write_bytes(b"weights")
+    path = tmp_path / "data" / "gsm8k_train.jsonl.xz"
+    path.write_bytes(lzma.compress(lzma.decompress(path.read_bytes()) + b"\n"))
+    with pytest.raises(ValueError, match=r"configuration: gsm8k gsm8k_train.jsonl.xz was '\w{64}'"):
+        run_evaluation(settings, caches, TASKS, out, start=start)
+    assert len(start.calls) == 1
+
+
+def test_another_content_of_the_dictionary_is_refused(settings, tmp_path, start):
+    dictionary = tmp_path / "one.safetensors"
+    dictionary.write_bytes(b"atoms")
+    caches = parse_caches("lexico:15", str(dictionary))
+    run_evaluation(settings, caches, TASKS, tmp_path / "out", start=start)
+    dictionary.write_bytes(b"other atoms")
+    with pytest.raises(ValueError, match=r"configuration: dictionary was '\w{64}', now is '\w{64}'"):
+        run_evaluation(settings, caches, TASKS, tmp_path / "out", start=start)
+
+
+def test_two_runs_in_one_folder_are_refused(settings, tmp_path, start):
+    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another evaluation is running in"):
+        run_evaluation(settings, parse_caches("lexico:15"), TASKS, tmp_path / "out", start=start)
+    assert run_evaluation(settings, parse_caches("lexico:15"), TASKS, tmp_path / "out", start=start) == {}
+    assert start.calls == ["lexico:15"]
+
+
+def test_a_file_is_no_folder(settings, tmp_path, start):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="out is a file; allowed: a folder"):
+        run_evaluation(settings, parse_caches("lexico:15"), TASKS, tmp_path / "out", start=start)
+
+
+@pytest.mark.parametrize("model", ["", "a\nb", "a\x1b[2J"])
+def test_names_that_are_none(data, model):
+    with pytest.raises(ValueError, match="MODEL was given as"):
+        EvalSettings(model, str(data))

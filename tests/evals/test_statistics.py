@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vllm_lexico.evals.results.statistics import Measure, estimate, wilson
+from vllm_lexico.evals.measure import Measure
+from vllm_lexico.evals.results.statistics import estimate, wilson
 
 
 def test_wilson_by_hand():

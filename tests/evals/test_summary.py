@@ -1,13 +1,14 @@
 """metrics.json, the CSV, the picture, the tables and recorded rows of a folder of results."""
 
 import csv
-import json
 import math
 import sys
 
 import pytest
 
 from vllm_lexico import cli
+from vllm_lexico.evals.caches import Cache
+from vllm_lexico.evals.folder import write_cache
 from vllm_lexico.evals.results.frontier import points
 from vllm_lexico.evals.results.summary import COLUMNS, write_summary
 from vllm_lexico.evals.results.tables import dominating, report
@@ -82,8 +83,7 @@ def test_a_better_cache_of_fewer_bytes_is_named(make_results):
 
 def test_report(make_results, capsys):
     out = make_results(*CACHES)
-    (out / "fp8").mkdir()
-    (out / "fp8" / "cache.json").write_text(json.dumps({"name": "fp8", "engine": {"kv_cache_dtype": "fp8"}}))
+    write_cache(out, Cache("fp8", {"kv_cache_dtype": "fp8"}))
     (out / "fp8" / "gsm8k.error").write_text("a log\nValueError: not here\n")
     write_summary(out)
     assert cli.main(["eval", "--report", str(out)]) == 0
@@ -118,7 +118,13 @@ def test_rows_are_recorded_once(make_results, tmp_path, load_benchmark, root, mo
         (["m", "--data", "d", "--out", "o", "--tasks", "chess"], "--tasks was given as 'chess'"),
         (["m", "--data", "d", "--out", "o", "--caches", "lexico"], "how many atoms"),
         (["m", "--data", "d", "--out", "o", "--engine-arguments", "[]"], "no JSON object"),
+        (["m", "--data", "d", "--out", "o", "--engine-arguments", "[" * 100_000], "no JSON object"),
+        (["m", "--data", "d", "--out", "o", "--engine-arguments", '{"a": 1e999}'], "no JSON object"),
         (["m", "--data", "d", "--out", "o", "--parallel", "0"], "--parallel was given as 0"),
+        (["m", "--data", "d", "--out", "o", "--timeout", "nan"], "--timeout was given as nan"),
+        (["m", "--data", "d", "--out", "o", "--timeout", "0"], "--timeout was given as 0"),
+        (["m", "--data", "d", "--out", ""], "--out is missing"),
+        (["", "--data", "d", "--out", "o"], "MODEL is missing"),
     ],
 )
 def test_mistakes_on_the_command_line(options, words, capsys):

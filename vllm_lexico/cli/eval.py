@@ -2,19 +2,18 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from vllm_lexico.evals.caches import DEFAULT_CACHES, parse_caches
-from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
-from vllm_lexico.evals.results.tables import overview, report
-from vllm_lexico.evals.run import run_evaluation
+from vllm_lexico.errors import check_whole_number, refusal
 from vllm_lexico.evals.settings import (
+    DEFAULT_CACHES,
+    DEFAULT_TASKS,
     EvalSettings,
     Gsm8kSettings,
     NeedleSettings,
     WikitextSettings,
-    parse_tasks,
 )
 
 EXAMPLES = """examples:
@@ -32,8 +31,9 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted one stopped, and tries again what failed. More caches and tasks may be
 added to a folder; other settings need another."""
 
-CACHES = """parted by commas: lexico:S or lexico:K/V (atoms a vector of keys and values), bf16, or a --kv-cache-dtype of
-vLLM; each with +name=value after it for a setting of LEXICO, block_size or backend (default: %(default)s)"""
+CACHES = """separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
+--kv-cache-dtype of vLLM; each with +name=value after it for a setting of LEXICO, block_size or
+backend (default: %(default)s)"""
 
 
 def add(commands: Any) -> None:
@@ -49,27 +49,30 @@ def add(commands: Any) -> None:
     gsm8k, wikitext, needle = Gsm8kSettings(), WikitextSettings(), NeedleSettings()
     parser.add_argument("model", metavar="MODEL", nargs="?", help="Hugging Face id or folder of a model")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="print the tables of an evaluation and do nothing else"
+        "--report", metavar="DIR", type=_folder, help="print the tables of an evaluation and do nothing else"
     )
-    parser.add_argument("--tasks", default="gsm8k,wikitext,needle", help="parted by commas (default: %(default)s)")
+    parser.add_argument("--tasks", default=DEFAULT_TASKS, help="separated by commas (default: %(default)s)")
     parser.add_argument("--caches", default=DEFAULT_CACHES, help=CACHES)
     parser.add_argument("--dictionary", help="of LEXICO's caches (default: the one that serving would find)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="folder of the files that the tasks read")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the results")
+    parser.add_argument("--data", metavar="DIR", type=_folder, help="folder of the files that the tasks read")
+    parser.add_argument("--out", metavar="DIR", type=_folder, help="folder of the results")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("--gsm8k-limit", type=int, metavar="N", help="the first N problems (default: all 1,319)")
     tasks.add_argument("--shots", type=int, default=gsm8k.shots, help="worked problems before each (%(default)s)")
     tasks.add_argument("--wikitext-windows", type=int, metavar="N", help="the first N windows (default: all)")
-    tasks.add_argument("--wikitext-length", type=int, default=wikitext.length, help="tokens a window (%(default)s)")
+    tasks.add_argument("--wikitext-length", type=int, default=wikitext.length, help="tokens per window (%(default)s)")
     tasks.add_argument(
-        "--wikitext-skip", type=int, default=wikitext.skip, help="first tokens of one without a score (%(default)s)"
+        "--wikitext-skip",
+        type=int,
+        default=wikitext.skip,
+        help="first tokens of a window without a score (%(default)s)",
     )
     tasks.add_argument(
-        "--chunk-tokens", type=int, default=wikitext.chunk, help="computed of a window in a step (%(default)s)"
+        "--chunk-tokens", type=int, default=wikitext.chunk, help="tokens of a window that a step computes (%(default)s)"
     )
     tasks.add_argument("--needle-lengths", type=int, nargs="+", default=needle.lengths, help="in tokens (%(default)s)")
     tasks.add_argument(
-        "--needle-samples", type=int, default=needle.samples, help="documents a length and kind (%(default)s)"
+        "--needle-samples", type=int, default=needle.samples, help="documents per length and kind (%(default)s)"
     )
     tasks.add_argument(
         "--needle-keys", type=int, default=needle.keys, help="needles in a document of several (%(default)s)"
@@ -79,9 +82,7 @@ def add(commands: Any) -> None:
     engine.add_argument("--max-num-seqs", type=int, help="(default: vLLM's)")
     engine.add_argument("--gpu-memory-utilization", type=float, help="(default: vLLM's)")
     engine.add_argument("--enforce-eager", action="store_true", help="start sooner, run slower")
-    engine.add_argument(
-        "--engine-arguments", type=json.loads, default={}, metavar="JSON", help="more of vLLM's LLM(), as an object"
-    )
+    engine.add_argument("--engine-arguments", default="{}", metavar="JSON", help="more of vLLM's LLM(), as an object")
     engine.add_argument("--parallel", type=int, default=1, metavar="N", help="caches at a time (%(default)s)")
     engine.add_argument("--timeout", type=float, metavar="SECONDS", help="after which a cache is given up")
     parser.set_defaults(run=run, after_interrupt="the same command goes on with what is not finished")
@@ -89,14 +90,22 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, or print the tables of an evaluation; ValueError at the end where a cache failed."""
+    # Not at the top, since these import torch: a parser, and so --help, must not wait for it.
+    from vllm_lexico.evals.caches import parse_caches
+    from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
+    from vllm_lexico.evals.results.tables import overview, report
+    from vllm_lexico.evals.run import run_evaluation
+    from vllm_lexico.evals.tasks import parse_tasks
+
     if arguments.report:
         print(report(read_metrics(arguments.report)), end="")
         return
     for name in ("model", "data", "out"):
-        if getattr(arguments, name) is None:
+        if not getattr(arguments, name):
             raise ValueError(f"{'MODEL' if name == 'model' else '--' + name} is missing; see vllm-lexico eval --help")
-    if arguments.parallel < 1:
-        raise ValueError(f"--parallel was given as {arguments.parallel}; allowed: 1 and more; leave it out for 1")
+    if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
+        raise ValueError(refusal("--timeout", arguments.timeout, "more than 0 seconds", "leave it out"))
+    check_whole_number("--parallel", arguments.parallel, 1, 1000, "leave it out for 1")
     tasks = parse_tasks(arguments.tasks)
     caches = parse_caches(arguments.caches, arguments.dictionary)
     failures = run_evaluation(
@@ -119,11 +128,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> EvalSettings:
     """The settings that the command line asks for; ValueError for those that are not allowed."""
-    if not isinstance(arguments.engine_arguments, dict):
-        raise ValueError('--engine-arguments is no JSON object; allowed: e.g. \'{"dtype": "float16"}\'')
     flags = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
     engine = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    engine |= ({"enforce_eager": True} if arguments.enforce_eager else {}) | arguments.engine_arguments
+    engine |= ({"enforce_eager": True} if arguments.enforce_eager else {}) | _json_object(arguments.engine_arguments)
     return EvalSettings(
         model=arguments.model,
         data=str(arguments.data),
@@ -134,3 +141,22 @@ def settings_of(arguments: argparse.Namespace) -> EvalSettings:
         ),
         needle=NeedleSettings(tuple(arguments.needle_lengths), arguments.needle_samples, arguments.needle_keys),
     )
+
+
+def _folder(given: str) -> Path | None:
+    """A path; None for no words, which are no name of a folder."""
+    return Path(given) if given else None
+
+
+def _json_object(given: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    from pydantic_core import from_json
+
+    try:
+        values = from_json(given, allow_inf_nan=False)
+        json.dumps(values, allow_nan=False)  # a number as large as 1e999 is none
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError('--engine-arguments is no JSON object; allowed: e.g. \'{"dtype": "float16"}\'')
+    return values

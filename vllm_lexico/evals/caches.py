@@ -1,6 +1,6 @@
 """Caches by their names on the command line, and the engine arguments that each stands for.
 
-lexico:S                   LEXICO with S atoms a vector; lexico:K/V with K for keys and V for values
+lexico:S                   LEXICO with S atoms per vector; lexico:K/V with K for keys and V for values
 bf16                       the cache as the model computes it
 fp8, turboquant_4bit_nc    any other of vLLM's --kv-cache-dtype by its name
 NAME+option=value          a setting of LEXICO (lexico:15+window=32+sinks=0), or of any cache: block_size, backend
@@ -18,7 +18,7 @@ from vllm_lexico.config import LexicoConfig
 
 REFERENCE = "bf16"  # what every other cache is compared with
 LEXICO = "lexico"
-DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turboquant_3bit_nc"
+LONGEST_NAME = 200  # it names a folder
 # The values of --kv-cache-dtype begin with these. vLLM knows which it has; asking it here would take ten seconds.
 DTYPE_PREFIXES = ("fp8", "int4", "int8", "nvfp4", "turboquant_")
 ENGINE_OPTIONS = {"block_size": "block_size", "backend": "attention_backend"}
@@ -54,11 +54,17 @@ class Cache:
 def parse_cache(name: str, dictionary: str | None = None) -> Cache:
     """Read a cache's name (see the module).
 
-    dictionary: what LEXICO uses where the name does not say another; None searches for the model's.
+    Args:
+        name: as the user gave it.
+        dictionary: what LEXICO uses where the name does not say another; None searches for the model's.
 
     Raises:
         ValueError: the name is no cache, or an option of it is unknown or has a value that is not allowed.
     """
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"cache {ascii(name)[:80]} has more than {LONGEST_NAME} letters or control characters; {_ALLOWED}"
+        )
     head, *given = name.strip().split("+")
     kind, _, numbers = head.partition(":")
     options = _options(name, given)
@@ -84,7 +90,7 @@ def parse_cache(name: str, dictionary: str | None = None) -> Cache:
 
 
 def parse_caches(names: str, dictionary: str | None = None) -> list[Cache]:
-    """Read names parted by commas; ValueError as `parse_cache`, and where two would share a folder of results."""
+    """Read names separated by commas; ValueError as `parse_cache`, and where two would share a folder of results."""
     caches = [parse_cache(name, dictionary) for name in names.split(",") if name.strip()]
     if not caches:
         raise ValueError(f"no cache was given; {_ALLOWED}")
@@ -111,14 +117,14 @@ def _value(words: str) -> Any:
     """A number where it is one, else the words themselves."""
     try:
         value = json.loads(words)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also for a number of 5,000 digits
         return words
     return value if isinstance(value, int | float) and not isinstance(value, bool) else words
 
 
 def _sparsity(name: str, numbers: str) -> Any:
     """S or K/V as the setting `sparsity` takes it; the setting itself checks the range."""
-    if not re.fullmatch(r"\d+(/\d+)?", numbers):
-        raise ValueError(f"cache {name!r} does not say how many atoms a vector; {_ALLOWED}; e.g. lexico:15")
+    if not re.fullmatch(r"\d{1,9}(/\d{1,9})?", numbers):
+        raise ValueError(f"cache {name!r} does not say how many atoms per vector; {_ALLOWED}; e.g. lexico:15")
     key, _, value = numbers.partition("/")
     return {"key": int(key), "value": int(value)} if value else int(key)

@@ -5,33 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_lexico import register
 from vllm_lexico.evals.caches import Cache
+from vllm_lexico.evals.harness import HarnessModel
 from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
-from vllm_lexico.evals.peers import mend_turboquant
+from vllm_lexico.evals.peers import fix_turboquant
 from vllm_lexico.evals.settings import EvalSettings
-
-MARGIN_TOKENS = 8  # beyond what a task asks for
-GSM8K_TOKENS = 4096  # five worked problems, the question and an answer of 256 tokens, with much room
-
-
-def needed_tokens(settings: EvalSettings, tasks: Sequence[str]) -> int:
-    """The longest sequence that the tasks will make."""
-    needs = {
-        "gsm8k": GSM8K_TOKENS,
-        "wikitext": settings.wikitext.length + MARGIN_TOKENS,
-        "needle": max(settings.needle.lengths, default=0),
-    }
-    return max(needs[task] for task in tasks)
 
 
 def unread_caches(worker: Any) -> set[str]:
     """What the attention layers of a worker were told to keep and their backends do not know, in words.
 
-    vLLM's CUDA platform refuses such a pair at start. Its CPU platform does not ask: it takes TurboQuant's names, gives
-    those layers eight bits a number and reads them as if they were 16, which bytes alone do not tell from a cache.
+    Why: vLLM's CUDA platform refuses such a pair at start. Its CPU platform does not ask: it takes TurboQuant's names,
+    gives those layers eight bits per number and reads them as if they were 16, which bytes alone do not tell from a
+    cache. How: each layer's backend is asked for its layer's dtype. Upstream: no issue is known. Can go when
+    `CpuPlatform.get_attn_backend_cls` asks the backend, as `CudaPlatformBase.get_valid_backends` does.
     """
     from vllm.config import set_current_vllm_config
 
@@ -47,7 +38,14 @@ def unread_caches(worker: Any) -> set[str]:
 def check_cache(name: str, unread: Sequence[str], token_bytes: float, plain_token_bytes: int) -> None:
     """Refuse a cache that vLLM accepted by its name and does not have.
 
-    unread: what `unread_caches` found in the workers.
+    Args:
+        name: of the cache.
+        unread: what `unread_caches` found in the workers.
+        token_bytes: that a token takes in the pool.
+        plain_token_bytes: that it takes in 16 bits.
+
+    Raises:
+        RuntimeError: a backend does not know its layer's dtype, or the cache saves nothing.
     """
     reasons = list(unread)
     if token_bytes >= plain_token_bytes:
@@ -58,24 +56,40 @@ def check_cache(name: str, unread: Sequence[str], token_bytes: float, plain_toke
         )
 
 
+def dictionary_paths(worker: Any) -> set[str]:
+    """Files of the dictionaries that a worker's layers of LEXICO have loaded."""
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    setups = [getattr(getattr(layer, "impl", None), "setup", None) for layer in layers]
+    return {str(setup.dictionary_path) for setup in setups if setup is not None and setup.dictionary_path is not None}
+
+
 class Engine:
     """A running engine; greedy.
 
-    llm: vLLM's own object.
-    meter: what sequences held, and how many have ended.
-    harness: lm-evaluation-harness's model around the engine, where the tasks need one.
+    Args:
+        settings: of the evaluation.
+        cache: the engine's.
+        needed_tokens: of the longest sequence, where the settings give no other `max_model_len`.
+        with_harness: run it through lm-evaluation-harness's model.
+
+    Attributes:
+        llm: vLLM's own object.
+        meter: what sequences held, and how many have ended.
+        harness: lm-evaluation-harness's model around the engine, or None.
+        dictionary_path: LEXICO's dictionary, or None.
+        token_bytes: that a token adds to the pool.
+        plain_token_bytes: that a token takes in 16 bits.
+        expect: called with the number of sequences of a task that starts; the worker shows it.
     """
 
-    def __init__(self, settings: EvalSettings, cache: Cache, tasks: Sequence[str]) -> None:
+    def __init__(self, settings: EvalSettings, cache: Cache, needed_tokens: int, *, with_harness: bool = False) -> None:
         # The scheduler and its pool are read and steered here, so they must not run in a process of their own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         register()  # a checkout that is only on the path has no entry point for vLLM to find
-        arguments: dict[str, Any] = {"max_model_len": needed_tokens(settings, tasks), "seed": 0}
+        arguments: dict[str, Any] = {"max_model_len": needed_tokens, "seed": 0}
         arguments |= {**settings.engine, **cache.engine}
         self.harness: Any = None
-        if "gsm8k" in tasks:
-            from vllm_lexico.evals.tasks.gsm8k import HarnessModel
-
+        if with_harness:
             self.harness = HarnessModel(settings.model, arguments)
             self.llm = self.harness.llm
         else:
@@ -89,8 +103,10 @@ class Engine:
         self.plain_token_bytes = plain_token_bytes(self.vllm_config)
         self._check_cache(cache)
         if self.vllm_config.cache_config.cache_dtype.startswith("turboquant_"):
-            self.llm.collective_rpc(mend_turboquant)
-        # How far a running task is, and of how many sequences; the worker shows it.
+            self.llm.collective_rpc(fix_turboquant)
+        paths = set().union(*self.llm.collective_rpc(dictionary_paths))
+        assert len(paths) <= 1, paths
+        self.dictionary_path = Path(paths.pop()) if paths else None
         self.expect: Callable[[int], None] = lambda _total: None
 
     def _check_cache(self, cache: Cache) -> None:
@@ -110,11 +126,11 @@ class Engine:
         return self.llm.get_tokenizer()
 
     def capacity_tokens(self) -> int:
-        """Tokens that the pool holds, sequences' tails aside."""
+        """Tokens that the pool holds, without sequences' tails."""
         config = self.scheduler.kv_cache_config
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-        blocks_a_token = sum(1 / spec.block_size for spec in specs if not getattr(spec, "sliding_window", None))
-        return int(config.num_blocks / blocks_a_token)
+        blocks_per_token = sum(1 / spec.block_size for spec in specs if not getattr(spec, "sliding_window", None))
+        return int(config.num_blocks / blocks_per_token)
 
     def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Any]:
         """Answers to prompts of token ids, all at once; `params` are those of vLLM's SamplingParams."""
@@ -132,9 +148,13 @@ class Engine:
     def chunks_of(self, tokens: int, sequences: int) -> Iterator[None]:
         """Compute prompts in chunks of at most `tokens`, those of `sequences` prompts of one length side by side.
 
-        vLLM's own limit, long_prefill_token_threshold, does not hold for a request that is alone. So the budget of a
-        step is limited too, to what the sequences take: they then advance in step and end in the same one. A step
-        that exceeds the limit all the same is an error: it would measure a cache that nothing was read from.
+        Why: vLLM's own limit, long_prefill_token_threshold, does not hold for a request that is alone. How: the budget
+        of a step is limited too, to what the sequences take: they then advance in step and end in the same one.
+        Upstream: intended there (`Scheduler.schedule` applies it from the second long request on). Can go when vLLM
+        has a limit on the chunk of a single request that can change between requests.
+
+        Raises:
+            RuntimeError: a step exceeds the limit all the same; it would measure a cache that nothing was read from.
         """
         scheduler, config = self.scheduler, self.scheduler.scheduler_config
         before = config.long_prefill_token_threshold, scheduler.max_num_scheduled_tokens

@@ -1,4 +1,4 @@
-"""Faults of vLLM's own caches that would be measured as the caches' loss: why, how they are mended, until when."""
+"""Faults of vLLM's own caches that would be measured as the caches' loss, and their fixes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import functools
 from typing import Any
 
 
-def mend_turboquant(_worker: Any = None) -> None:
-    """Let TurboQuant's prefill see all that is cached of a request. Runs in each worker.
+def fix_turboquant(_worker: Any = None) -> None:
+    """Let TurboQuant's prefill see all that is cached of a request. Runs in each worker; again it changes nothing.
 
     Why: vLLM takes a batch whose longest query is as long as its longest sequence for one of prompts that all start
-    now. A request that goes on after a prefix hit or a split of its prompt, beside a longer one that starts, then
-    attends to nothing but its own chunk, and its answer is nonsense (vllm-project/vllm#46460, in 0.32 and 0.33).
-    How: where such a request is in the batch, the metadata's longest query is 0, as long as no sequence; vLLM then
-    goes through the requests one by one, as it does for batches without one that starts. Nothing else reads it there.
-    Can go when #46461, or what takes its place, is in the oldest vLLM that is supported.
+    now. A request that goes on after a prefix hit or a split of its prompt, together with a longer one that starts,
+    then attends to nothing but its own chunk, and its answer is nonsense (in 0.32 and 0.33). How: where such a request
+    is in the batch, the metadata's longest query is 0, as long as no sequence; vLLM then goes through the requests one
+    by one, as it does for batches without one that starts. Nothing else reads it there. Upstream:
+    https://github.com/vllm-project/vllm/issues/46460. Can go when the pull request 46461, or what takes its place, is
+    in the oldest vLLM that is supported.
     """
     from vllm.v1.attention.backends.turboquant_attn import TurboQuantMetadataBuilder
 

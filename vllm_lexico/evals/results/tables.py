@@ -30,7 +30,7 @@ def report(metrics: Mapping[str, Any]) -> str:
     for metric in dict.fromkeys(row["metric"] for row in rows):
         parts.append(f"### {metric}\n\n" + metric_table([row for row in rows if row["metric"] == metric]))
     failures = [
-        f"- {name}, {task}: `{why.splitlines()[-1].strip()[:200]}`"
+        f"- {name}, {task}: `{_last_line(why)}`"
         for name, cache in metrics["caches"].items()
         for task, why in cache["failures"].items()
     ]
@@ -40,15 +40,15 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def overview(metrics: Mapping[str, Any]) -> str:
-    """One line a cache, one column a task."""
+    """One line per cache, one column per task."""
     rows = {(row["cache"], row["metric"]): row for row in flat_rows(metrics)}
     shown = [column for column in OVERVIEW if any(metric == column[0] for _, metric in rows)]
-    head = ["cache", "bytes a token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
+    head = ["cache", "bytes per token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
     lines = []
     for name, cache in metrics["caches"].items():
-        if cache["bytes_a_token"] is None:
+        if cache["bytes_per_token"] is None:
             continue
-        cells = [f"`{name}`", f"{cache['bytes_a_token']:,.0f}", f"{cache['bytes_percent']:.2f}"]
+        cells = [f"`{name}`", f"{cache['bytes_per_token']:,.0f}", f"{cache['bytes_percent']:.2f}"]
         for metric, _, as_ratio, digits in shown:
             row = rows.get((name, metric))
             names = ("ratio", "ratio_low", "ratio_high") if as_ratio else ("value", "low", "high")
@@ -84,7 +84,7 @@ def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def dominating(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """In words: caches of others that are better than one of LEXICO's at as many bytes a token, or fewer."""
+    """In words: caches of others that are better than one of LEXICO's at as many bytes per token, or fewer."""
     rows = [row for row in flat_rows(metrics) if row["metric"] in [column[0] for column in OVERVIEW]]
     for own in (row for row in rows if row["family"] == OURS):
         for other in rows:
@@ -102,6 +102,12 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _last_line(text: str) -> str:
+    """The end of what a log or an error says, as a terminal may show it."""
+    line = (text.strip().splitlines() or ["(no reason was kept)"])[-1]
+    return "".join(letter if letter.isprintable() else " " for letter in line).strip()[:200]
 
 
 def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:

@@ -2,72 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import lzma
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_lexico import compat
-from vllm_lexico.evals.engine import Engine
-from vllm_lexico.evals.results.statistics import Measure
+from vllm_lexico.evals.fields import Count, Fields, Flag
+from vllm_lexico.evals.measure import Measure
 from vllm_lexico.evals.settings import EvalSettings
+from vllm_lexico.evals.tasks.windows import read_rows, texts_of
 
-DATA_FILES = ("gsm8k_test.jsonl.xz", "gsm8k_train.jsonl.xz")
+if TYPE_CHECKING:
+    from vllm_lexico.evals.engine import Engine
+
+DATA_FILES: tuple[str, ...] = ("gsm8k_test.jsonl.xz", "gsm8k_train.jsonl.xz")
+NEEDS_HARNESS = True
+LONGEST_TOKENS = 4096  # five worked problems, the question and an answer of 256 tokens, with much room
 TASK = "gsm8k"
 SCORES = {"strict": "strict-match", "flexible": "flexible-extract"}  # ours: the harness's filter
 
 
-class HarnessModel:
-    """The harness's vLLM model. It keeps the token ids of answers, which the harness itself drops.
+class Row(Fields):
+    """The fields of a prediction that `measures` reads. tokens: ids of the answer's tokens."""
 
-    llm: the vLLM engine that the harness started, with `arguments` as they are.
-    answers: token ids of each answer by its prompt's.
-    """
-
-    def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
-        answers: dict[tuple[int, ...], list[int]] = {}
-
-        class Recorded(_harness_class()):  # type: ignore[misc]
-            def _model_generate(self, requests: list[list[int]], *args: Any, **kwargs: Any) -> list[Any]:
-                outputs = super()._model_generate(requests, *args, **kwargs)
-                for request, output in zip(requests, outputs, strict=True):
-                    answers[tuple(request)] = list(output.outputs[0].token_ids)
-                return outputs
-
-        self.lm = Recorded(pretrained=model, **arguments)
-        self.llm = self.lm.model
-        self.answers = answers
+    id: Count
+    strict: Flag
+    flexible: Flag
+    tokens: list[Count]
 
 
-def _harness_class() -> Any:
-    """The harness's vLLM model; ValueError where the harness is not installed."""
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    try:
-        with compat.cpu_build_known_as_vllm():
-            from lm_eval.models.vllm_causallms import VLLM
-    except ImportError as error:
-        raise ValueError(
-            f"GSM8K is run by lm-evaluation-harness, which is not there ({error}); run `pip install lm_eval`, or leave "
-            f"gsm8k out of --tasks"
-        ) from error
-    return VLLM
+ROWS = list[Row]
+
+
+def needed_tokens(settings: EvalSettings) -> int:
+    """Tokens of the longest sequence that the task will make."""
+    return LONGEST_TOKENS
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:
     """Rows of question and answer; ValueError where the file is not there or is something else."""
-    try:
-        content = path.read_bytes()
-        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [{"question": row["question"], "answer": row["answer"]} for row in rows]
-    except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} cannot be read ({error!r}); allowed: a JSON object a line with "question" and "answer"; name the '
-            f"folder that has it with --data"
-        ) from error
+    names = ("question", "answer")
+    return read_rows(path, lambda row: dict(zip(names, texts_of(row, *names), strict=True)))
 
 
 def task_config(folder: Path, shots: int) -> dict[str, Any]:
@@ -86,7 +61,7 @@ def task_config(folder: Path, shots: int) -> dict[str, Any]:
 
 
 def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each problem with the answer, its tokens and both scores, and what the sequences held."""
+    """Rows of one problem each with the answer, its tokens and both scores, and what the sequences held."""
     from lm_eval import evaluator
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.tasks import TaskManager
@@ -104,7 +79,7 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
 
 
 def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapping[Any, list[int]]) -> list[dict]:
-    """One row a problem out of the harness's samples, which come once for each way of scoring."""
+    """One row per problem out of the harness's samples, which come once per way of scoring."""
     ours = {harness: name for name, harness in SCORES.items()}
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
@@ -133,6 +108,10 @@ def measures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str,
     """Share of problems solved, strictly and flexibly matched, and agreement with the reference's answers.
 
     Agreement: tokens until an answer leaves the reference's, and the share of the reference's tokens that this is.
+
+    Args:
+        rows: see `Row`.
+        reference: rows of the cache that this one is compared with; None gives no agreement.
     """
     found = [
         Measure(name, "share", {row["id"]: row[score] for row in rows})
@@ -142,5 +121,6 @@ def measures(rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str,
         other = {row["id"]: row["tokens"] for row in reference}
         agreed = {r["id"]: agreed_tokens(r["tokens"], other[r["id"]]) for r in rows if r["id"] in other}
         shares = {sample: count / max(len(other[sample]), 1) for sample, count in agreed.items()}
-        found += [Measure("agreement", "mean", shares), Measure("agreement_tokens", "mean", agreed)]
+        if agreed:
+            found += [Measure("agreement", "mean", shares), Measure("agreement_tokens", "mean", agreed)]
     return found

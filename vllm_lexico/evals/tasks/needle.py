@@ -12,14 +12,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_lexico.evals.engine import Engine
-from vllm_lexico.evals.results.statistics import Measure
+from vllm_lexico.evals.fields import Count, Fields, Flag, Printable
+from vllm_lexico.evals.measure import Measure
 from vllm_lexico.evals.settings import EvalSettings, NeedleSettings
 from vllm_lexico.train.texts import read_documents
 
-DATA_FILES = ("train_textbooks.jsonl.xz",)
+if TYPE_CHECKING:
+    from vllm_lexico.evals.engine import Engine
+
+DATA_FILES: tuple[str, ...] = ("train_textbooks.jsonl.xz",)
+NEEDS_HARNESS = False
 ANSWER_TOKENS = 24
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 KINDS = ("single", "multi")
@@ -34,14 +38,32 @@ QUESTION = (
 _MARK = "<|the document goes here|>"
 
 
+class Row(Fields):
+    """The fields of a prediction that `measures` reads. length: tokens that the document was made for."""
+
+    id: Printable
+    document: Printable
+    length: Count
+    kind: Literal["single", "multi"]  # KINDS
+    found: Flag
+
+
+ROWS = list[Row]
+
+
+def needed_tokens(settings: EvalSettings) -> int:
+    """Tokens of the longest sequence that the task will make."""
+    return max(settings.needle.lengths, default=0)
+
+
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a document. depth: where in it the answer is, 0 to 1."""
+    """What is asked of a document. depth: where in it the answer is, 0 to 1. prompt: what follows the document."""
 
     key: str
     value: str
     depth: float
-    prompt: list[int]  # what follows the document
+    prompt: list[int]
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,16 @@ class Builder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def document(self, length: int, kind: str, index: int) -> Document:
-        """A document whose longest question and answer together with it take `length` tokens."""
+        """A document whose longest question and answer together with it take `length` tokens.
+
+        Args:
+            length: tokens.
+            kind: one of KINDS.
+            index: which of its kind and length; decides the text, the needles and their depths.
+
+        Raises:
+            ValueError: the needles do not fit.
+        """
         generator = random.Random(f"{self.settings.seed} {length} {kind} {index}")
         count = 1 if kind == "single" else self.settings.keys
         words = generator.sample(self.words, 4 * count)
@@ -116,7 +147,12 @@ def hide(
 ) -> tuple[list[int], list[int]]:
     """Put needles between paragraphs, each at the boundary nearest to its depth.
 
-    depths: ascending, a share of the text. Returns the joined tokens and where in them each needle begins.
+    Args:
+        paragraphs, needles: token ids.
+        depths: of the needles, ascending, as shares of the text.
+
+    Returns:
+        The joined token ids, and where in them each needle begins.
     """
     boundaries = [0]
     for paragraph in paragraphs:
@@ -169,7 +205,7 @@ def is_found(value: str, answer: str) -> bool:
 
 
 def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each question, and what the sequences held, all and by length."""
+    """Rows of one question each, and what the sequences held, all and by length."""
     task = settings.needle
     builder = Builder(read_documents(Path(settings.data) / DATA_FILES[0]), engine.tokenizer, task)
     engine.expect(len(task.lengths) * task.samples * (len(KINDS) + 1 + task.keys))
@@ -189,7 +225,7 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
 
 
 def batches(documents: Sequence[Document], tokens: int) -> Iterator[list[Document]]:
-    """Documents that go together, one at least: of at most so many tokens, their questions' own among them."""
+    """Documents to work on together, one at least: of at most so many tokens, those of their questions among them."""
     batch: list[Document] = []
     taken = 0
     for document in documents:

@@ -9,19 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vllm_lexico.evals.engine import Engine
-from vllm_lexico.evals.results.statistics import Measure
+from pydantic import Field
+
+from vllm_lexico.evals.fields import Count, Fields
+from vllm_lexico.evals.measure import Measure
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks.windows import wikitext_windows
 
-DATA_FILES = ("wikitext2_raw_test.txt.xz",)
-TOGETHER = 16  # windows side by side: 2,048 tokens a step in chunks of 128, whose logits fit beside any model
+if TYPE_CHECKING:
+    from vllm_lexico.evals.engine import Engine
+
+DATA_FILES: tuple[str, ...] = ("wikitext2_raw_test.txt.xz",)
+NEEDS_HARNESS = False
+TOGETHER = 16  # windows side by side: 2,048 tokens per step in chunks of 128, whose logits fit beside any model
+MARGIN_TOKENS = 8  # beyond a window
+MOST_NATS = 500.0  # exp of it is a number still; guessing among all tokens loses 12
+
+
+class Row(Fields):
+    """The fields of a prediction that `measures` reads. loss: mean of the window, in nats per token."""
+
+    id: Count
+    loss: Annotated[float, Field(ge=0, le=MOST_NATS)]
+
+
+ROWS = list[Row]
+
+
+def needed_tokens(settings: EvalSettings) -> int:
+    """Tokens of the longest sequence that the task will make."""
+    return settings.wikitext.length + MARGIN_TOKENS
 
 
 def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each window with its mean loss in nats, and what the sequences held."""
+    """Rows of one window each with its mean loss in nats per token, and what the sequences held."""
     task = settings.wikitext
     path = Path(settings.data) / DATA_FILES[0]
     windows = wikitext_windows(path, engine.tokenizer, task.length, task.count).tolist()

@@ -4,38 +4,76 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Row = TypeVar("Row")
+
 
 def wikitext_windows(path: Path, tokenizer: Any, length: int = 2048, count: int | None = None) -> Tensor:
-    """int64 [count, length]: a text file (.txt or .txt.xz), tokenised as one.
+    """Cut a text file (.txt or .txt.xz), tokenised as one, into windows.
 
-    count: windows, the first ones; all that the text fills if None. ValueError when it fills fewer, or is no text.
+    Args:
+        path: the file.
+        tokenizer: of transformers.
+        length: tokens per window.
+        count: windows, the first ones; all that the text fills if None.
+
+    Returns:
+        int64 [count, length] token ids.
+
+    Raises:
+        ValueError: the text fills fewer, or the file has no text.
     """
-    return _cut(_read(path), path, tokenizer, length, count)
+    return _cut(read_text(path), path, tokenizer, length, count)
 
 
 def jsonl_windows(path: Path, tokenizer: Any, length: int = 2048, count: int | None = None) -> Tensor:
     """As `wikitext_windows`, of JSON rows (.jsonl or .jsonl.xz) with "question" and "answer", or "text"."""
+    return _cut("\n\n".join(read_rows(path, _row_text)), path, tokenizer, length, count)
+
+
+def read_rows(path: Path, read: Callable[[Any], Row]) -> list[Row]:
+    """Read JSON text, one value per line (.jsonl or .jsonl.xz).
+
+    Args:
+        path: the file.
+        read: makes a row of a line's value; raises ValueError, KeyError or TypeError where it is none.
+
+    Raises:
+        ValueError: the file is not there, or a line is no row.
+    """
     try:
-        rows = [_row_text(json.loads(line)) for line in _read(path).split("\n") if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return [read(json.loads(line)) for line in read_text(path).split("\n") if line.strip()]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f'{path} cannot be read ({error!r}); allowed: a JSON object a line with "question" and "answer", or '
-            f'"text"; mend it or name another'
+            f"{path} cannot be read ({str(error)[:200]!r}); allowed: one JSON object per line, of texts named "
+            f'"question" and "answer", or "text"; correct it, or name another folder with --data'
         ) from error
-    return _cut("\n\n".join(rows), path, tokenizer, length, count)
 
 
-def _row_text(row: dict[str, str]) -> str:
-    return f"Question: {row['question']}\nAnswer: {row['answer']}" if "question" in row else row["text"]
+def texts_of(row: Any, *names: str) -> list[str]:
+    """Fields of a row that are texts; ValueError, KeyError or TypeError where one is not."""
+    texts = [row[name] for name in names]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{' or '.join(names)} is no text")
+    "".join(texts).encode()  # half of a pair of surrogates is no text either
+    return texts
 
 
-def _read(path: Path) -> str:
+def _row_text(row: Any) -> str:
+    if "question" in row:
+        question, answer = texts_of(row, "question", "answer")
+        return f"Question: {question}\nAnswer: {answer}"
+    return texts_of(row, "text")[0]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, which may be in .xz; ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"there is no text file {path}; name the folder that has it")
     try:
