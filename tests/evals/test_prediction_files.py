@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from vllm_lexico import cli
@@ -21,7 +22,12 @@ TASKS = ("gsm8k", "wikitext", "needle")
 FILES = [f"{task}.{kind}" for task in TASKS for kind in ("json", "jsonl")] + ["cache.json"]
 EXAMPLES, OF_METRICS = 2500, 500
 FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -91,70 +97,86 @@ def seal(values):
     return values | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-@st.composite
-def bytes_changed(draw, content):
-    """A file that was cut, that has other bytes or bits somewhere, or a piece twice or not at all."""
-    at = draw(st.integers(0, len(content) - 1))
-    end = draw(st.integers(at, min(len(content), at + 40)))
-    way = draw(st.sampled_from(["cut", "flip", "drop", "repeat", "put"]))
-    if way == "cut":
-        return content[:at]
-    if way == "flip":
-        return content[:at] + bytes([content[at] ^ 1 << draw(st.integers(0, 7))]) + content[at + 1 :]
-    if way == "drop":
-        return content[:at] + content[end:]
-    return content[:end] + (content[at:end] if way == "repeat" else draw(st.binary(max_size=8))) + content[end:]
+def bytes_changed(content):
+    """The bytes of a file that was cut, or has a bit flipped, a piece twice or not at all, or a byte more."""
+
+    def change(at, size, way, byte):
+        end = at + size
+        return {
+            "cut": content[:at],
+            "flip": content[:at] + bytes([content[at] ^ 1 << byte % 8]) + content[at + 1 :],
+            "drop": content[:at] + content[end:],
+            "repeat": content[:end] + content[at:end] + content[end:],
+            "put": content[:at] + bytes([byte]) + content[at:],
+        }[way]
+
+    ways = st.sampled_from(["cut", "flip", "drop", "repeat", "put"])
+    return st.builds(change, st.integers(0, len(content) - 1), st.integers(1, 40), ways, st.integers(0, 255))
 
 
 ODD = st.one_of(
-    st.none(),
-    st.booleans(),
+    st.sampled_from(
+        [None, True, 0, 1, -1, 10**400, -(10**20), 1e308, 5e-324, -0.5, 501.0, {}, [], [[[0]]], {"all": None}]
+    ),
+    st.sampled_from(["", "\n", "\x1b[2J", "bf16", "gsm8k", "single"]),
     st.integers(-3, 3),
-    st.sampled_from([10**400, -(10**20), 1e308, 5e-324, -0.5, 501.0, {}, [], [[]], {"all": None}, "", "\n", "\x1b[2J"]),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
-    st.just([[[[0]]]]),
 )
 
 
-@st.composite
-def value_changed(draw, values):
-    """An object of JSON with one field, however deep, that is another, missing, or new."""
-    if not isinstance(values, dict | list) or not values or draw(st.integers(0, 4)) == 0:
-        return draw(ODD)
-    changed = values.copy()
-    key = draw(st.sampled_from(sorted(values))) if isinstance(values, dict) else draw(st.integers(0, len(values) - 1))
-    way = draw(st.integers(0, 9))
-    if way == 0:
+def paths(values, at=()):
+    """Keys that lead to each part of a value of JSON."""
+    yield at
+    for key in values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ():
+        yield from paths(values[key], (*at, key))
+
+
+def put(values, path, way, odd):
+    """The value with `odd` in one place of it, or beside it, or nothing there."""
+    if not path:
+        return odd
+    changed, key = values.copy(), path[0]
+    if len(path) == 1 and way == "delete":
         del changed[key]
-    elif way == 1 and isinstance(values, dict):
-        changed["new"] = draw(ODD)
+    elif len(path) == 1 and way == "add" and isinstance(values, dict):
+        changed["new"] = odd
     else:
-        changed[key] = draw(value_changed(values[key]))
+        changed[key] = put(values[key], path[1:], way, odd)
     return changed
 
 
-@st.composite
-def mutations(draw, whole):
+def value_changed(values):
+    """A value of JSON with one part of it, however deep, another, missing or new."""
+    ways = st.sampled_from(["put", "put", "put", "delete", "add"])
+    return st.builds(put, st.just(values), st.sampled_from(list(paths(values))), ways, ODD)
+
+
+def mutations(whole):
     """Names of files and what is in them now, of one kind of damage. whole: all contents, by name."""
-    name = draw(st.sampled_from(sorted(whole)))
-    way = draw(st.sampled_from(["bytes", "bytes", "sealed", "other file", "rows"]))
-    task = name.partition(".")[0]
-    if way == "other file":
-        return {name: whole[draw(st.sampled_from(sorted(whole)))]}
-    if way == "sealed" and name.endswith(".json"):
-        values = json.loads(whole[name])
-        del values["sha256"]
-        changed = draw(value_changed(values))
-        return {name: json.dumps(seal(changed) if isinstance(changed, dict) else changed).encode()}
-    if way == "rows" and task in TASKS:
-        rows = draw(value_changed([json.loads(line) for line in whole[f"{task}.jsonl"].splitlines()]))
+
+    def sealed_file(name, values):
+        return {name: json.dumps(seal(values) if isinstance(values, dict) else values).encode()}
+
+    def sealed_rows(task, rows):
         content = "".join(json.dumps(row) + "\n" for row in rows) if isinstance(rows, list) else json.dumps(rows)
-        about = json.loads(whole[f"{task}.json"]) | {"rows_sha256": hashlib.sha256(content.encode()).hexdigest()}
+        about = objects[f"{task}.json"] | {"rows_sha256": hashlib.sha256(content.encode()).hexdigest()}
         about["rows"] = len(rows) if isinstance(rows, list) else 1
-        del about["sha256"]
-        return {f"{task}.jsonl": content.encode(), f"{task}.json": json.dumps(seal(about)).encode()}
-    return {name: draw(bytes_changed(whole[name]))}
+        return {f"{task}.jsonl": content.encode(), **sealed_file(f"{task}.json", about)}
+
+    objects = {name: json.loads(content) for name, content in whole.items() if name.endswith(".json")}
+    for values in objects.values():
+        del values["sha256"]
+    names = st.sampled_from(sorted(whole))
+    changed = [st.builds(lambda name, other: {name: whole[other]}, names, names)]
+    for name, content in whole.items():
+        changed += [bytes_changed(content).map(lambda damaged, name=name: {name: damaged})] * 2
+        if name in objects:
+            changed.append(value_changed(objects[name]).map(partial(sealed_file, name)))
+        else:
+            rows = [json.loads(line) for line in content.splitlines()]
+            changed.append(value_changed(rows).map(partial(sealed_rows, name.partition(".")[0])))
+    return st.one_of(changed)
 
 
 def numbers(value):

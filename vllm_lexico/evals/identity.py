@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from vllm_lexico import __version__
 from vllm_lexico.config import TRAIN
 from vllm_lexico.evals.caches import LEXICO, Cache
@@ -26,8 +28,9 @@ UNKNOWN_AT_FIRST = ("weights", "dictionary")
 
 
 class CacheFields(Fields):
-    """A cache, as `Cache` has it."""
+    """A cache: the fields of `Cache`, and no other."""
 
+    model_config = ConfigDict(extra="forbid")
     name: Printable
     engine: dict[str, Any]
 
