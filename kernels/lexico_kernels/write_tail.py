@@ -10,8 +10,15 @@ from lexico_kernels.memory.pages import LayerCache
 
 
 @triton.jit
-def _write_tail(rows, tail, slots_ptr, T, SIZES: tl.constexpr, TILE: tl.constexpr):
-    """One tile of tokens of one head, K and V; `rows` are a pair of `Rows`."""
+def _load_rows(rows, token, head, mask, D_PAD: tl.constexpr):
+    """Vectors of one head, [TILE, D_PAD]."""
+    source = rows.data + (token.to(tl.int64) * rows.token_stride + head * rows.head_stride)
+    return tl.load(source[:, None] + tl.arange(0, D_PAD)[None, :], mask=mask)
+
+
+@triton.jit
+def _write_tail(key, value, tail, slots_ptr, T, SIZES: tl.constexpr, TILE: tl.constexpr):
+    """One tile of tokens of one head, K and V."""
     R: tl.constexpr = SIZES.R
     D: tl.constexpr = SIZES.D
     D_PAD: tl.constexpr = SIZES.D_PAD
@@ -21,11 +28,9 @@ def _write_tail(rows, tail, slots_ptr, T, SIZES: tl.constexpr, TILE: tl.constexp
     slot = tl.load(slots_ptr + token, mask=token < T, other=-1)
     mask = (slot >= R)[:, None] & (dims < D)[None, :]
     target = tail.data + (slot // R) * tail.stride + (head * R + slot % R) * 2 * D
-    for kv in tl.static_range(2):
-        source = rows[kv].data + token.to(tl.int64) * rows[kv].token_stride + head * rows[kv].head_stride
-        tl.store(
-            target[:, None] + kv * D + dims[None, :], tl.load(source[:, None] + dims[None, :], mask=mask), mask=mask
-        )
+    keys, values = _load_rows(key, token, head, mask, D_PAD), _load_rows(value, token, head, mask, D_PAD)
+    tl.store(target[:, None] + dims[None, :], keys, mask=mask)
+    tl.store(target[:, None] + D + dims[None, :], values, mask=mask)
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
@@ -34,7 +39,8 @@ def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping:
     if T == 0:
         return
     _write_tail[(triton.cdiv(T, WRITE_TAIL.tile), Hk)](
-        (Rows.of(key), Rows.of(value)),
+        Rows.of(key),
+        Rows.of(value),
         Pages.tail(cache),
         tail_slot_mapping,
         T,

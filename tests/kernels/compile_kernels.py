@@ -19,7 +19,7 @@ from lexico_kernels.device.launch import FP8_MIN_DIM
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
 from lexico_kernels.omp_encode import tiles as omp
-from lexico_kernels.sparse_decode import lookup as table_decode
+from lexico_kernels.sparse_decode import lookup
 from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import fp8_cache, random_problem
 from triton.backends.compiler import GPUTarget
@@ -30,7 +30,6 @@ CASES = [  # head_dim, sparsity, codec, dtype, atoms, vectors' tokens
     (128, 15, "packed16", torch.bfloat16, 4096, (1, 512, 4096)),
     (128, 7, "packed16", torch.float16, 4096, (4096,)),
     (128, 31, "packed16", torch.bfloat16, 4096, (4096,)),
-    (128, 15, "paper", torch.bfloat16, 4096, (1,)),
     (64, 15, "packed16", torch.bfloat16, 1024, (1,)),
     (96, 11, "packed16", torch.bfloat16, 1000, (1,)),
     (128, 15, "packed16", torch.float32, 4096, (4096,)),
@@ -80,9 +79,9 @@ def main() -> None:
     """Compile all kernels for all cases."""
     triton.runtime.driver.set_active(NamesTheTarget())
     JITFunction.__getitem__ = compile_only
-    # Its step in CUDA C++ is not Triton's to compile; test_table_decode.py does that.
-    table_decode.attend_codes = lambda *_: None
-    table_decode.shared_limit_bytes = lambda _: SHARED_BYTES
+    # Its step in CUDA C++ is not Triton's to compile; test_lookup.py does that.
+    lookup.attend_codes = lambda *_: None
+    lookup.shared_limit_bytes = lambda _: SHARED_BYTES
     print("triton", triton.__version__)
     for head_dim, sparsity, codec, dtype, atoms, sizes in CASES:
         print(f"{codec} D {head_dim} S {sparsity} N {atoms} {dtype}")
@@ -106,9 +105,9 @@ def main() -> None:
         query = torch.zeros(1, 32, head_dim, dtype=dtype)
         step = (cache, tables, *torch.zeros(2, 1, dtype=torch.int32))
         decode.sparse_decode(query, *step, scale=0.1)
-        if codec == "packed16" and dtype in table_decode.DTYPES:
-            table_decode.sparse_decode(query, *step, scale=0.1)
-            table_decode.sparse_decode(query.repeat(1, 2, 1)[:, :56], *step, scale=0.1)
+        if codec == "packed16" and dtype in lookup.DTYPES:
+            lookup.sparse_decode(query, *step, scale=0.1)
+            lookup.sparse_decode(query.repeat(1, 2, 1)[:, :56], *step, scale=0.1)
 
 
 if __name__ == "__main__":

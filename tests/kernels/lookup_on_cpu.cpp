@@ -1,5 +1,5 @@
-// `attend_codes` as a function that Python can call; built with the kernel's macros and SOURCE, the path of its text without
-// lookup_primitives.cu, whose functions are here.
+// `attend_codes` as a function that Python can call; built with the kernel's macros and SOURCE, the path of its text
+// without lookup_primitives.cu, whose functions are here.
 #include "cuda_on_cpu.h"
 
 #undef SHARED_MEMORY
@@ -63,12 +63,12 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 
 #include SOURCE
 
-extern "C" void launch(int x, int y, unsigned shared_bytes, const int4* plan, const int* request, const int* block_table,
-                       int block_table_stride, const char* code_pages, i64 page_stride, const char* table,
-                       const float* query_scale, const float* key_levels, const float* value_levels, char* bins_out,
-                       float* stats, int blocks_a_token) {
+extern "C" void launch(int x, int y, unsigned shared_bytes, const int4* schedule, const int* request,
+                       const int* block_table, int block_table_stride, const char* code_pages, i64 page_stride,
+                       const char* lookup, const float* query_scale, const float* key_levels,
+                       const float* value_levels, char* bins_out, float* stats, int passes_per_token) {
   cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, 1, shared_bytes, 1, [=] {
-    attend_codes(plan, request, block_table, block_table_stride, code_pages, page_stride, table, query_scale, key_levels,
-                 value_levels, bins_out, stats, blocks_a_token);
+    attend_codes(schedule, request, block_table, block_table_stride, code_pages, page_stride, lookup, query_scale,
+                 key_levels, value_levels, bins_out, stats, passes_per_token);
   });
 }

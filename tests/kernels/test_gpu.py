@@ -7,8 +7,7 @@ from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import FP8_MAX_SPARSITY
 from lexico_kernels.omp_encode import clusters as cluster
 from lexico_kernels.omp_encode import tiles as omp
-from lexico_kernels.sparse_decode import lookup as table_decode
-from lexico_kernels.sparse_decode import lookup_sizes as table_shape
+from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.gpu
 D, N, HK, HQ, P = 128, 4096, 8, 32, 128
 SCALE = D**-0.5
 DTYPES = [torch.bfloat16, torch.float16]
-CODES = [("packed16", 15), ("packed16", 7), ("packed16", 31), ("paper", 15), ("exact", 15)]
+CODES = [("packed16", 15), ("packed16", 7), ("packed16", 31), ("exact", 15)]
 
 
 def layout(codec="packed16", S=15, dtype=torch.bfloat16, Hk=HK, head_dim=D):
@@ -193,38 +192,38 @@ def test_sparse_decode(codec, S, dtype):
         (12, 128, (15, 15), 4096, 128),  # more heads than one pass serves
     ],
 )
-def test_decode_through_tables(group, head_dim, S, atoms, block_tokens):
+def test_decode_through_lookups(group, head_dim, S, atoms, block_tokens):
     """Every shape of the CUDA C++ kernel, contexts of one and of several parts; alone and in a batch, the same bits."""
     it = CodeLayout(head_dim, 2, *S, block_tokens=block_tokens)
     lengths = [1, 63, block_tokens - 1, block_tokens, block_tokens + 1, 1000, 4300, 9000, 0]
     problem = random_problem(it, lengths, atoms=atoms, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
     query = 3 * torch.randn(len(lengths), 2 * group, head_dim, device="cuda", dtype=torch.bfloat16)
     args = (query, problem.cache, problem.tables, cuda(range(len(lengths))), cuda(lengths))
-    assert table_decode.supports(*args[:3])
+    assert lookup.supports(*args[:3])
     scale = head_dim**-0.5
     want, want_lse = reference.sparse_decode(*args, scale=scale)
-    out, lse = table_decode.sparse_decode(*args, scale=scale, out=torch.full_like(query, torch.nan))
+    out, lse = lookup.sparse_decode(*args, scale=scale, out=torch.full_like(query, torch.nan))
     assert_close(out, want, "attention", torch.bfloat16)
     assert_close(lse, want_lse, "lse", torch.bfloat16)
     for t in (5, 7):
         rows = slice(t, t + 1)
-        alone = table_decode.sparse_decode(query[rows], *args[1:3], args[3][rows], args[4][rows], scale=scale)
+        alone = lookup.sparse_decode(query[rows], *args[1:3], args[3][rows], args[4][rows], scale=scale)
         assert all(torch.equal(one, many[rows]) for one, many in zip(alone, (out, lse), strict=True))
 
 
-def test_decode_through_tables_in_slices(monkeypatch):
+def test_decode_through_lookups_in_slices(monkeypatch):
     lengths = [5000, 300, 9000]
     problem = random_problem(layout(), lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
     query = torch.randn(3, HQ, D, device="cuda", dtype=torch.bfloat16)
     args = (query, problem.cache, problem.tables, cuda(range(3)), cuda(lengths))
-    whole = table_decode.sparse_decode(*args, scale=SCALE)
-    monkeypatch.setattr(table_shape, "TABLE_SCRATCH_BYTES", 1)
-    sliced = table_decode.sparse_decode(*args, scale=SCALE)
+    whole = lookup.sparse_decode(*args, scale=SCALE)
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_SCRATCH_BYTES", 1)
+    sliced = lookup.sparse_decode(*args, scale=SCALE)
     assert all(torch.equal(one, other) for one, other in zip(whole, sliced, strict=True))
 
 
 @pytest.mark.parametrize("peak", [1.0, 1e-30, 1e30])
-def test_decode_through_tables_of_any_scale(peak):
+def test_decode_through_lookups_of_any_scale(peak):
     """Fixed point adapts to the values, and one token that takes all the weight is as exact as many that share it."""
     problem = random_problem(layout(), [6000], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=64)
     views = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")]
@@ -237,14 +236,14 @@ def test_decode_through_tables_of_any_scale(peak):
     towards_one = 100 * torch.nn.functional.normalize(key, dim=-1).repeat_interleave(HQ // HK, 1).bfloat16()
     for some in (0 * query, query, towards_one):
         want, want_lse = reference.sparse_decode(some, *args, scale=SCALE)
-        out, lse = table_decode.sparse_decode(some, *args, scale=SCALE)
+        out, lse = lookup.sparse_decode(some, *args, scale=SCALE)
         assert_close(out, want, "attention", torch.bfloat16)
         size = max(1.0, float(want_lse.abs().max()) / 20)
         assert_close(lse / size, want_lse / size, "lse", torch.bfloat16)
 
 
 @pytest.mark.parametrize("group", [4, 6])
-def test_decode_through_tables_of_short_codes(group):
+def test_decode_through_lookups_of_short_codes(group):
     """Codes that use few of their entries name the null atom with all others, whose bin overflows without harm."""
     problem = random_problem(
         layout(Hk=2), [1500], atoms=N, dtype=torch.bfloat16, device="cuda", sink_pages=0, raw_tokens=0
@@ -255,7 +254,7 @@ def test_decode_through_tables_of_short_codes(group):
     query = torch.randn(count, 2 * group, D, device="cuda", dtype=torch.bfloat16)
     args = (query, problem.cache, problem.tables, cuda([0] * count), cuda([1500] * count))
     want, _ = decode.sparse_decode(*args, scale=SCALE)
-    out, _ = table_decode.sparse_decode(*args, scale=SCALE)
+    out, _ = lookup.sparse_decode(*args, scale=SCALE)
     assert_close(out, want.float(), "attention", torch.bfloat16)
 
 

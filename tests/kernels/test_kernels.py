@@ -187,7 +187,7 @@ def check_decode(problem, request, lengths, heads, device, dtype=DTYPE):
     assert_close(lse, want_lse, "lse", dtype)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["packed16", "exact"])
 @pytest.mark.parametrize("group", [1, 3, 7])
 def test_sparse_decode(codec, group, device):
     it = layout(codec=codec)
@@ -216,7 +216,7 @@ def test_sparse_decode_ranges(sink_pages, raw_tokens, device):
     check_decode(problem, [0, 1], [63, 33], 4, device)
 
 
-def test_sparse_decode_long_context_uses_all_parts(device):
+def test_sparse_decode_long_context_uses_all_splits(device):
     length = DECODE_SPLITS * 128 + 77
     problem = random_problem(layout(64, 1, (2, 2)), [length], device=device, raw_tokens=40)
     check_decode(problem, [0], [length], 2, device)
@@ -243,7 +243,7 @@ def test_sparse_decode_is_batch_invariant(device):
         assert same_bits(one, many[1:2])
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["packed16", "exact"])
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 63), (5, 5 + P - 1), (P, 2 * P), (30, 31 + P)])
 def test_reconstruct(codec, start, stop, device):
     problem = random_problem(layout(codec=codec), [20, 80], device=device, raw_tokens=20)

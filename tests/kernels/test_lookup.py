@@ -1,4 +1,4 @@
-"""The decode path through tables against the twin, and the compilation of its step in CUDA C++."""
+"""Decoding through lookups against the twin, and the compilation of its step in CUDA C++."""
 
 import ctypes
 import functools
@@ -10,9 +10,8 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import TABLE, TABLE_ATTEND, TABLE_MATMUL, table_launch
-from lexico_kernels.sparse_decode import lookup as table_decode
-from lexico_kernels.sparse_decode import lookup_sizes as table_shape
+from lexico_kernels.device.launch import LOOKUP_MATMUL, LOOKUP_SPLITS, lookup_launch
+from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import assert_close, random_problem
 
 P = 32
@@ -21,15 +20,28 @@ SHARED_BYTES = 232448  # of a thread block on sm_90
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
 
 
+def cut_contexts(monkeypatch, tokens):
+    """Splits of at most so many tokens, a multiple of the threads."""
+    splits = LOOKUP_SPLITS._replace(tokens=tokens, short_context=tokens, short_tokens=tokens)
+    for module in (lookup_sizes, lookup):
+        monkeypatch.setattr(module, "LOOKUP_SPLITS", splits)
+    forget_shapes()
+
+
+def forget_shapes():
+    for cached in (lookup_sizes.shape_for, lookup._lookup_tiles, lookup._bin_tiles):
+        cached.cache_clear()
+
+
 class OnCpu:
     """`attend_codes` as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before."""
 
     def __init__(self, shape, page_alignment, folder):
-        launch = table_decode.table_launch(shape.group)
-        self.shared = table_shape.shared_bytes(launch, shape.group, shape.key_atoms, shape.value_atoms)
-        macros = table_shape.constants(shape, launch, page_alignment, SHARED_BYTES)
+        launch = lookup.lookup_launch(shape.queries)
+        self.shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms)
+        macros = lookup_sizes.constants(shape, launch, page_alignment, SHARED_BYTES)
         source, path = folder / "source.cu", folder / "kernel.so"
-        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in table_decode.FILES[1:]))
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in lookup.FILES[1:]))
         flags = [f"-D{name}={value}" for name, value in macros.items()]
         flags += [
             f'-DSOURCE="{source}"',
@@ -59,7 +71,7 @@ class OnCpu:
 @pytest.fixture(scope="module")
 def kernels_on_cpu(tmp_path_factory):
     """A kernel for each shape, built once."""
-    return functools.cache(lambda shape, alignment, _: OnCpu(shape, alignment, tmp_path_factory.mktemp("table")))
+    return functools.cache(lambda shape, alignment, _: OnCpu(shape, alignment, tmp_path_factory.mktemp("lookup")))
 
 
 @pytest.fixture
@@ -69,22 +81,13 @@ def on_any_device(monkeypatch, device, kernels_on_cpu):
         return
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    for module in (table_shape, table_decode):
-        monkeypatch.setattr(module, "table_launch", lambda group: table_launch(group)._replace(threads=64))
-        monkeypatch.setattr(module, "TABLE", TABLE._replace(span=256, short_tokens=256, short_span=256))
-    monkeypatch.setattr(table_decode, "kernel_for", kernels_on_cpu)
-    monkeypatch.setattr(table_decode, "shared_limit_bytes", lambda _: SHARED_BYTES)
-    table_shape.shape_for.cache_clear()
+    for module in (lookup_sizes, lookup):
+        monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
+    cut_contexts(monkeypatch, 256)
+    monkeypatch.setattr(lookup, "kernel_for", kernels_on_cpu)
+    monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
     yield
-    table_shape.shape_for.cache_clear()
-
-
-def short_spans(monkeypatch):
-    """So that small contexts have several parts; a multiple of the threads."""
-    spans = table_shape.TABLE._replace(span=64, short_tokens=64, short_span=64)
-    for module in (table_shape, table_decode):
-        monkeypatch.setattr(module, "TABLE", spans)
-    table_shape.shape_for.cache_clear()
+    forget_shapes()
 
 
 def check(problem, request, lengths, heads, device, dtype=torch.float16):
@@ -96,7 +99,7 @@ def check(problem, request, lengths, heads, device, dtype=torch.float16):
     want, want_lse = reference.sparse_decode(*args, scale=0.1)
     out = torch.full((*query.shape[:2], 2 * query.shape[2]), torch.nan, dtype=dtype, device=device)
     out = out[..., : query.shape[2]]
-    given, lse = table_decode.sparse_decode(*args, scale=0.1, out=out)
+    given, lse = lookup.sparse_decode(*args, scale=0.1, out=out)
     assert given is out
     assert_close(out, want, "attention", dtype)
     assert_close(lse, want_lse, "lse", dtype)
@@ -114,13 +117,12 @@ def test_lengths(group, device, on_any_device):
     check(problem, range(6), lengths, 2 * group, device)
 
 
-def test_several_parts(device, on_any_device, monkeypatch):
+def test_several_splits(device, on_any_device, monkeypatch):
     if device == "cpu":
-        short_spans(monkeypatch)
+        cut_contexts(monkeypatch, 64)
     lengths = [333, 40, 90]
     problem = random_problem(layout(), lengths, atoms=64, device=device, raw_tokens=40)
     check(problem, range(3), lengths, 4, device)
-    table_shape.shape_for.cache_clear()
 
 
 def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
@@ -128,13 +130,13 @@ def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
     problem = random_problem(layout(S=(5, 15)), [63, 40], atoms=64, device=device, sink_pages=0, raw_tokens=0)
     views = reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")
     views[1][1].view(torch.int16)[..., 2:] = 0
-    bins, multiply = [], table_decode.multiply_bins
+    bins, multiply = [], lookup.multiply_bins
 
     def watched(shape, scratch, *rest):
         bins.append(scratch["bins"].view(-1, shape.value_atoms)[:, 0].clone())
         multiply(shape, scratch, *rest)
 
-    monkeypatch.setattr(table_decode, "multiply_bins", watched)
+    monkeypatch.setattr(lookup, "multiply_bins", watched)
     check(problem, range(2), [63, 40], 8, device)
     assert len(bins) == 1 and not bins[0].any()
 
@@ -147,7 +149,7 @@ def test_shapes(D, S, device, on_any_device):
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):
     problem = random_problem(layout(), [63], atoms=64, device=device)
-    assert table_shape.head_groups(12, 64, 64, SHARED_BYTES) == 2
+    assert lookup_sizes.passes_for(12, 64, 64, SHARED_BYTES) == 2
     check(problem, [0], [63], 24, device)
 
 
@@ -161,7 +163,7 @@ def test_ranges(sink_pages, raw_tokens, device, on_any_device):
 def test_slices_give_the_same_bits(device, on_any_device, monkeypatch):
     problem = random_problem(layout(), [63, 40, 33], atoms=64, device=device)
     whole = check(problem, range(3), [63, 40, 33], 4, device)
-    monkeypatch.setattr(table_shape, "TABLE_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_SCRATCH_BYTES", 1)
     sliced = check(problem, range(3), [63, 40, 33], 4, device)
     assert all(torch.equal(one, other) for one, other in zip(whole, sliced, strict=True))
 
@@ -170,26 +172,26 @@ def test_without_tokens(device, on_any_device):
     problem = random_problem(layout(), [5], atoms=64, device=device)
     empty = torch.zeros(0, dtype=torch.int32, device=device)
     query = torch.zeros(0, 4, 64, dtype=torch.float16, device=device)
-    out, lse = table_decode.sparse_decode(query, problem.cache, problem.tables, empty, empty, scale=1.0)
+    out, lse = lookup.sparse_decode(query, problem.cache, problem.tables, empty, empty, scale=1.0)
     assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
 
 
-def test_parts_are_never_more_than_the_grid_has():
+def test_splits_are_never_more_than_the_grid_has():
     for tokens in [*range(1, 9000, 97), 8192, 8193, 131072, 1 << 20]:
-        parts = table_shape.max_parts(tokens)
-        span = table_shape.TABLE.short_span if tokens <= table_shape.TABLE.short_tokens else table_shape.TABLE.span
-        assert -(-tokens // span) <= parts
+        sizes = LOOKUP_SPLITS
+        size = sizes.short_tokens if tokens <= sizes.short_context else sizes.tokens
+        assert -(-tokens // size) <= lookup_sizes.max_splits(tokens)
 
 
-def test_head_groups_fit_shared_memory():
-    assert table_shape.head_groups(4, 4096, 4096, SHARED_BYTES) == 1
-    assert table_shape.head_groups(8, 4096, 4096, SHARED_BYTES) == 1
-    assert table_shape.head_groups(8, 4096, 4096, 163 << 10) == 2
-    assert table_shape.head_groups(16, 4096, 4096, SHARED_BYTES) == 2
-    assert table_shape.head_groups(1, 4096, 4096, 1 << 10) == 0
+def test_query_heads_of_a_pass_fit_shared_memory():
+    assert lookup_sizes.passes_for(4, 4096, 4096, SHARED_BYTES) == 1
+    assert lookup_sizes.passes_for(8, 4096, 4096, SHARED_BYTES) == 1
+    assert lookup_sizes.passes_for(8, 4096, 4096, 163 << 10) == 2
+    assert lookup_sizes.passes_for(16, 4096, 4096, SHARED_BYTES) == 2
+    assert lookup_sizes.passes_for(1, 4096, 4096, 1 << 10) == 0
 
 
-CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
+CASES = [  # query heads per KV head, D, sparsities, atoms, page alignment
     (1, 128, (15, 15), (4096, 4096), 16),
     (2, 128, (15, 7), (4096, 4096), 16),
     (3, 128, (11, 11), (4096, 4096), 16),
@@ -203,34 +205,29 @@ CASES = [  # query heads a KV head, D, sparsities, atoms, page alignment
 ]
 
 
-VARIANTS = [{}, {"rotate": 0, "lookup": 0, "threads": 256}, {"rotate": 0, "lookup": 1}]
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_compiles(case, arch, variant):
+def test_the_kernel_compiles(case, arch):
     """To machine code, without a GPU."""
     pytest.importorskip("cuda.bindings.nvrtc")
     group, D, S, atoms, alignment = case
     it = CodeLayout(D, 2, *S)
     limit = SHARED_BYTES if arch == "sm_90a" else 163 << 10
-    shape = table_shape.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
-    launch = next(row for row in TABLE_ATTEND if shape.group <= row.max_group)._replace(**variant)
-    macros = table_shape.constants(shape, launch, alignment, limit)
-    assert nvrtc.compile_source(nvrtc.source_text(table_decode.FILES), arch, macros).startswith(b"\x7fELF")
+    shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
+    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), alignment, limit)
+    assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
 
 
 def test_columns_hold_whole_tokens():
-    assert TABLE_MATMUL.columns % table_shape.MAX_GROUP == 0
-    assert TABLE_MATMUL.bins_columns % table_shape.MAX_GROUP == 0
+    assert LOOKUP_MATMUL.columns % lookup_sizes.MAX_QUERIES == 0
+    assert LOOKUP_MATMUL.bins_columns % lookup_sizes.MAX_QUERIES == 0
 
 
 def test_scratch_is_bounded_and_covers_what_is_taken():
     it = CodeLayout(128, 8, 15, 15)
     for tokens in (1, 16, 1024):
         for context in (2048, 131072, 1 << 20):
-            reserved = table_shape.scratch_bytes(it, 32, tokens, context)
-            shape = table_shape.shape_for(it, 32, 4096, 1024, context, SHARED_BYTES)
+            reserved = lookup_sizes.scratch_bytes(it, 32, tokens, context)
+            shape = lookup_sizes.shape_for(it, 32, 4096, 1024, context, SHARED_BYTES)
             assert min(tokens, shape.slice_tokens()) * shape.token_bytes() <= reserved
-            assert reserved <= max(table_shape.TABLE_SCRATCH_BYTES, table_shape.scratch_bytes(it, 32, 1, context))
+            assert reserved <= max(lookup_sizes.LOOKUP_SCRATCH_BYTES, lookup_sizes.scratch_bytes(it, 32, 1, context))

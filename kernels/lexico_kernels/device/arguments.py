@@ -2,7 +2,8 @@
 
 Triton takes a NamedTuple apart when it compiles: each tensor and integer in it is specialised as if it were an argument
 of its own (pointers aligned to 16 bytes, integers divisible by 16). `Sizes` holds compile-time constants only and is
-passed as one `tl.constexpr`. Triton 3.6 needs its members named once before use: `D: tl.constexpr = SIZES.D`.
+passed as one `tl.constexpr`. Two rules of Triton 3.6: a member of `Sizes` gets a name of its own before use, as in
+`D: tl.constexpr = SIZES.D`; and a tuple within a tuple holds tensors only, since an integer 1 there is lost.
 
 Keys and values come as pairs in the order of `layout.KV`; `tl.static_range(2)` goes over them, and a function that
 takes `KV: tl.constexpr` finds its own as `books[KV]` and `SIZES.kv[KV]`.

@@ -83,69 +83,69 @@ def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> Pursuit
     return row._replace(atoms=fitting_atoms(row.atoms, padded_dim, element_bytes))
 
 
-class TableSpans(NamedTuple):
-    """How `table_decode` cuts contexts."""
+class LookupSplits(NamedTuple):
+    """How `lookup.sparse_decode` cuts contexts."""
 
-    span: int  # tokens of a part at most; a multiple of every launch's threads
-    short_tokens: int  # coded tokens up to which a context is cut finer, for more blocks than it would have
-    short_span: int
+    tokens: int  # of a split at most; a multiple of every launch's threads
+    short_context: int  # coded tokens up to which a context is cut finer, for more thread blocks than it would have
+    short_tokens: int  # of a split of such a context
     static_bytes: int  # bound on the shared memory that the kernel declares by itself, and what the driver takes
 
 
-class TableLaunch(NamedTuple):
-    """How `attend_codes` is launched for up to `max_group` query heads a KV head; see its macros."""
+class LookupLaunch(NamedTuple):
+    """How `attend_codes` is launched for up to `max_queries` query heads per pass over the codes; see its macros."""
 
-    max_group: int
+    max_queries: int
     threads: int
-    lookup: int  # of levels: 0 in shared memory, 1 by selecting bytes in registers
-    max_blocks: int  # a processor, for the compiler's budget of registers
+    levels_from: int  # 0 shared memory, 1 bytes in registers
+    max_blocks: int  # per multiprocessor, for the compiler's budget of registers
     rotate: int = 0  # 1: an atom's bins side by side, where the heads are a power of two
 
 
-class TableMatmul(NamedTuple):
+class LookupMatmul(NamedTuple):
     """How the products with the atoms are launched."""
 
-    columns: int  # heads of tokens in a program of tables
-    bins_columns: int  # and of bins
-    table_tile: int  # atoms
+    columns: int  # heads of tokens in a program that makes lookups
+    bins_columns: int  # and in one that multiplies bins
+    lookup_tile: int  # atoms
     bins_tile: int  # atoms
     chunk: int  # atoms that one program goes through
-    long_chunk: int  # the same where contexts may have as many parts as this or more: they come with small batches
-    long_parts: int
-    parts_at_once: int
+    long_chunk: int  # the same where contexts may have as many splits as this or more: they come with small batches
+    long_splits: int
+    splits_at_once: int
     num_warps: int
     bins_warps: int
 
 
-class TableTail(NamedTuple):
+class LookupTail(NamedTuple):
     """How the raw tail is attended and merged."""
 
-    parts: int
+    splits: int
     tile: int
     num_warps: int
 
 
-TABLE = TableSpans(span=4096, short_tokens=8192, short_span=2048, static_bytes=6144)
-TABLE_ATTEND = (
-    TableLaunch(max_group=4, threads=384, lookup=1, max_blocks=2, rotate=1),
-    TableLaunch(max_group=8, threads=512, lookup=0, max_blocks=1),
+LOOKUP_SPLITS = LookupSplits(tokens=4096, short_context=8192, short_tokens=2048, static_bytes=6144)
+LOOKUP_ATTEND = (
+    LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
+    LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),
 )
-TABLE_MATMUL = TableMatmul(
+LOOKUP_MATMUL = LookupMatmul(
     columns=32,
     bins_columns=16,
-    table_tile=128,
+    lookup_tile=128,
     bins_tile=64,
     chunk=256,
     long_chunk=128,
-    long_parts=20,
-    parts_at_once=4,
+    long_splits=20,
+    splits_at_once=4,
     num_warps=4,
     bins_warps=4,
 )
-TABLE_TAIL = TableTail(parts=4, tile=32, num_warps=4)
-TABLE_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
+LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4)
+LOOKUP_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
 
 
-def table_launch(group: int) -> TableLaunch:
-    """The row for that many query heads a KV head."""
-    return next(row for row in TABLE_ATTEND if group <= row.max_group)
+def lookup_launch(queries: int) -> LookupLaunch:
+    """The row for that many query heads per pass."""
+    return next(row for row in LOOKUP_ATTEND if queries <= row.max_queries)

@@ -1,8 +1,7 @@
 """Device functions that several kernels share: find, load and decode records and raw tokens.
 
-ADDRESS is a `layout.RecordAddress` and CODEC a codec's name; both are compile-time constants. `heads` are uint8
-pointers to the start of one head in the code page of each token of a tile, `slots` the tokens' offsets in their
-pages.
+Arguments are those of `arguments.py`. `heads` are uint8 pointers to the start of one head in the code page of each
+token of a tile, `slots` the tokens' offsets in their pages. KV is 0 for keys and 1 for values.
 """
 
 import triton
@@ -26,22 +25,14 @@ def page_start(pages_ptr, page_stride, table_ptr, ordinal, valid):
 
 
 @triton.jit
-def load_raw(
-    tail_ptr,
-    page_stride,
-    table_ptr,
-    positions,
-    valid,
-    head,
-    PART,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
-    """Raw K (PART 0) or V (1) of a tile of positions: [TILE, D_PAD], 0 where not valid."""
+def load_raw(tail, table_ptr, positions, valid, head, KV: tl.constexpr, SIZES: tl.constexpr):
+    """Raw K or V of a tile of positions: [TILE, D_PAD], 0 where not valid."""
+    R: tl.constexpr = SIZES.R
+    D: tl.constexpr = SIZES.D
+    D_PAD: tl.constexpr = SIZES.D_PAD
     dims = tl.arange(0, D_PAD)
-    pages = page_start(tail_ptr, page_stride, table_ptr, positions // R, valid)
-    rows = pages + ((head * R + positions % R) * 2 + PART) * D
+    pages = page_start(tail.data, tail.stride, table_ptr, positions // R, valid)
+    rows = pages + ((head * R + positions % R) * 2 + KV) * D
     return tl.load(rows[:, None] + dims[None, :], mask=valid[:, None] & (dims < D)[None, :], other=0.0)
 
 
@@ -51,14 +42,6 @@ def load_atoms(atoms_ptr, indices, D: tl.constexpr, D_PAD: tl.constexpr):
     dims = tl.arange(0, D_PAD)
     rows = atoms_ptr + indices[:, None] * D + dims[None, :]
     return tl.load(rows, mask=(dims < D)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def fp8_to_float(code):
-    """float32 of e4m3 bits (no NaN): with its exponent moved it is a float16 256 times too small, subnormals too."""
-    half = ((code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
-    magnitude = half.to(tl.float32) * 256.0
-    return tl.where((code & 0x80) != 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -73,30 +56,23 @@ def float_to_fp8(x):
 
 
 @triton.jit
-def decode_tile(
-    heads,
-    slots,
-    valid,
-    atoms_ptr,
-    levels_ptr,
-    ADDRESS: tl.constexpr,
-    CODEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
-    """float32 [TILE, D_PAD]: the vectors of a tile of records without their head's mean; 0 where not valid.
+def decode_tile(heads, slots, valid, head, books, KV: tl.constexpr, DTYPE: tl.constexpr, SIZES: tl.constexpr):
+    """float32 [TILE, D_PAD]: K or V of a tile of records without their head's mean; 0 where not valid.
 
     DTYPE is that of "exact" vectors.
     """
+    OWN: tl.constexpr = SIZES.kv[KV]
+    ADDRESS: tl.constexpr = OWN.ADDRESS
+    D: tl.constexpr = SIZES.D
+    D_PAD: tl.constexpr = SIZES.D_PAD
     index_ptr = heads + ADDRESS.index_offset + slots * ADDRESS.index_stride
-    if CODEC == "exact":
+    if SIZES.CODEC == "exact":
         dims = tl.arange(0, D_PAD)
         rows = index_ptr.to(tl.pointer_type(DTYPE), bitcast=True)
         mask = valid[:, None] & (dims < D)[None, :]
         vectors = tl.load(rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     else:
+        atoms_ptr = books[KV].atoms + head * OWN.HEAD_STRIDE
         scale_ptr = (heads + ADDRESS.scale_offset + slots * ADDRESS.scale_stride).to(
             tl.pointer_type(tl.bfloat16), bitcast=True
         )
@@ -106,15 +82,16 @@ def decode_tile(
         SPARSITY: tl.constexpr = ADDRESS.sparsity
         for s in tl.range(SPARSITY, loop_unroll_factor=UNROLL):
             entry = tl.load(entry_ptr + s, mask=valid, other=0).to(tl.int32)
-            if CODEC == "packed16":
-                index = entry >> LEVEL_BITS
-                coefficient = tl.load(levels_ptr + (entry & (NUM_LEVELS - 1)))
-            else:
-                index = entry
-                code = tl.load(
-                    heads + ADDRESS.coefficient_offset + slots * ADDRESS.coefficient_stride + s, mask=valid, other=0
-                )
-                coefficient = fp8_to_float(code.to(tl.int32))
-            index = tl.minimum(index, N - 1)  # whatever the bytes are, stay within the dictionary
+            coefficient = tl.load(books[KV].levels + (entry & (NUM_LEVELS - 1)))
+            index = tl.minimum(entry >> LEVEL_BITS, OWN.N - 1)  # whatever the bytes are, stay within the dictionary
             vectors += (coefficient * scale)[:, None] * load_atoms(atoms_ptr, index, D, D_PAD)
     return vectors
+
+
+@triton.jit
+def load_of_head(rows_ptr, head, SIZES: tl.constexpr):
+    """A head's row of a codebook's means or stretches, float32 [D_PAD]."""
+    D: tl.constexpr = SIZES.D
+    D_PAD: tl.constexpr = SIZES.D_PAD
+    dims = tl.arange(0, D_PAD)
+    return tl.load(rows_ptr + head * D + dims, mask=dims < D, other=0.0)

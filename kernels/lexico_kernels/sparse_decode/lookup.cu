@@ -1,73 +1,74 @@
-// Attention of one token over a part of its codes, for the query heads that share a KV head, without rebuilding a vector.
+// Attention of one token over a split of its codes, for query heads that share a KV head, without rebuilding a vector.
 //
-// Scores: a record's key is scale * sum of level * atom, so its score is scale * sum of level * (q . atom). The products
-// q . atom of all heads lie in shared memory, a row of halves an atom: one gather an entry serves every head.
+// Scores: a record's key is scale * sum of level * atom, so its score is scale * sum of level * (q . atom). The
+// products q . atom of all heads lie in shared memory, a row of halves per atom: one gather per entry serves all heads.
 // Values: weight * scale * level is added to the atom's bin of each head, in fixed point: integer additions in shared
 // memory are native and their order does not matter, so results are the same bits every time. What is left for later is
 // one product of bins and atoms.
 //
-// Shared memory is used twice: scores lie where the bins will be, and weights where the table was.
+// Shared memory is used twice: scores lie where the bins will be, and weights where the lookup was.
 //
-// Macros: GROUP query heads (1 to 8), ROW of the table (GROUP up to a power of two), ROTATE (below), THREADS, ROUNDS of
-// tokens a thread, MIN_BLOCKS a processor, LOOKUP of levels (`lookup_records.cu`, which comes before), PAGE_TOKENS,
-// HEAD_BYTES, HEAD_GROUPS blocks that share a KV head, and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, OFFSET of the
-// records in a head, ALIGN bytes of any record.
+// Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), ROTATE (below), THREADS,
+// ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
+// PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
+// ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
 //
-// ROTATE (GROUP a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
+// ROTATE (QUERIES a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
 // different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
-constexpr int REDUCED = GROUP + 1;
+constexpr int REDUCED = QUERIES + 1;
 constexpr int MAX_TOKENS = ROUNDS * THREADS;
-constexpr int BINS = GROUP * VALUE_ATOMS;
-constexpr int SCORES = GROUP * MAX_TOKENS;  // as [GROUP][MAX_TOKENS]
-constexpr int TABLE_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
-constexpr int TABLE_BYTES = (TABLE_ROWS * ROW * 2 + 15) / 16 * 16;
-static_assert(!ROTATE || (GROUP & (GROUP - 1)) == 0, "heads cannot be rotated");
+constexpr int BINS = QUERIES * VALUE_ATOMS;
+constexpr int SCORES = QUERIES * MAX_TOKENS;  // as [QUERIES][MAX_TOKENS]
+constexpr int LOOKUP_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
+constexpr int LOOKUP_BYTES = (LOOKUP_ROWS * ROW * 2 + 15) / 16 * 16;
+static_assert(SPAN_TOKENS == 32, "a warp's lanes read the records of a span together");
+static_assert(!ROTATE || (QUERIES & (QUERIES - 1)) == 0, "heads cannot be rotated");
 constexpr float NO_SCORE = -1e30f;
-// All weights of a head add up to less than this, and so do the magnitudes in any of its bins after the halving of mulhi.
+// All weights of a head add up to less than this, and so do the magnitudes in any of its bins, which mulhi halves.
 constexpr float FULL_SCALE = 2.1e9f;
 constexpr float FULL_LEVEL = 32767;
-constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; values below are still worth millions of units
+constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; smaller values are still millions of units
 constexpr float BIN_TO_HALF = 1.0f / 32768;
 constexpr float WEIGHT_BITS = 15;  // weights are halves of at most 2^15, so that small ones are normal numbers
 constexpr float WEIGHT_UNIT = 1.0f / 32768;
 
-// Sums of level times table row of a record, for each head.
+// Sums of level times lookup row of a record, for each head.
 template <int S>
-__device__ void table_sums(const Levels& levels, const Record<S>& record, Shared table, float (&sum)[GROUP]) {
+__device__ void lookup_sums(const Levels& levels, const Record<S>& record, Shared lookup, float (&sum)[QUERIES]) {
   u32 level[S];
   find_levels<S, true>(levels, record, level);
   constexpr int PAIRS = (ROW + 1) / 2;
   u32 acc[2][PAIRS] = {};  // two chains: half the rounding, and half the waiting
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const Shared at = table + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
+    const Shared at = lookup + row_offset<2 * ROW, KEY_ATOMS>(entry_of(record, i));
     u32 row[PAIRS];
     load_halves<ROW>(row, at);
 #pragma unroll
-    for (int p = 0; p < (GROUP + 1) / 2; p++) acc[i & 1][p] = multiply_add_halves(row[p], level[i], acc[i & 1][p]);
+    for (int p = 0; p < (QUERIES + 1) / 2; p++) acc[i & 1][p] = multiply_add_halves(row[p], level[i], acc[i & 1][p]);
   }
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
+  for (int g = 0; g < QUERIES; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
 }
 
 __device__ int bin_of(int atom, int g) {
-  return ROTATE ? atom * GROUP + g : g * VALUE_ATOMS + atom;
+  return ROTATE ? atom * QUERIES + g : g * VALUE_ATOMS + atom;
 }
 
-// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: address of atom 0's bin for each.
+// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: where atom 0's bins are.
 template <int S>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[GROUP],
-                            const int (&weight)[GROUP]) {
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[QUERIES],
+                            const int (&weight)[QUERIES]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 offset = row_offset<4 * (ROTATE ? GROUP : 1), VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4 * (ROTATE ? QUERIES : 1), VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) {
+    for (int h = 0; h < QUERIES; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
       add_shared(bins[h] + offset, amount);
     }
@@ -97,11 +98,11 @@ __device__ void block_reduce(float (&value)[COUNT], float* scratch) {
   __syncthreads();
 }
 
-// Where the tokens of a part lie.
+// Where the tokens of a split lie.
 struct Tokens {
-  const char* const* pages;  // this head's codes in each page, in shared memory, from the part's first page on
+  const char* const* pages;  // this head's codes in each page, in shared memory, from the split's first page on
   int first;                 // position of token 0, counted from the start of its page
-  int begin, end;            // tokens of the part; lanes start at a multiple of 32, and those before `begin` idle
+  int begin, end;            // tokens of the split; lanes start at a multiple of 32, and those before `begin` idle
 
   // Of a token; those before the first or behind the last have the first's or the last's.
   __device__ const char* slot(int index, int offset, int bytes) const {
@@ -112,17 +113,19 @@ struct Tokens {
 
 using KeyRecord = Record<KEY_SPARSITY>;
 using ValueRecord = Record<VALUE_SPARSITY>;
+static_assert(KEY_STRIDE == KeyRecord::BYTES && VALUE_STRIDE == ValueRecord::BYTES, "a record is scale and entries");
+static_assert(KEY_ENTRIES == 2 && VALUE_ENTRIES == 2, "a record's entries follow its scale");
 
 __device__ KeyRecord load_key(const Tokens& tokens, int index) {
-  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KeyRecord::BYTES));
+  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KEY_STRIDE));
 }
 
 __device__ ValueRecord load_value(const Tokens& tokens, int index) {
-  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
+  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
 }
 
 __device__ u32 load_value_scale(const Tokens& tokens, int index) {
-  return load_half_once(tokens.slot(index, VALUE_OFFSET, ValueRecord::BYTES));
+  return load_half_once(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
 }
 
 // A token's weights, as ROW halves.
@@ -147,14 +150,14 @@ __device__ void load_weights(const char* row, float (&weight)[ROW]) {
 
 // Scores to weights relative to the largest, and zeros where scores were. total: of the weights as they are rounded.
 __device__ void make_weights(float* scores, char* weights, const Tokens& tokens, const float (&top)[REDUCED],
-                             float (&total)[GROUP]) {
+                             float (&total)[QUERIES]) {
 #pragma unroll 2
   for (int index = threadIdx.x; index < MAX_TOKENS; index += THREADS) {
     float weight[2 * WEIGHT_PAIRS] = {};
     u32 pair[WEIGHT_PAIRS];
     const bool used = index >= tokens.begin && index < tokens.end;
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) {
+    for (int g = 0; g < QUERIES; g++) {
       if (used) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
       scores[g * MAX_TOKENS + index] = 0;
     }
@@ -162,49 +165,50 @@ __device__ void make_weights(float* scores, char* weights, const Tokens& tokens,
 #pragma unroll
     for (int p = 0; p < WEIGHT_PAIRS; p++) pair[p] = floats_to_halves(weight[2 * p], weight[2 * p + 1]);
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) total[g] += half_to_float(pair[g / 2], g & 1);
+    for (int g = 0; g < QUERIES; g++) total[g] += half_to_float(pair[g / 2], g & 1);
     store_weights(weights + index * (2 * ROW), pair);
   }
 }
 
-// Weight w at place (h + lane) % GROUP goes to place h.
-__device__ void rotate_heads(int (&value)[GROUP], int lane) {
+// Weight (h + lane) % QUERIES goes to h.
+__device__ void rotate_heads(int (&value)[QUERIES], int lane) {
 #pragma unroll
-  for (int by = 1; by < GROUP; by *= 2) {
-    int turned[GROUP];
+  for (int by = 1; by < QUERIES; by *= 2) {
+    int turned[QUERIES];
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) turned[h] = lane & by ? value[(h + by) % GROUP] : value[h];
+    for (int h = 0; h < QUERIES; h++) turned[h] = lane & by ? value[(h + by) % QUERIES] : value[h];
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) value[h] = turned[h];
+    for (int h = 0; h < QUERIES; h++) value[h] = turned[h];
   }
 }
 
 // Add a token to the bins. weight: its row of weights.
 __device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
-                          const float (&scale)[GROUP], const Shared (&bins)[GROUP]) {
+                          const float (&scale)[QUERIES], const Shared (&bins)[QUERIES]) {
   float weight[ROW];
   load_weights(weight_row, weight);
-  int fixed[GROUP];
+  int fixed[QUERIES];
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) fixed[g] = __float2int_rn(weight[g] * scale[g] * record.scale());
+  for (int g = 0; g < QUERIES; g++) fixed[g] = __float2int_rn(weight[g] * scale[g] * record.scale());
   if constexpr (ROTATE) rotate_heads(fixed, threadIdx.x % 32);
   add_to_bins(levels, record, bins, fixed);
 }
 
-// The bins of a part as halves [GROUP][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record may name
-// it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would be NaN.
+// The bins of a split as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record
+// may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would
+// be NaN.
 __device__ void store_bins(const int* bins, char* out) {
   constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    float value[2][GROUP] = {};
+    float value[2][QUERIES] = {};
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
+      for (int g = 0; g < QUERIES; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
     }
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) {
+    for (int g = 0; g < QUERIES; g++) {
       const u32 halves = floats_to_halves(value[0][g], value[1][g]);
       if constexpr (AT_ONCE == 2) ((u32*)out)[(g * VALUE_ATOMS + atom) / 2] = halves;
       else ((u16*)out)[g * VALUE_ATOMS + atom] = (u16)halves;
@@ -212,8 +216,8 @@ __device__ void store_bins(const int* bins, char* out) {
   }
 }
 
-// Start copying a table to shared memory; finish_copies waits for this thread's share.
-__device__ void start_table(char* to, const char* from) {
+// Start copying a lookup to shared memory; finish_copies waits for this thread's share.
+__device__ void start_lookup(char* to, const char* from) {
   constexpr int BYTES = KEY_ATOMS * ROW * 2;
   if constexpr (BYTES % 16 == 0) {
     const Shared address = shared_address(to);
@@ -223,30 +227,31 @@ __device__ void start_table(char* to, const char* from) {
   }
 }
 
-// grid (parts, tokens * blocks a token). Per token: plan int4 (first, end, span, parts), request. Per token and block:
-// table halves [KEY_ATOMS][ROW]; query_scale [ROW], what a table's sum times a key's scale is multiplied by for a score
-// in base 2. Per part as well: bins_out halves [GROUP][VALUE_ATOMS]; stats [3][...][ROW]: largest score, sum of weights
-// relative to it, and the worth of a unit of bins_out.
+// grid (splits, tokens * passes per token). Per token: schedule int4 (first, end, tokens of a split, splits), request.
+// Per token and pass: lookup halves [KEY_ATOMS][ROW]; query_scale [ROW], what a lookup's sum times a key's scale is
+// multiplied by for a score in base 2. Per split as well: bins_out halves [QUERIES][VALUE_ATOMS]; stats [3][...][ROW]:
+// largest score, sum of weights relative to it, and the worth of a unit of bins_out.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    attend_codes(const int4* plan, const int* request, const int* block_table, int block_table_stride,
-                 const char* code_pages, long long page_stride, const char* table, const float* query_scale,
-                 const float* key_levels, const float* value_levels, char* bins_out, float* stats, int blocks_a_token) {
+    attend_codes(const int4* schedule, const int* request, const int* block_table, int block_table_stride,
+                 const char* code_pages, long long page_stride, const char* lookup, const float* query_scale,
+                 const float* key_levels, const float* value_levels, char* bins_out, float* stats,
+                 int passes_per_token) {
   SHARED_MEMORY(memory);
   __shared__ u32 level_words[2][NUM_LEVELS];
   __shared__ float scratch[WARPS * REDUCED];
   __shared__ const char* pages[MAX_PAGES];
-  float* const scores = (float*)(memory + TABLE_BYTES);
+  float* const scores = (float*)(memory + LOOKUP_BYTES);
   int* const bins = (int*)scores;
 
-  const int part = blockIdx.x, row = blockIdx.y, token = row / blocks_a_token;
+  const int split = blockIdx.x, row = blockIdx.y, token = row / passes_per_token;
   const int thread = threadIdx.x, lane = thread % 32;
-  const int4 place = plan[token];
+  const int4 own = schedule[token];
   const int own_request = request[token];
-  if (part >= place.w) return;
-  start_table(memory, table + row * (long long)(KEY_ATOMS * ROW * 2));
-  float factor[GROUP], top[REDUCED];
+  if (split >= own.w) return;
+  start_lookup(memory, lookup + row * (long long)(KEY_ATOMS * ROW * 2));
+  float factor[QUERIES], top[REDUCED];
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
+  for (int g = 0; g < QUERIES; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
   const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
@@ -254,9 +259,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     largest_level = fmaxf(largest_level, __shfl_xor_sync(~0u, largest_level, by));
   }
 
-  const int start = place.x / 32 * 32 + part * place.z;  // lanes of a warp have the tokens of an ordered group
-  const char* head = code_pages + (row % blocks_a_token / HEAD_GROUPS) * (long long)HEAD_BYTES;
-  const Tokens tokens{pages, start % PAGE_TOKENS, max(place.x - start, 0), min(place.z, place.y - start)};
+  const int start = own.x / SPAN_TOKENS * SPAN_TOKENS + split * own.z;  // lanes of a warp have the tokens of a span
+  const char* head = code_pages + (row % passes_per_token / PASSES) * (long long)HEAD_BYTES;
+  const Tokens tokens{pages, start % PAGE_TOKENS, max(own.x - start, 0), min(own.z, own.y - start)};
   const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
 #pragma unroll 1
   for (int i = thread; i <= (tokens.first + tokens.end - 1) / PAGE_TOKENS; i += THREADS) {
@@ -276,9 +281,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   finish_copies();
   __syncthreads();
 
-  float& largest_scale = top[GROUP];  // of the values, found in the same reduction
+  float& largest_scale = top[QUERIES];  // of the values, found in the same reduction
   largest_scale = 0;
-  const Shared table_at = shared_address(memory), bins_at = shared_address(bins);
+  const Shared lookup_at = shared_address(memory), bins_at = shared_address(bins);
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
@@ -286,10 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const KeyRecord next = load_key(tokens, index + THREADS);
     const u32 next_scale = load_value_scale(tokens, index + THREADS);
     largest_scale = fmaxf(largest_scale, fabsf(__uint_as_float(value_scale << 16)));
-    float sum[GROUP];
-    table_sums(levels, key, table_at, sum);
+    float sum[QUERIES];
+    lookup_sums(levels, key, lookup_at, sum);
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) {
+    for (int g = 0; g < QUERIES; g++) {
       const float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
       top[g] = fmaxf(top[g], score);
       scores[g * MAX_TOKENS + index] = score;
@@ -300,17 +305,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   ValueRecord value = load_value(tokens, thread);
   block_reduce<true>(top, scratch);
 
-  float total[GROUP] = {}, scale[GROUP];
+  float total[QUERIES] = {}, scale[QUERIES];
   make_weights(scores, memory, tokens, top, total);
   block_reduce<false>(total, scratch);
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
+  for (int g = 0; g < QUERIES; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
   keep_levels(levels, level_words[1]);
-  Shared own_bins[GROUP];
+  Shared own_bins[QUERIES];
 #pragma unroll
-  for (int h = 0; h < GROUP; h++) {
-    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % GROUP : bin_of(0, h));
+  for (int h = 0; h < QUERIES; h++) {
+    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % QUERIES : bin_of(0, h));
   }
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
@@ -324,12 +329,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
   __syncthreads();
 
-  const long long place_out = (long long)row * gridDim.x + part, statistics = (long long)gridDim.y * gridDim.x * ROW;
-  store_bins(bins, bins_out + place_out * (VALUE_ATOMS * GROUP * 2));
+  const long long out_row = (long long)row * gridDim.x + split, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  store_bins(bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
 #pragma unroll
-  for (int g = 0; g < GROUP; g++) {
+  for (int g = 0; g < QUERIES; g++) {
     if (thread != g) continue;
-    float* out = stats + place_out * ROW + g;
+    float* out = stats + out_row * ROW + g;
     out[0] = top[g];
     out[statistics] = total[g] * WEIGHT_UNIT;
     out[2 * statistics] = 65536 / FULL_LEVEL * largest_level * WEIGHT_UNIT / (scale[g] * BIN_TO_HALF);

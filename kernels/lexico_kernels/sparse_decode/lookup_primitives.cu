@@ -1,5 +1,5 @@
-// What `lookup_records.cu` and `lookup.cu` ask of the device, in PTX; they come behind this in one translation unit. Tests
-// that run the kernel on a CPU bring the same functions (tests/kernels/lookup_on_cpu.cpp).
+// What `lookup_records.cu` and `lookup.cu` ask of the device, in PTX; they come behind this in one translation unit.
+// Tests that run the kernel on a CPU bring the same functions (tests/kernels/lookup_on_cpu.cpp).
 
 using u16 = unsigned short;
 using u32 = unsigned int;

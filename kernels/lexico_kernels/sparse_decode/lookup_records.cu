@@ -1,11 +1,11 @@
 // Records of "packed16" codes as registers hold them, and where the level of an entry is looked up; `lookup.cu` comes
 // behind this in one translation unit.
 //
-// Macro: LOOKUP of levels, see below.
+// Macros: LEVELS_FROM (see below), NUM_LEVELS, LEVEL_BITS, MAX_ATOMS.
+
+static_assert(NUM_LEVELS == 16 && LEVEL_BITS == 4 && MAX_ATOMS == 4096, "an entry is 12 bits of atom, 4 of level");
 
 enum { FROM_SHARED = 0, FROM_BYTES = 1 };  // where an entry's level is looked up
-
-constexpr int NUM_LEVELS = 16;
 
 template <int S>
 struct Record {
@@ -44,11 +44,11 @@ __device__ u32 entry_of(const Record<S>& record, int i) {
 // Byte offset of an atom's row of `row_bytes`.
 template <int ROW_BYTES, int ATOMS>
 __device__ u32 row_offset(u32 entry) {
-  if constexpr (ATOMS == 4096) {  // every atom's number is one of the dictionary
-    if constexpr (ROW_BYTES <= 16) return (entry / (16 / ROW_BYTES)) & (4095u * ROW_BYTES);
-    return (entry * (ROW_BYTES / 16)) & (4095u * ROW_BYTES);
+  if constexpr (ATOMS == MAX_ATOMS) {  // every atom's number is one of the dictionary
+    if constexpr (ROW_BYTES <= 16) return (entry / (16 / ROW_BYTES)) & ((MAX_ATOMS - 1u) * ROW_BYTES);
+    return (entry * (ROW_BYTES / 16)) & ((MAX_ATOMS - 1u) * ROW_BYTES);
   } else {  // whatever the bytes are, stay within the dictionary
-    return min(entry >> 4, ATOMS - 1u) * ROW_BYTES;
+    return min(entry >> LEVEL_BITS, ATOMS - 1u) * ROW_BYTES;
   }
 }
 
@@ -58,7 +58,7 @@ struct Levels {
   u32 low[4], high[4];
 };
 
-// The levels of all halfwords of two words, at the halfwords' places.
+// The levels of all halfwords of two words, where the halfwords are.
 __device__ void select_levels(const Levels& levels, u32 first, u32 second, u32& first_out, u32& second_out) {
   const u32 nibbles = (first & 0x000f000f) | ((second << 4) & 0x00f000f0);
   const u32 all = __byte_perm(nibbles, 0, 0x4420);  // first low, second low, first high, second high
@@ -75,7 +75,7 @@ __device__ void select_levels(const Levels& levels, u32 first, u32 second, u32& 
 // The level words of a record's entries. A word has the level in its high half; PAIRED: in both.
 template <int S, bool PAIRED>
 __device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (&out)[S]) {
-  if constexpr (LOOKUP == FROM_BYTES) {
+  if constexpr (LEVELS_FROM == FROM_BYTES) {
     constexpr int WORDS = Record<S>::WORDS;
     u32 pair[WORDS + 1];
 #pragma unroll
@@ -94,7 +94,7 @@ __device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (
 #pragma unroll
     for (int i = 0; i < S; i++) {
       const u32 entry = entry_of(record, i);
-      out[i] = load_shared(levels.shared + (entry & 15) * 4);
+      out[i] = load_shared(levels.shared + (entry & (NUM_LEVELS - 1)) * 4);
     }
   }
 }

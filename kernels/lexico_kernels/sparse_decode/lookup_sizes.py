@@ -1,4 +1,4 @@
-"""Sizes of the decode path through tables: what its steps, its compiled kernel and whoever reserves memory ask."""
+"""Sizes of decoding through lookups: what its steps, its compiled kernel and whoever reserves memory ask."""
 
 from dataclasses import dataclass
 from functools import cache as once
@@ -6,10 +6,17 @@ from math import gcd
 
 import torch
 
-from lexico_kernels.device.launch import TABLE, TABLE_MATMUL, TABLE_SCRATCH_BYTES, TABLE_TAIL, TableLaunch, table_launch
-from lexico_kernels.memory.layout import KV, MAX_ATOMS, CodeLayout
+from lexico_kernels.device.launch import (
+    LOOKUP_MATMUL,
+    LOOKUP_SCRATCH_BYTES,
+    LOOKUP_SPLITS,
+    LOOKUP_TAIL,
+    LookupLaunch,
+    lookup_launch,
+)
+from lexico_kernels.memory.layout import KV, LEVEL_BITS, MAX_ATOMS, NUM_LEVELS, SPAN_TOKENS, CodeLayout
 
-MAX_GROUP = 8  # query heads that one pass over the codes can serve
+MAX_QUERIES = 8  # query heads that one pass over the codes can serve
 NO_LIMIT_BYTES = 1 << 30
 MAX_GRID_ROWS = 65535  # CUDA's limit on a grid's second axis
 
@@ -32,36 +39,36 @@ class Shape:
         layout: of the pages.
         num_heads: Hq.
         key_atoms, value_atoms: N of both dictionaries.
-        max_parts: of a context.
-        head_groups: blocks of query heads for each KV head, each of which goes over the codes once.
+        max_splits: of a context.
+        passes: over a KV head's codes, each for as many of its query heads.
     """
 
     layout: CodeLayout
     num_heads: int
     key_atoms: int
     value_atoms: int
-    max_parts: int
-    head_groups: int
+    max_splits: int
+    passes: int
 
     @property
-    def blocks(self) -> int:
-        """Blocks of query heads."""
-        return self.layout.num_kv_heads * self.head_groups
+    def token_passes(self) -> int:
+        """H, passes of a token."""
+        return self.layout.num_kv_heads * self.passes
 
     @property
-    def group(self) -> int:
-        """G, query heads of a block."""
-        return self.num_heads // self.blocks
+    def queries(self) -> int:
+        """G, query heads of a pass."""
+        return self.num_heads // self.token_passes
 
     @property
     def row(self) -> int:
         """G up to a power of two."""
-        return power_of_two(self.group)
+        return power_of_two(self.queries)
 
     @property
     def chunk(self) -> int:
         """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
-        return TABLE_MATMUL.long_chunk if self.max_parts >= TABLE_MATMUL.long_parts else TABLE_MATMUL.chunk
+        return LOOKUP_MATMUL.long_chunk if self.max_splits >= LOOKUP_MATMUL.long_splits else LOOKUP_MATMUL.chunk
 
     @property
     def chunks(self) -> int:
@@ -70,18 +77,18 @@ class Shape:
 
     def scratch(self) -> dict[str, tuple[int, torch.dtype]]:
         """Numbers that a token needs of each buffer, and their type."""
-        heads = self.blocks * self.row
+        heads = self.token_passes * self.row
         return {
-            "table": (heads * self.key_atoms, torch.float16),
-            "bins": (self.num_heads * self.max_parts * self.value_atoms, torch.float16),
-            "stats": (3 * heads * self.max_parts, torch.float32),
+            "lookup": (heads * self.key_atoms, torch.float16),
+            "bins": (self.num_heads * self.max_splits * self.value_atoms, torch.float16),
+            "stats": (3 * heads * self.max_splits, torch.float32),
             "query_scale": (heads, torch.float32),
             "offset": (heads, torch.float32),
             "coded_lse": (heads, torch.float32),
             "chunk_out": (self.chunks * self.num_heads * self.layout.head_dim, torch.float32),
-            "tail_out": (self.num_heads * TABLE_TAIL.parts * self.layout.head_dim, torch.float32),
-            "tail_lse": (self.num_heads * TABLE_TAIL.parts, torch.float32),
-            "plan": (4, torch.int32),
+            "tail_out": (self.num_heads * LOOKUP_TAIL.splits * self.layout.head_dim, torch.float32),
+            "tail_lse": (self.num_heads * LOOKUP_TAIL.splits, torch.float32),
+            "schedule": (4, torch.int32),
         }
 
     def token_bytes(self) -> int:
@@ -90,30 +97,30 @@ class Shape:
 
     def slice_tokens(self) -> int:
         """Tokens that are done at a time."""
-        return max(1, min(TABLE_SCRATCH_BYTES // self.token_bytes(), MAX_GRID_ROWS // self.blocks))
+        return max(1, min(LOOKUP_SCRATCH_BYTES // self.token_bytes(), MAX_GRID_ROWS // self.token_passes))
 
 
-def max_parts(max_tokens: int) -> int:
-    """Most parts of a context of at most that many tokens; what `prepare` plans is never more."""
-    short = divide_up(min(max_tokens, TABLE.short_tokens), TABLE.short_span)
-    return max(1, short, divide_up(max_tokens, TABLE.span))
+def max_splits(max_tokens: int) -> int:
+    """Most splits of a context of at most that many tokens; what `prepare` schedules is never more."""
+    short = divide_up(min(max_tokens, LOOKUP_SPLITS.short_context), LOOKUP_SPLITS.short_tokens)
+    return max(1, short, divide_up(max_tokens, LOOKUP_SPLITS.tokens))
 
 
-def shared_bytes(launch: TableLaunch, group: int, key_atoms: int, value_atoms: int) -> int:
-    """Dynamic shared memory of a block of `attend_codes`: table or weights, and scores or bins."""
-    tokens = divide_up(TABLE.span, launch.threads) * launch.threads
-    table = divide_up(max(key_atoms, tokens) * power_of_two(group) * 2, 16) * 16
-    return table + group * max(value_atoms, tokens) * 4
+def shared_bytes(launch: LookupLaunch, queries: int, key_atoms: int, value_atoms: int) -> int:
+    """Dynamic shared memory of a block of `attend_codes`: lookup or weights, and scores or bins."""
+    tokens = divide_up(LOOKUP_SPLITS.tokens, launch.threads) * launch.threads
+    lookup = divide_up(max(key_atoms, tokens) * power_of_two(queries) * 2, 16) * 16
+    return lookup + queries * max(value_atoms, tokens) * 4
 
 
-def head_groups(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> int:
-    """Into how many blocks a KV head's query heads are cut: as few as go through one pass and fit shared memory; 0
-    if none do."""
-    for blocks in range(1, group + 1):
-        if group % blocks == 0 and group // blocks <= MAX_GROUP:
-            launch = table_launch(group // blocks)
-            if shared_bytes(launch, group // blocks, key_atoms, value_atoms) + TABLE.static_bytes <= limit_bytes:
-                return blocks
+def passes_for(queries_per_kv_head: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> int:
+    """Passes over a KV head's codes: as few as fit shared memory with their query heads; 0 if none do."""
+    for passes in range(1, queries_per_kv_head + 1):
+        queries = queries_per_kv_head // passes
+        if queries_per_kv_head % passes == 0 and queries <= MAX_QUERIES:
+            shared = shared_bytes(lookup_launch(queries), queries, key_atoms, value_atoms)
+            if shared + LOOKUP_SPLITS.static_bytes <= limit_bytes:
+                return passes
     return 0
 
 
@@ -122,33 +129,40 @@ def shape_for(
     layout: CodeLayout, num_heads: int, key_atoms: int, value_atoms: int, max_tokens: int, limit_bytes: int
 ) -> Shape | None:
     """The shape for contexts of at most `max_tokens`, or None if the query heads do not fit shared memory."""
-    blocks = head_groups(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
-    return Shape(layout, num_heads, key_atoms, value_atoms, max_parts(max_tokens), blocks) if blocks else None
+    passes = passes_for(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
+    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens), passes) if passes else None
 
 
-def constants(shape: Shape, launch: TableLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
+def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
     """The macros of `attend_codes`."""
-    layout, group = shape.layout, shape.group
-    shared = shared_bytes(launch, group, shape.key_atoms, shape.value_atoms) + TABLE.static_bytes
+    layout, queries = shape.layout, shape.queries
+    shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms) + LOOKUP_SPLITS.static_bytes
     out = {
-        "GROUP": group,
+        "QUERIES": queries,
         "ROW": shape.row,
-        "ROTATE": launch.rotate if power_of_two(group) == group else 0,
+        "ROTATE": launch.rotate if power_of_two(queries) == queries else 0,
         "THREADS": launch.threads,
-        "ROUNDS": divide_up(TABLE.span, launch.threads),
+        "ROUNDS": divide_up(LOOKUP_SPLITS.tokens, launch.threads),
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
-        "LOOKUP": launch.lookup,
+        "LEVELS_FROM": launch.levels_from,
         "PAGE_TOKENS": layout.block_tokens,
         "HEAD_BYTES": layout.head_bytes,
-        "HEAD_GROUPS": shape.head_groups,
+        "PASSES": shape.passes,
+        "NUM_LEVELS": NUM_LEVELS,
+        "LEVEL_BITS": LEVEL_BITS,
+        "MAX_ATOMS": MAX_ATOMS,
+        "SPAN_TOKENS": SPAN_TOKENS,
     }
-    for part, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
-        offset, stride = layout.kv_offset_bytes(part), layout.vector_bytes(part)
+    for kv, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
+        address = layout.address(kv)
+        offset, stride = address.scale_offset, address.scale_stride
         out |= {
-            f"{part.upper()}_SPARSITY": layout.sparsity(part),
-            f"{part.upper()}_ATOMS": atoms,
-            f"{part.upper()}_OFFSET": offset,
-            f"{part.upper()}_ALIGN": gcd(page_alignment, offset, stride, layout.head_bytes, 16),
+            f"{kv.upper()}_SPARSITY": address.sparsity,
+            f"{kv.upper()}_ATOMS": atoms,
+            f"{kv.upper()}_OFFSET": offset,
+            f"{kv.upper()}_STRIDE": stride,
+            f"{kv.upper()}_ENTRIES": address.index_offset - offset,
+            f"{kv.upper()}_ALIGN": gcd(page_alignment, offset, stride, layout.head_bytes, 16),
         }
     return out
 
@@ -158,4 +172,4 @@ def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_token
     shape = shape_for(layout, num_heads, MAX_ATOMS, MAX_ATOMS, max_tokens, NO_LIMIT_BYTES)
     if shape is None:
         return 0
-    return min(num_tokens * shape.token_bytes(), max(TABLE_SCRATCH_BYTES, shape.token_bytes()))
+    return min(num_tokens * shape.token_bytes(), max(LOOKUP_SCRATCH_BYTES, shape.token_bytes()))
