@@ -1,7 +1,11 @@
 """The command itself: version, help, and how it ends when it is interrupted or nobody reads on."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -40,6 +44,60 @@ def test_interrupted(command, words, capsys, monkeypatch):
     monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", interrupt)
     assert cli.main(command) == 130
     assert words in capsys.readouterr().err
+
+
+def test_sigterm_ends_as_an_interrupt_does(capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("vllm_lexico.cli.train.train_dictionary", terminate)
+    assert cli.main(["train", "some/model"]) == 143
+    assert "terminated; the same command goes on from the last finished round" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_training_ends_with_its_parent(monkeypatch, capsys):
+    """The end of standard input is the parent's end."""
+    ours, theirs = os.pipe()
+    read = os.read
+    monkeypatch.setattr("vllm_lexico.cli.train.os.read", lambda _, count: read(ours, count))
+    monkeypatch.setattr("vllm_lexico.cli.train.EXIT_SECONDS", 1e6)  # this process goes on
+
+    def wait(*_, **__):
+        threading.Timer(0.1, os.close, [theirs]).start()
+        time.sleep(30)
+
+    monkeypatch.setattr("vllm_lexico.cli.train.train_dictionary", wait)
+    started = time.monotonic()
+    assert cli.main(["train", "some/model", "--end-with-parent"]) == 143 and time.monotonic() - started < 20
+    assert "terminated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("first\n  second"), "vllm-lexico: error: first second\n"),
+        (ValueError("red \x1b[31m\x07 and half \ud800"), "vllm-lexico: error: red \\x1b[31m\\x07 and half \\ud800\n"),
+        (OSError(28, "No space left on device", "f"), "vllm-lexico: error: [Errno 28] No space left on device: 'f'\n"),
+    ],
+)
+def test_an_error_is_one_line_that_no_terminal_obeys(error, line, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("vllm_lexico.cli.train.train_dictionary", fail)
+    assert cli.main(["train", "some/model"]) == 2
+    assert capsys.readouterr().err == line
+
+
+def test_a_mistyped_argument_is_not_obeyed_either(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "some/model", "\x1b[31mmore"])
+    words = capsys.readouterr().err
+    assert end.value.code == 2 and "unrecognized arguments: \\x1b[31mmore" in words and "\x1b" not in words
 
 
 def test_as_a_module_with_a_reader_that_has_seen_enough(root):

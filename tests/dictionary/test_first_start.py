@@ -1,8 +1,11 @@
 """`"dictionary": "train"`: trained once however many start together, found by the next start, and failing in words."""
 
 import logging
+import multiprocessing
+import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +89,58 @@ def test_failure_stops_the_start_and_says_what_to_run(trainer, monkeypatch):
         find_or_train("some/model", FINGERPRINT)
 
 
+# Stands for a training that takes long: notes that it runs, and what has ended it.
+LONG = """
+import signal, sys
+from pathlib import Path
+note = Path(sys.argv[1])
+def end(*_):
+    note.write_text("terminated")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+note.write_text("training")
+sys.stdin.read()
+note.write_text("alone")
+"""
+
+
+def wait_for(note, words: str) -> None:
+    for _ in range(600):
+        if note.exists() and note.read_text() == words:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{note} never said {words}")
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_training_is_ended_with_who_wants_it(addresses, monkeypatch, caplog, gone):
+    """vLLM's engine takes no notice of SIGTERM while it starts, but its parent is gone; or a signal raises in it."""
+    note = addresses / "note"
+
+    def wanted():
+        if note.exists() and note.read_text() == "training":
+            if not gone:
+                raise SystemExit
+            monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+        check()
+
+    check = first_start._check_wanted
+    monkeypatch.setattr(first_start, "_check_wanted", wanted)
+    with pytest.raises(ValueError if gone else SystemExit, match="vLLM was ended while" if gone else None):
+        first_start._run([sys.executable, "-c", LONG, str(note)])
+    assert note.read_text() == "terminated" and "finished rounds are kept" in caplog.text
+
+
+def test_training_sees_its_parent_end_however_it_does(addresses):
+    note = addresses / "note"
+    program = "import sys; from vllm_lexico.dictionary import first_start; first_start._run(sys.argv[1:])"
+    command = [sys.executable, "-P", "-c", program, sys.executable, "-c", LONG, str(note)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as parent:
+        wait_for(note, "training")
+        parent.kill()
+    wait_for(note, "alone")
+
+
 def test_another_models_file_is_not_replaced(trainer, addresses):
     out = addresses / "cache" / "vllm-lexico" / "some_model.safetensors"
     out.parent.mkdir(parents=True)
@@ -114,7 +169,6 @@ def test_what_was_trained_is_checked_like_any_other(trainer):
         setup_of("some/model", config)
 
 
-@pytest.mark.slow
 def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,8 +179,9 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     torch.manual_seed(0)
     model = addresses / "tiny model"
     LlamaForCausalLM(config).save_pretrained(model)
-    small = ["--atoms", "16", "--vectors", "2048", "--sequence-tokens", "256", "--passes", "1", "--rounds", "1"]
+    small = ["--atoms", "16", "--vectors", "64", "--sequence-tokens", "64", "--passes", "1", "--rounds", "1"]
     small += ["--device", "cpu"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so small that threads only wait for each other
     command = first_start._command
     monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
     setup = setup_of(str(model), config)

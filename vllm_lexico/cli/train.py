@@ -1,6 +1,10 @@
 """`vllm-lexico train`: make the dictionary of a model."""
 
 import argparse
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,17 @@ from lexico_kernels.files import cache_folder
 from vllm_lexico.cli.inspect import draw
 from vllm_lexico.dictionary.atoms import ATOM_BITS
 from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.dictionary.names import printable
 from vllm_lexico.train.learn import LearnSettings
-from vllm_lexico.train.run import TrainSettings, train_dictionary
+from vllm_lexico.train.run import train_dictionary
+from vllm_lexico.train.settings import TrainSettings
+
+DESCRIPTION = """\
+Make the dictionary of a model: run it over text and learn atoms from its keys and values.
+
+On one H100, a model of 1.5B parameters takes two minutes with --data, and eleven without: the model then writes its
+text itself. Progress is shown. A run that was interrupted goes on from its last finished round when the same command
+is given again."""
 
 EXAMPLES = """examples:
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct
@@ -20,34 +33,73 @@ EXAMPLES = """examples:
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct --data HuggingFaceFW/fineweb:sample-10BT notes.txt
       half of it from a dataset on the Hugging Face hub, read as a stream (pip install datasets)
   vllm-lexico train ./my-finetune --name me/my-finetune --out my-finetune.safetensors
-      serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'
+      serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'"""
 
-A run that was interrupted goes on from its last finished round when the same command is given again."""
+EXIT_SECONDS = 30.0  # after which a training whose parent is gone no longer waits for its current step
 
 
 def add(commands: Any) -> None:
     """Add the parser."""
-    default = TrainSettings()
     parser = commands.add_parser(
         "train",
         help="make the dictionary of a model",
-        description="Make the dictionary of a model: run it over text and learn atoms from its keys and values.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    default = TrainSettings()
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id or folder of a transformers model")
+    _add_reading(parser, default)
+    _add_learning(parser, default)
+    parser.add_argument("--out", type=Path, help=f"file to write (default: in {cache_folder()})")
+    parser.add_argument("--name", help="name under which the model is served (default: MODEL)")
+    parser.add_argument(
+        "--device",
+        help="cuda for all GPUs, which share the layers; cuda:1 for one; or cpu (default: cuda if there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default=default.dtype,
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the model (default: the checkpoint's own)",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed of everything random (%(default)s)")
+    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # for a first start
+    parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
+
+
+def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help=".txt, .jsonl or .jsonl.xz (field text) files, folders of them, or Hugging Face datasets (org/name, "
-        "org/name:config or org/name:config:split), mixed evenly (default: text that the model samples itself)",
+        help="text to learn from, sources mixed evenly: .txt, .jsonl or .jsonl.xz files (field text), folders of them, "
+        "or Hugging Face datasets as org/name, org/name:config or org/name:config:split (default: text that the model "
+        "samples itself)",
     )
-    learn = default.learn
-    parser.add_argument("--atoms", type=int, default=learn.atoms, help="atoms a dictionary, up to 4096 (%(default)s)")
     parser.add_argument(
-        "--atom-bits", type=int, choices=ATOM_BITS, default=learn.atom_bits, help="stored bits (%(default)s)"
+        "--vectors",
+        type=int,
+        default=default.vectors,
+        help="training vectors per layer, for keys and values each (%(default)s)",
+    )
+    parser.add_argument(
+        "--sequence-tokens",
+        type=int,
+        help="length of the texts read (2048 from --data, 1024 from the model itself)",
+    )
+
+
+def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> None:
+    learn = default.learn
+    parser.add_argument("--atoms", type=int, default=learn.atoms, help="atoms per dictionary, 2 to 4096 (%(default)s)")
+    parser.add_argument(
+        "--atom-bits",
+        type=int,
+        choices=ATOM_BITS,
+        default=learn.atom_bits,
+        help="bits per number of a stored atom (%(default)s)",
     )
     parser.add_argument(
         "--shared", action="store_true", help="one dictionary for all KV heads of a layer instead of one for each"
@@ -56,37 +108,27 @@ def add(commands: Any) -> None:
         "--key-metric",
         type=float,
         default=learn.key_metric,
-        help="how far errors of keys are weighed by the queries they meet, 0 (not at all) to 1 (%(default)s)",
+        help="how far errors of keys are weighted by the queries they meet, 0 (not at all) to 1 (%(default)s)",
     )
-    parser.add_argument("--sparsity", type=int, default=learn.sparsity, help="atoms a vector in training (%(default)s)")
     parser.add_argument(
-        "--vectors", type=int, default=default.vectors, help="a layer, for keys and for values (%(default)s)"
+        "--sparsity", type=int, default=learn.sparsity, help="atoms per vector while learning (%(default)s)"
     )
-    parser.add_argument("--passes", type=int, default=default.passes, help="over the vectors (%(default)s)")
+    parser.add_argument(
+        "--passes", type=int, default=default.passes, help="how often each vector is learned from (%(default)s)"
+    )
     parser.add_argument(
         "--rounds",
         type=int,
         default=default.rounds,
-        help="of reading and learning, at most or as many as memory asks for; the last half anneals (%(default)s)",
+        help="rounds of reading and learning, of which the last half anneals; more are made where memory is short, "
+        "fewer where they gain nothing (%(default)s)",
     )
-    parser.add_argument(
-        "--sequence-tokens", type=int, help="length of the texts read (2048 from --data, 1024 from the model itself)"
-    )
-    parser.add_argument("--out", type=Path, help=f"the file to write (default: in {cache_folder()})")
-    parser.add_argument("--name", help="what the model is called when it is served (default: MODEL)")
-    parser.add_argument(
-        "--device",
-        help="cuda for all GPUs, which share the layers, cuda:1 for one, or cpu (default: cuda if there is one)",
-    )
-    parser.add_argument(
-        "--dtype", default=default.dtype, choices=("auto", "bfloat16", "float16", "float32"), help="of the model"
-    )
-    parser.add_argument("--seed", type=int, default=default.seed, help="of everything random (%(default)s)")
-    parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then draw the picture of what came of it."""
+    if arguments.end_with_parent:
+        _end_with_parent()
     learn = LearnSettings(
         atoms=arguments.atoms,
         atom_bits=arguments.atom_bits,
@@ -105,5 +147,22 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     path = train_dictionary(arguments.model, settings, name=arguments.name, out=arguments.out, device=arguments.device)
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB); look at it with: vllm-lexico inspect {path}")
+    size, words = path.stat().st_size / 2**20, printable(str(path))
+    print(f"wrote {words} ({size:.1f} MiB); look at it with: vllm-lexico inspect {words}")
     draw(load_dictionary(path), path.with_suffix(".png"))
+
+
+def _end_with_parent() -> None:
+    """End as SIGTERM does once the other end of standard input is closed: so the parent's end is seen, however it came.
+
+    A step that does not come back for long is not waited for.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(EXIT_SECONDS)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,11 +1,12 @@
 """The setting `"dictionary": "train"`: a dictionary that is missing is trained when the engine first starts."""
 
 import logging
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,8 @@ from vllm_lexico.dictionary.names import file_name, train_command
 from vllm_lexico.dictionary.search import DictionaryNotFoundError, find_dictionary
 
 logger = logging.getLogger("vllm.lexico")
+
+END_SECONDS = 40.0  # in which a training that is told to end has ended by itself
 
 
 def find_or_train(model_name: str, fingerprint: ModelFingerprint) -> Path:
@@ -52,7 +55,10 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         logger.info("waiting for another process, which trains the dictionary of %s", model_name)
-        lock.acquire()
+        while not lock.is_locked:
+            _check_wanted()
+            with suppress(Timeout):
+                lock.acquire(timeout=1)
     try:
         yield
     finally:
@@ -66,7 +72,7 @@ def _train(model_name: str, out: Path) -> None:
         model_name,
     )
     started = time.monotonic()
-    status = subprocess.run(_command(model_name, out), stdin=subprocess.DEVNULL, stdout=2).returncode  # 2: our stderr
+    status = _run(_command(model_name, out))
     if status or not out.is_file():
         raise ValueError(
             f"training a dictionary for {model_name} failed with status {status}; the reason is above. Start again "
@@ -75,6 +81,38 @@ def _train(model_name: str, out: Path) -> None:
     logger.info("trained the dictionary of %s in %.0f s: %s", model_name, time.monotonic() - started, out)
 
 
+def _run(command: list[str]) -> int:
+    """Exit status of a training; it does not outlive this process, nor the one that wants its dictionary."""
+    # Its standard input is a pipe whose other end closes when this process ends, however that is: `--end-with-parent`.
+    training = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)  # 2: our stderr
+    try:
+        while training.poll() is None:
+            _check_wanted()
+            with suppress(subprocess.TimeoutExpired):
+                training.wait(1)
+        return training.returncode
+    finally:  # whatever ends the wait, a signal's exception too
+        if training.poll() is None:
+            logger.warning("training is ended; finished rounds are kept, and the next start goes on from them")
+            training.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                training.wait(END_SECONDS)
+            training.kill()
+        training.communicate()
+
+
+def _check_wanted() -> None:
+    """vLLM's engine, a process of its own, takes no notice of SIGTERM while it starts: see whether its parent lives.
+
+    Raises:
+        ValueError: the process that started this one is gone.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise ValueError("vLLM was ended while a dictionary was trained; start it again to go on")
+
+
 def _command(model_name: str, out: Path) -> list[str]:
     """-P: the current folder stays off the path of Python, lest a `kernels` or `vllm_lexico` there be imported."""
-    return [sys.executable, "-P", "-m", "vllm_lexico.cli", "train", model_name, "--out", str(out)]
+    command = [sys.executable, "-P", "-m", "vllm_lexico.cli", "train", model_name, "--out", str(out)]
+    return [*command, "--end-with-parent"]

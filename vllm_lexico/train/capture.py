@@ -1,66 +1,102 @@
 """K (after RoPE) and V of every layer, taken from a transformers model while it reads training text."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lexico_kernels.memory.layout import KV
 from tqdm.auto import tqdm
 
 ATTENTION_NAME = "lexico_capture"
 SKIPPED_TOKENS = 16  # the first tokens of a sequence stay exact in the cache and look like no others
 
 
-@dataclass
-class _Request:
-    """What the attention function has to keep of the batch that is running."""
-
-    store: torch.Tensor | None = None  # [layers, 2, tokens, Hk, D]
-    rows: dict[int, int] | None = None  # layer -> row of the store
-    positions: torch.Tensor | None = None  # int64 [batch, kept]
-    queries: torch.Tensor | None = None  # float32 [layers, Hk, D]
-    offset: int = 0
-
-
-_request = _Request()
-
-
-def _capturing_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA attention that first copies K and V [batch, Hk, T, D] of the wanted positions to the store."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    request = _request
-    if request.store is not None and request.rows is not None and request.positions is not None:
-        row = request.rows.get(module.layer_idx)
-        if row is not None:
-            batch, heads, _, dim = key.shape
-            if value.shape != key.shape or request.store.shape[3:] != (heads, dim):
-                raise ValueError(
-                    f"layer {module.layer_idx} has K {tuple(key.shape)} and V {tuple(value.shape)}; allowed are "
-                    f"models with the same KV heads and head size in every layer, for K and V alike; use another model"
-                )
-            at = request.positions[:, None, :, None].expand(batch, heads, -1, dim)
-            for kv, vectors in enumerate((key, value)):
-                kept = vectors.gather(2, at).transpose(1, 2).flatten(0, 1)
-                request.store[row, kv, request.offset : request.offset + len(kept)] = kept
-            if request.queries is not None:
-                squares = query[:, :, SKIPPED_TOKENS:].float().square().sum((0, 2))
-                request.queries[row] += squares.view(heads, -1, dim).sum(1)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-
 def load_model(model: str, device: str, dtype: str) -> Any:
-    """The causal language model in eval mode, with the attention function that can capture. dtype: "auto" or a name."""
+    """The causal language model in eval mode, with the attention that `capture` listens to.
+
+    Args:
+        model: hub id or folder.
+        device: where its weights go.
+        dtype: "auto" for the checkpoint's own, or a name.
+    """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _capturing_attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION_NAME)
     return loaded.to(device).eval()
+
+
+@dataclass
+class _Listener:
+    """An attention function that copies K and V of some positions and layers to a store.
+
+    Args:
+        store: [layers, 2, tokens, Hk, D].
+        rows: layer -> row of the store.
+        queries: float32 [layers, Hk, D] or None; gets the squares of the queries of each head's group added.
+        positions: int64 [batch, kept], of the batch that is read.
+        offset: where in the store its tokens go.
+        heard: layers that have called.
+    """
+
+    store: torch.Tensor
+    rows: dict[int, int]
+    queries: torch.Tensor | None
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    offset: int = 0
+    heard: set[int] = field(default_factory=set)
+
+    def attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' SDPA attention, query [batch, Hq, T, D], key and value [batch, Hk, T, D]."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        row = self.rows.get(module.layer_idx)
+        if row is not None:
+            self.heard.add(module.layer_idx)
+            self._keep(row, module.layer_idx, query, key, value)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    def _keep(self, row: int, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        batch, heads, _, dim = key.shape
+        if value.shape != key.shape or self.store.shape[3:] != (heads, dim):
+            raise ValueError(
+                f"layer {layer} has K {tuple(key.shape)} and V {tuple(value.shape)}; allowed are models with the same "
+                f"KV heads and head size in every layer, for K and V alike; use another model"
+            )
+        at = self.positions[:, None, :, None].expand(batch, heads, -1, dim)
+        for kv, vectors in enumerate((key, value)):
+            kept = vectors.gather(2, at).transpose(1, 2).flatten(0, 1)
+            self.store[row, kv, self.offset : self.offset + len(kept)] = kept
+        if self.queries is not None:
+            squares = query[:, :, SKIPPED_TOKENS:].float().square().sum((0, 2))
+            self.queries[row] += squares.view(heads, -1, dim).sum(1)
+
+
+@contextmanager
+def _listening(listener: _Listener) -> Iterator[None]:
+    """Have models of `load_model` call the listener's attention."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, listener.attention)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_attention_forward)
 
 
 @torch.no_grad()
@@ -76,36 +112,75 @@ def capture(
     furthest: int = 0,
     queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """K and V [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
+    """K and V of random positions of some texts.
 
-    sequences: int64 [count, length]. kept: positions of a sequence, random, none of the first 16. layers: which ones.
-    shape: (Hk, D). batch: sequences a pass. furthest: every other sequence is read as if it stood somewhere in a
-    context of so many tokens (0: all at its start), which turns keys as a long context does and costs nothing.
-    queries: float32 [layers, Hk, D] to which the squares of all queries of a head's group are added, if given.
-    ValueError when a layer has no ordinary K and V.
+    Args:
+        model: of `load_model`.
+        sequences: int64 [count, length] token ids.
+        kept: positions per sequence, random, none of the first 16.
+        layers: which ones.
+        shape: (Hk, D).
+        seed: of the positions.
+        batch: sequences per pass.
+        furthest: every other pair of sequences is read as if it stood somewhere in a context of so many tokens (0: all
+            at its start), which turns keys as a long context does and costs nothing.
+        queries: float32 [layers, Hk, D] to which the squares of all queries of a head's group are added, if given.
+
+    Returns:
+        [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
+
+    Raises:
+        ValueError: a layer has no ordinary K and V, or some that are not finite.
     """
     count, length = sequences.shape
     rows = {layer: row for row, layer in enumerate(layers)}
     size = (len(rows), 2, count * kept, *shape)
-    store = torch.zeros(size, dtype=model.dtype, device=model.device)
+    listener = _Listener(torch.zeros(size, dtype=model.dtype, device=model.device), rows, queries)
     generator = torch.Generator().manual_seed(seed)
-    _request.rows, _request.store, _request.queries = rows, store, queries
-    try:
+    with _listening(listener):
         for at in tqdm(range(0, count, batch), desc="reading text", unit="batch", leave=False, mininterval=1.0):
             ids = sequences[at : at + batch].to(model.device)
             first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
             first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
             addresses = first.to(model.device) + torch.arange(length, device=model.device)
             order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
-            _request.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
-            _request.offset = at * kept
+            listener.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
+            listener.offset = at * kept
             model.base_model(ids, position_ids=addresses, use_cache=False)
-    finally:
-        _request.store = _request.rows = _request.positions = _request.queries = None
-    silent = [layer for layer, row in rows.items() if not store[row, :, :, 0, 0].any()]
+    _check_heard(listener)
+    return listener.store
+
+
+def _check_heard(listener: _Listener) -> None:
+    """ValueError where a layer did not call, or its vectors cannot be learned."""
+    silent = sorted(listener.rows.keys() - listener.heard)
     if silent:
         raise ValueError(
             f"layers {silent} have no K and V of ordinary attention; allowed are models whose every layer has; "
             f"take another model"
         )
-    return store
+    for layer, row in listener.rows.items():
+        checked = {f"{kv}s": listener.store[row, at] for at, kv in enumerate(KV)}
+        if listener.queries is not None:
+            checked["queries"] = listener.queries[row]
+        for name, vectors in checked.items():
+            check_finite(vectors, layer, name)
+
+
+def check_finite(vectors: torch.Tensor, layer: int, name: str) -> None:
+    """Refuse what cannot be learned from.
+
+    Args:
+        vectors: of any shape.
+        layer: the model's layer that they belong to.
+        name: what they are, in the plural.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    if not all(extreme.isfinite() for extreme in torch.aminmax(vectors)):
+        dtype = str(vectors.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"layer {layer} cannot be learned, as its {name} are NaN or infinite in {dtype}; allowed are finite "
+            f"numbers; try --dtype bfloat16 or float32, and if that does not help, fix the model's weights"
+        )

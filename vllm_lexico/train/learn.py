@@ -28,12 +28,18 @@ CODES_BYTES = 1 << 30  # of the dense [G, batch, N] codes held at once
 class LearnSettings:
     """How atoms are learned.
 
-    shared: by all KV heads of a layer, as in the paper, or each has its own. batch: vectors a step and dictionary.
-    rate: of Newton's step, with diagonal curvature. key_metric: how far errors of keys are weighed by the queries they
-    meet, 0 for not at all, 1 for the error of q.k.
+    Args:
+        atoms: N, with the null atom.
+        atom_bits: of a stored number.
+        shared: by all KV heads of a layer, as in the paper; else each has its own.
+        sparsity: atoms per vector.
+        batch: vectors per step and dictionary.
+        rate: of Newton's step, with diagonal curvature.
+        key_metric: how far errors of keys are weighted by the queries they meet, 0 for not at all, 1 for the error of
+            q.k.
     """
 
-    atoms: int = 4096  # N, with the null atom
+    atoms: int = 4096
     atom_bits: int = 8
     shared: bool = False
     sparsity: int = 10
@@ -43,7 +49,15 @@ class LearnSettings:
 
 
 def round_atoms(atoms: torch.Tensor, atom_bits: int) -> torch.Tensor:
-    """Unit atoms [G, N, D] -> int8 of `atom_bits` with the best cosine to them among some scales."""
+    """Integers of few bits, each atom's with the best cosine to it among some scales.
+
+    Args:
+        atoms: float32 [G, N, D], unit rows.
+        atom_bits: 4 or 8.
+
+    Returns:
+        int8 [G, N, D].
+    """
     top = 2 ** (atom_bits - 1) - 1
     largest = atoms.abs().amax(-1, keepdim=True).clamp(min=1e-20)
     best, best_cosine = torch.zeros_like(atoms), torch.full_like(largest, -1.0)
@@ -59,7 +73,13 @@ def round_atoms(atoms: torch.Tensor, atom_bits: int) -> torch.Tensor:
 class Learner:
     """G dictionaries that learn together.
 
-    atoms: float32 [G, N, D], unit rows, row 0 null. usage: float32 [G, N], how often each was chosen lately.
+    `atoms` are float32 [G, N, D], unit rows, row 0 null; `usage`, float32 [G, N], is how often each was chosen lately.
+
+    Args:
+        settings: how atoms are learned.
+        groups: G.
+        dim: D.
+        device: where they are.
     """
 
     STATE = ("atoms", "momentum", "energy", "usage")
@@ -73,7 +93,12 @@ class Learner:
         self.steps = 0
 
     def start_from(self, vectors: torch.Tensor, generator: torch.Generator) -> None:
-        """First atoms: random training vectors [G, M, D] with a little noise, so that no two are equal."""
+        """First atoms: random training vectors with a little noise, so that no two are equal.
+
+        Args:
+            vectors: [G, M, D].
+            generator: on their device.
+        """
         groups, rows, dim = vectors.shape
         pick = torch.randint(rows, (self.settings.atoms,), generator=generator, device=vectors.device)
         noise = torch.randn(groups, self.settings.atoms, dim, generator=generator, device=vectors.device)
@@ -81,10 +106,16 @@ class Learner:
         self.atoms[:, 0] = 0
 
     def step(self, vectors: torch.Tensor, rate: float, levels: Levels | None = None) -> torch.Tensor:
-        """One step on float32 vectors [G, M, D] of about unit energy; returns their residual [G, M, D].
+        """One step of all dictionaries (Lexico, section 3.1).
 
-        levels: with them the code is the stored one, atoms rounded and coefficients quantized, while the unrounded
-        atoms move (straight-through), so that what is learned is what is kept.
+        Args:
+            vectors: float32 [G, M, D] of about unit energy.
+            rate: of the step.
+            levels: with them the code is the stored one, atoms rounded and coefficients quantized, while the unrounded
+                atoms move (straight-through), so that what is learned is what is kept.
+
+        Returns:
+            The vectors' residual, float32 [G, M, D].
         """
         sparsity = self.settings.sparsity
         used = self.atoms if levels is None else unit_atoms(round_atoms(self.atoms, self.settings.atom_bits))
@@ -103,7 +134,7 @@ class Learner:
     def _moments(
         self, indices: torch.Tensor, coefficients: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the batch of coefficient times residual [G, N, D] and of squared coefficient [G, N], by atom.
+        """By atom, means over the batch: of coefficient times residual [G, N, D], and of squared coefficient [G, N].
 
         The gradient is a product with the dense code matrix: faster than scattered additions on a GPU, and the same on
         every run. So are sums of whole numbers, which the energy is added up in.
@@ -119,19 +150,23 @@ class Learner:
         gradient = torch.empty_like(self.atoms)
         at_once = max(1, CODES_BYTES // (rows * atoms * dtype.itemsize))
         for first in range(0, groups, at_once):
-            kv = slice(first, first + at_once)
-            chosen = indices[kv].long()
+            some = slice(first, first + at_once)
+            chosen = indices[some].long()
             codes = torch.zeros(len(chosen), rows, atoms, dtype=dtype, device=residual.device)
             # Column by column: a vector may have an atom twice, and sums in one place come out in any order.
-            for one, coefficient in zip(chosen.split(1, 2), coefficients[kv].to(dtype).split(1, 2), strict=True):
+            for one, coefficient in zip(chosen.split(1, 2), coefficients[some].to(dtype).split(1, 2), strict=True):
                 codes.scatter_add_(2, one, coefficient)
-            gradient[kv] = torch.bmm(codes.transpose(1, 2), residual[kv].to(dtype)).float() / rows
+            gradient[some] = torch.bmm(codes.transpose(1, 2), residual[some].to(dtype)).float() / rows
         return gradient, energy.float() / (FIXED_POINT * rows)
 
     def revive(self, residual: torch.Tensor) -> int:
-        """Atoms hardly used since the last call become directions in which vectors were coded worst; returns how many.
+        """Atoms hardly used since the last call become directions in which vectors were coded worst.
 
-        residual: [G, M, D], of the last step.
+        Args:
+            residual: [G, M, D], of the last step.
+
+        Returns:
+            How many did.
         """
         revived = 0
         for group in range(len(self.atoms)):
@@ -161,9 +196,16 @@ class Learner:
 def evaluate(
     vectors: torch.Tensor, atoms: torch.Tensor, levels: Levels, sparsities: Sequence[int]
 ) -> dict[int, torch.Tensor]:
-    """Squared error over energy of stored codes, float32 [G], for each sparsity.
+    """Energy that stored codes lose.
 
-    vectors: float32 [G, M, D], centred, not seen in training. atoms: [G, N, D] as they will be loaded.
+    Args:
+        vectors: float32 [G, M, D], centred, not seen in training.
+        atoms: [G, N, D] as they will be loaded.
+        levels: of the coefficients.
+        sparsities: which.
+
+    Returns:
+        By sparsity, squared error over energy, float32 [G].
     """
     energy = vectors.square().sum((1, 2)).clamp(min=1e-20)
     lost = {}
@@ -174,7 +216,16 @@ def evaluate(
 
 
 def count_usage(vectors: torch.Tensor, atoms: torch.Tensor, sparsity: int) -> torch.Tensor:
-    """float32 [G, N]: share of all chosen entries that are this atom; rows sum to 1, or to 0 if nothing is coded."""
+    """How often each atom is chosen.
+
+    Args:
+        vectors: float32 [G, M, D], centred.
+        atoms: [G, N, D] as they will be loaded.
+        sparsity: atoms per vector.
+
+    Returns:
+        float32 [G, N], the share of all chosen entries; rows sum to 1, or to 0 if nothing is coded.
+    """
     indices, _, _ = pursue(vectors, atoms, sparsity)
     groups, size = atoms.shape[:2]
     offsets = torch.arange(groups, device=indices.device)[:, None] * size

@@ -32,9 +32,13 @@ def learn_levels(
 ) -> Levels:
     """Levels for every sparsity, learned at some and interpolated between.
 
-    vectors: float32 [G, M, D], centred. atoms: [G, N, D] as they will be loaded. A level stands for a coefficient
-    divided by the largest of its vector. sharing: so many dictionaries in a row, those of a layer's heads, get the
-    same levels.
+    A level stands for a coefficient divided by the largest of its vector.
+
+    Args:
+        vectors: float32 [G, M, D], centred.
+        atoms: [G, N, D] as they will be loaded.
+        sparsities: at which levels are learned.
+        sharing: so many dictionaries in a row, those of a layer's heads, get the same levels.
     """
     learned = {}
     for sparsity in sparsities:

@@ -1,7 +1,9 @@
 """Training text as sequences of token ids: local files, datasets of the hub, or text that the model writes itself."""
 
+import hashlib
 import json
 import lzma
+import math
 import random
 import re
 import zlib
@@ -10,26 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
-CHARACTERS_A_TOKEN = 6  # generous: a piece of text this much longer than a sequence nearly always fills it
+CHARACTERS_PER_TOKEN = 6  # generous: a piece of text this much longer than a sequence nearly always fills it
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz")
 TWENTY = 20  # one text in so many is held out
 LONG_TEXT = 50_000  # characters
 SHUFFLED_DOCUMENTS = 1000  # of a dataset are held at a time, to be taken in random order
 _ALLOWED = f"files that end in {', '.join(SUFFIXES)} and folders of them"
+_ALLOWED_LINES = 'allowed: one JSON object with a "text" field per line; fix it or leave it out'
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 
 
 def check_source(name: str) -> None:
-    """Refuse what neither exists as a path nor can be a dataset's name: ValueError with the remedy. Asks no network."""
-    if Path(name).exists():
+    """Refuse what neither exists as a path nor can be a dataset's name. Asks no network.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if name and is_path(name):
         return
     if name.endswith(SUFFIXES) or not _DATASET.fullmatch(name):
         raise ValueError(
-            f"--data is {name}; allowed: files and folders that exist, or a Hugging Face dataset as org/name, "
-            f"org/name:config or org/name:config:split; change it"
+            f"--data is {name or repr(name)}; allowed: files and folders that exist, or a Hugging Face dataset as "
+            f"org/name, org/name:config or org/name:config:split; change it"
         )
     _datasets(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether a source is a file or folder here."""
+    try:
+        return Path(name).exists()
+    except (ValueError, OSError):  # a null character, or a name longer than the system takes
+        return False
 
 
 def _datasets(name: str) -> Any:
@@ -44,7 +60,11 @@ def _datasets(name: str) -> Any:
 
 
 def read_documents(source: Path) -> list[str]:
-    """Texts of one file or folder: a .txt is one, a .jsonl or .jsonl.xz has one a line in its field "text"."""
+    """Texts of one file or folder: a .txt is one, a .jsonl or .jsonl.xz has one per line in its field "text".
+
+    Raises:
+        ValueError: it is no text, has none, or a line cannot be read; the line is named.
+    """
     if source.is_dir():
         files = [path for path in sorted(source.rglob("*")) if path.name.endswith(SUFFIXES)]
         documents = [text for path in files for text in read_documents(path)]
@@ -64,20 +84,36 @@ def _read_lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
         lines = (lzma.decompress(content) if path.name.endswith(".xz") else content).decode().split("\n")
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-    except (ValueError, KeyError, TypeError, lzma.LZMAError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error!r}); "
-            f'allowed: one JSON object with a "text" field a line; mend it or leave it out'
-        ) from error
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {_ALLOWED_LINES}") from error
+    return [_text_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_dataset(name: str, seed: int, held_out: bool | None = None) -> Iterator[str]:
-    """Texts of a Hugging Face dataset without end, streamed, each pass over it in another random order.
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}, cannot be read ({error}); {_ALLOWED_LINES}") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{path}, line {number}, has no "text" that is a string; {_ALLOWED_LINES}')
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{path}, line {number}, has half a character (a lone surrogate); {_ALLOWED_LINES}")
+    return text
 
-    name: "org/name", "org/name:config" or "org/name:config:split" (split: train); its rows need a field "text".
-    held_out: one text in TWENTY, picked by its checksum, or the others; None for all, and so after a pass that met none
-    of the wanted ones. ValueError when it cannot be had, has no such field, or no text.
+
+def read_dataset(name: str, seed: int, held_out: bool | None = None, *, once: bool = False) -> Iterator[str]:
+    """Texts of a Hugging Face dataset, streamed, each pass over it in another random order.
+
+    Args:
+        name: "org/name", "org/name:config" or "org/name:config:split" (split: train); its rows need a field "text".
+        seed: of the order.
+        held_out: one text in TWENTY, picked by its checksum, or the others; None for all, and so after a pass that met
+            none of the wanted ones.
+        once: end after one pass; else it goes on without end.
+
+    Raises:
+        ValueError: it cannot be had, has no such field, or no text.
     """
     datasets = _datasets(name)
     path, config, split = [*name.split(":"), None, None][:3]
@@ -96,6 +132,8 @@ def read_dataset(name: str, seed: int, held_out: bool | None = None) -> Iterator
                         yield row["text"]
             if not texts:
                 raise ValueError("there is no text in it")
+            if once:
+                return
             every = every or not taken
             seed += 1
     except Exception as error:  # whatever the library raises, the user named this and must hear why it failed
@@ -108,16 +146,44 @@ def read_dataset(name: str, seed: int, held_out: bool | None = None) -> Iterator
 class TextSequences:
     """Sequences of token ids from several sources in turn, so that each counts the same whatever its size.
 
-    sources: files and folders, or names of datasets as in `read_dataset`. One text in TWENTY is held out: it is in the
-    held-out sequences and in no others, except where a source has too few texts to spare one. A text gives one piece
-    from a random place; short ones are joined, parted by the end-of-text token. A source that runs out starts again
-    (other places are then read).
+    One text in TWENTY is held out: it is in the held-out sequences and in no others, except where a source has too few
+    texts to spare one. A text gives one piece from a random place; short ones are joined, parted by the end-of-text
+    token. A source that runs out starts again (other places are then read).
+
+    Args:
+        sources: files and folders, or names of datasets as in `read_dataset`.
+        tokenizer: of transformers.
+        length: tokens per sequence.
+        seed: of places and order.
     """
 
     def __init__(self, sources: Sequence[str], tokenizer: Any, length: int, seed: int) -> None:
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self._documents = {name: _parts(read_documents(Path(name))) for name in sources if Path(name).exists()}
+        self._documents = {name: _parts(read_documents(Path(name))) for name in sources if is_path(name)}
         self._sources = list(sources)
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of each source's texts; of a dataset, of the first ones, in the order of this seed.
+
+        Raises:
+            ValueError: a source has too little text for one sequence, or cannot be read.
+        """
+        return {name: self._identify(name) for name in self._sources}
+
+    def _identify(self, name: str) -> str:
+        digest, tokens, of_file = hashlib.sha256(), 0, name in self._documents
+        for text in self._documents[name] if of_file else read_dataset(name, self.seed, once=True):
+            digest.update(text.encode() + b"\0")
+            if tokens < self.length:
+                tokens += len(self.tokenizer(text[:LONG_TEXT], truncation=False)["input_ids"])
+            elif not of_file:
+                break
+        if tokens < self.length:
+            raise ValueError(
+                f"--data {name} has {tokens} tokens; allowed: {self.length} or more, a whole sequence; add text, or "
+                f"lower --sequence-tokens"
+            )
+        return digest.hexdigest()
 
     def take(self, count: int, number: int | None) -> torch.Tensor:
         """int64 [count, length]: sequences of round `number`, the same on every call; the held-out ones for None."""
@@ -133,7 +199,7 @@ class TextSequences:
         return sequences
 
     def _pieces(self, at: int, number: int | None) -> Iterator[str]:
-        name, piece = self._sources[at], self.length * CHARACTERS_A_TOKEN
+        name, piece = self._sources[at], self.length * CHARACTERS_PER_TOKEN
         rng = random.Random(f"{self.seed}/{number}/{at}")
         if name in self._documents:
             documents = self._documents[name]
@@ -159,27 +225,46 @@ def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
 
 @torch.no_grad()
 def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: int) -> torch.Tensor:
-    """int64 [count, length] token ids that the model samples itself at temperature 1, each from a random first token.
+    """Text that a model samples itself at temperature 1, each from a random first token. Needs no data, no tokenizer.
 
-    The start token, where the model has one, comes before it. Needs no data and no tokenizer. batch: sequences at once.
+    The start token, where the model has one, comes before it.
+
+    Args:
+        model: of transformers.
+        length: tokens per sequence.
+        count: of sequences.
+        seed: of everything random.
+        batch: sequences at once.
+
+    Returns:
+        int64 [count, length] token ids, on the CPU.
     """
     torch.manual_seed(seed)
     start = model.config.bos_token_id
-    parts = []
-    for at in range(0, count, batch):
-        rows = min(batch, count - at)
-        prompt = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
-        if start is not None:
-            prompt = torch.cat((torch.full_like(prompt, start), prompt), 1)
-        sampled = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - prompt.shape[1],
-            max_new_tokens=length - prompt.shape[1],
-        )
-        parts.append(sampled[:, :length].cpu())
-    return torch.cat(parts)
+    pieces = []
+    with tqdm(
+        total=math.ceil(count / batch) * length, desc="writing text", unit="token", leave=False, mininterval=1.0
+    ) as progress:
+
+        def count_a_token(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            progress.update()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # nobody is to stop
+
+        for at in range(0, count, batch):
+            rows = min(batch, count - at)
+            prompt = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
+            if start is not None:
+                prompt = torch.cat((torch.full_like(prompt, start), prompt), 1)
+            sampled = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - prompt.shape[1],
+                max_new_tokens=length - prompt.shape[1],
+                stopping_criteria=[count_a_token],
+            )
+            pieces.append(sampled[:, :length].cpu())
+    return torch.cat(pieces)

@@ -1,0 +1,47 @@
+"""Fixtures of the training tests: a tiny model, texts, and one thread."""
+
+import json
+import lzma
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Shapes here are so small that threads only wait for each other, very long when the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random Llama of 2 layers with a tokenizer that knows single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"<s>": 0, "</s>": 1} | {chr(97 + at): at + 2 for at in range(26)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Names of two sources."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = "the quick brown fox jumps over the lazy dog and some more words to read "
+    with lzma.open(folder / "a.jsonl.xz", "wt") as file:
+        file.writelines(json.dumps({"text": words * count}) + "\n" for count in (1, 20))
+    (folder / "b.txt").write_text("zzz" * 1000)
+    return str(folder / "a.jsonl.xz"), str(folder / "b.txt")

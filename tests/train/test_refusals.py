@@ -1,0 +1,124 @@
+"""What `vllm-lexico train` refuses: in one line, with status 2, before the model's weights are loaded."""
+
+import json
+
+import pytest
+
+from vllm_lexico import cli
+from vllm_lexico.train import rounds
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    def load(*_):
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr(rounds, "load_model", load)
+    rounds.texts_of.cache_clear()
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    assert cli.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-lexico: error: ") and error.count("\n") == 1
+    assert error.rstrip("\n").isprintable() and len(error) < 600
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--atoms", "5000"], "--atoms is 5000; allowed: 2 to 4096"),
+        (["--sparsity", "32"], "--sparsity is 32; allowed: 1 to 31"),
+        (["--key-metric", "nan"], "--key-metric is nan; allowed: 0 to 1"),
+        (["--passes", "0"], "--passes is 0; allowed: 1 or more"),
+        (["--rounds", "0"], "--rounds is 0; allowed: 1 or more"),
+        (["--vectors", "8191"], "--vectors is 8191; allowed: 8192 or more (2 per atom)"),
+        (["--sequence-tokens", "63"], "--sequence-tokens is 63; allowed: 64 or more"),
+        (["--sequence-tokens", "0"], "--sequence-tokens is 0; allowed: 64 or more"),
+        (["--sequence-tokens", "4096"], "--sequence-tokens is 4096; allowed: up to 2048, the model's longest"),
+        (["--seed", str(2**70)], f"--seed is {2**70}; allowed: 0 to 4294967295"),
+        (["--seed", "-1"], "--seed is -1; allowed: 0 to 4294967295"),
+        (["--data", "absent.txt"], "--data is absent.txt; allowed: files and folders that exist, or a Hugging"),
+        (["--data", ""], "--data is ''; allowed: files and folders that exist"),
+        (["--data", "a\0b"], "allowed: files and folders that exist"),
+        (["--device", "abacus"], "--device is abacus; allowed: cpu, cuda"),
+        (["--out", ""], "the file to write, ., is there and no file; give the name of a file"),
+        (["--out", "/"], "the file to write, /, is there and no file"),
+        (["--out", "/dev/null"], "the file to write, /dev/null, is there and no file"),
+        (["--out", "/dev/null/d.safetensors"], "/dev/null is no folder"),
+        (["--out", "d.png"], "allowed: any suffix but .png"),
+        (["--name", ""], "the model's name was given as ''; allowed: one line of printable text, not blank"),
+        (["--name", "  "], "the model's name was given as '  '; allowed"),
+        (["--name", "a\nb"], r"the model's name was given as 'a\nb'; allowed"),
+        (["--name", "\x1b[31mred"], r"the model's name was given as '\x1b[31mred'; allowed"),
+        (["--name", "\udc80"], r"the model's name was given as '\udc80'; allowed"),
+    ],
+)
+def test_flags(tiny_model, arguments, words, capsys):
+    assert words in refusal([str(tiny_model), *arguments], capsys)
+
+
+def test_a_file_that_is_something_else_is_not_replaced(tiny_model, tmp_path, capsys):
+    out = tmp_path / "d.safetensors"
+    out.write_text("mine")
+    assert "is there" in refusal([str(tiny_model), "--out", str(out)], capsys)
+    assert out.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("null", 'line 2, has no "text" that is a string'),
+        ("7", 'line 2, has no "text" that is a string'),
+        ('{"text": null}', 'line 2, has no "text" that is a string'),
+        ('{"text": ["a"]}', 'line 2, has no "text" that is a string'),
+        (r'{"text": "\ud800"}', "line 2, has half a character (a lone surrogate)"),
+        ("[" * 100_000, "line 2, cannot be read"),
+        ("9" * 5000, "line 2, cannot be read"),
+        ("{", "line 2, cannot be read"),
+    ],
+)
+def test_lines(tiny_model, tmp_path, line, words, capsys):
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"text": "abc" * 100}) + f"\n{line}\n")
+    error = refusal([str(tiny_model), "--data", str(data), "--out", str(tmp_path / "d.safetensors")], capsys)
+    assert words in error and 'allowed: one JSON object with a "text" field per line; fix it or leave it out' in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_too_little_text_for_one_sequence(tiny_model, tmp_path, capsys):
+    long, short = tmp_path / "a.txt", tmp_path / "b.txt"
+    long.write_text("a" * 64)
+    short.write_text("a")
+    arguments = [str(tiny_model), "--sequence-tokens", "64", "--out", str(tmp_path / "d.safetensors"), "--data"]
+    error = refusal([*arguments, str(long), str(short)], capsys)
+    assert f"--data {short} has 1 tokens; allowed: 64 or more, a whole sequence; add text, or lower" in error
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen2_vl"}, "is of type qwen2_vl, which transformers has no causal language model for"),
+        ({"model_type": "falcon"}, "is of type falcon, whose keys and values cannot be captured"),
+        ({"model_type": "mamba"}, "is of type mamba, whose keys and values cannot be captured"),
+        ({"model_type": "t5"}, "is of type t5, which transformers has no causal language model for"),
+        ({"model_type": "no-such-model"}, "cannot be read"),
+        ({}, "cannot be read"),
+        ([], "cannot be read"),
+        (None, "config.json"),
+    ],
+)
+def test_models(tmp_path, config, words, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    if config is not None:
+        (model / "config.json").write_text(json.dumps(config))
+    assert words in refusal([str(model), "--out", str(tmp_path / "d.safetensors")], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_written(tiny_model, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [str(tiny_model), "--out", str(tmp_path / "file" / "d.safetensors")]
+    assert str(tmp_path / "file") in refusal(arguments, capsys)

@@ -1,0 +1,127 @@
+"""What a training is asked for, checked before any work is done, and how its reading is divided into rounds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lexico_kernels.memory.layout import MAX_ATOMS, MAX_SPARSITY
+
+from vllm_lexico.dictionary.atoms import ATOM_BITS
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.train.capture import SKIPPED_TOKENS
+from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.texts import check_source
+
+ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
+HELD_OUT_TOKENS = 8192  # positions kept, of texts that are not trained on
+FURTHEST_TOKENS = 32768  # where in a context text is read, if the model goes so far
+LARGEST_SEED = 2**32 - 1  # the seeds of rounds and layers, made of it, fit into 64 bits
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything but the model that decides the outcome.
+
+    Args:
+        data: files, folders or Hugging Face datasets; () for text that the model writes itself.
+        learn: how atoms are learned.
+        vectors: different ones per layer, for keys and for values each.
+        passes: how often each vector is learned from.
+        rounds: of reading and learning; more where memory asks for it, fewer where they gain nothing.
+        sequence_tokens: length of the texts read; None for 2048 from data and 1024 from the model, which writes many
+            short texts in the time of a few long ones.
+        dtype: of the model; "auto" for its own.
+        seed: of everything random, 0 to 2**32 - 1.
+
+    Raises:
+        ValueError: a setting is out of range, or a source of data is neither a path nor a dataset.
+    """
+
+    data: tuple[str, ...] = ()
+    learn: LearnSettings = LearnSettings()
+    vectors: int = 2_000_000
+    passes: int = 8
+    rounds: int = 4
+    sequence_tokens: int | None = None
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        learn, least = self.learn, 2 * self.learn.atoms
+        check("--atoms", learn.atoms, 2 <= learn.atoms <= MAX_ATOMS, f"2 to {MAX_ATOMS}")
+        check("--atom-bits", learn.atom_bits, learn.atom_bits in ATOM_BITS, " or ".join(map(str, ATOM_BITS)))
+        check("--sparsity", learn.sparsity, 1 <= learn.sparsity <= MAX_SPARSITY, f"1 to {MAX_SPARSITY}")
+        check("--key-metric", learn.key_metric, 0 <= learn.key_metric <= 1, "0 to 1")
+        check("--passes", self.passes, self.passes >= 1, "1 or more")
+        check("--rounds", self.rounds, self.rounds >= 1, "1 or more")
+        check("--vectors", self.vectors, self.vectors >= least, f"{least} or more (2 per atom)")
+        given, shortest = self.sequence_tokens, 4 * SKIPPED_TOKENS
+        check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
+        check("--seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
+        for name in self.data:
+            check_source(name)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.sequence_tokens or (2048 if self.data else 1024)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Positions of a sequence whose vectors are kept.
+
+        More different texts are worth more than all of each, but what the model has to write is too dear to leave.
+        """
+        return self.length // 2 if self.data else self.length - SKIPPED_TOKENS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the reading is divided.
+
+    Args:
+        rounds: of reading and learning.
+        sequences: per round.
+        held_out_sequences: those that errors are measured on.
+        furthest: see `capture.capture`.
+    """
+
+    rounds: int
+    sequences: int
+    held_out_sequences: int
+    furthest: int
+
+    @property
+    def first_annealed(self) -> int:
+        """The round with which annealing begins: it takes the last half, where most is gained (docs/log.md)."""
+        return self.rounds - max(1, self.rounds // 2)
+
+    def cooling(self, number: int) -> tuple[float, float] | None:
+        """Which stretch of annealing a round is; None before it."""
+        first, count = self.first_annealed, self.rounds - self.first_annealed
+        return None if number < first else ((number - first) / count, (number + 1 - first) / count)
+
+    @staticmethod
+    def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
+        """For a device of some kind. max_tokens: the model's longest context."""
+        kept, heads = settings.kept_tokens, fingerprint.num_kv_heads
+        token_bytes = fingerprint.num_layers * 2 * heads * fingerprint.head_dim * 2
+        tokens = math.ceil(settings.vectors / heads)
+        rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
+        sequences = max(1, math.ceil(tokens / rounds / kept))
+        held_out = max(1, min(HELD_OUT_TOKENS // kept, math.ceil(sequences / 4)))
+        return Plan(rounds, sequences, held_out, min(max_tokens, FURTHEST_TOKENS))
+
+
+def check(name: str, given: Any, valid: bool, allowed: str) -> None:
+    """Refuse a flag's value: ValueError with what is allowed."""
+    if not valid:
+        raise ValueError(f"{name} is {given}; allowed: {allowed}; change it")
+
+
+def share_layers(num_layers: int, devices: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Each device's layers, neighbours together; no more devices than layers."""
+    count = min(len(devices), num_layers)
+    edges = [at * num_layers // count for at in range(count + 1)]
+    return [(devices[at], list(range(edges[at], edges[at + 1]))) for at in range(count)]
