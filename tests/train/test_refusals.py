@@ -49,7 +49,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--out", "/dev/null/d.safetensors"], "/dev/null is no folder"),
         (["--out", "d.png"], "allowed: any suffix but .png"),
         (["--name", ""], "the model's name was given as ''; allowed: one line of printable text, not blank"),
-        (["--name", "  "], "the model's name was given as '  '; allowed"),
+        (["--name", "  "], "the model's name was given as ' '; allowed"),
         (["--name", "a\nb"], r"the model's name was given as 'a\nb'; allowed"),
         (["--name", "\x1b[31mred"], r"the model's name was given as '\x1b[31mred'; allowed"),
         (["--name", "\udc80"], r"the model's name was given as '\udc80'; allowed"),

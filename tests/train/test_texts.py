@@ -125,7 +125,10 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": 1}\n')
     (tmp_path / "a.pdf").touch()
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match='one JSON object with a "text" field a line'):
+    with pytest.raises(
+        ValueError,
+        match='line 1, has no "text" that is a string; allowed: one JSON object with a "text" field per line',
+    ):
         read_documents(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"not text; allowed: files that end in \.txt"):
         read_documents(tmp_path / "a.pdf")
