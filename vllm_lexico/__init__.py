@@ -7,19 +7,20 @@ not used. So nothing heavy is imported here: `register` only adds a name, and ha
 from typing import Any
 
 NAME = "LEXICO"
-BACKEND = "vllm_lexico.serve.backend.LexicoBackend"
+BACKEND = "vllm_lexico.serve.LexicoBackend"
 
 __version__ = "0.1.0"
 __all__ = ["BACKEND", "NAME", "register"]
 
 
 def register() -> None:
-    """Make `--attention-backend LEXICO` a valid name in this process. Calling it again changes nothing."""
+    """Make `--attention-backend LEXICO` a valid name in this process. Calling it again changes nothing.
+
+    Never raises: vLLM calls it wherever this package is installed (see `compat.register`).
+    """
     from vllm_lexico import compat
 
-    compat.register_backend_name(NAME, BACKEND)
-    compat.let_cpu_platform_select(NAME, BACKEND)
-    compat.check_engine_configs(_check_before_start)
+    compat.register(NAME, BACKEND, _check_before_start)
 
 
 def _check_before_start(vllm_config: Any, given_cache_dtype: str) -> None:

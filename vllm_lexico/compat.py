@@ -1,12 +1,19 @@
-"""Every workaround for vLLM: why it is there, how it works, and when it can go."""
+"""Every workaround for vLLM: why it is there, how it works, and when it can go.
+
+Those that other modules use are functions here. Those that are part of another module's own work stay there and are
+listed in `ELSEWHERE`. What LEXICO relies on without working around it is the table of `serve/wiring.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
+import pickle
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +27,165 @@ TESTED_VLLM = ("0.32", "0.33")
 logger = logging.getLogger("vllm.lexico")  # only loggers below "vllm" have a handler
 
 
+@dataclass(frozen=True)
+class Workaround:
+    """One that is part of another module's work.
+
+    where: "module:function or class" of this package.
+    why: what vLLM does or lacks.
+    upstream: the issue or pull request to follow; empty where nobody has asked for it yet.
+    until: what has to be in the oldest vLLM that is supported before it can go.
+    """
+
+    where: str
+    why: str
+    upstream: str
+    until: str
+
+
+VLLM = "https://github.com/vllm-project/vllm"
+ELSEWHERE = (
+    Workaround(
+        "vllm_lexico.serve.backend:LexicoBackend.bound_to",
+        "`customize_spec` is a class method that is handed a spec and no configuration, so a loaded layer gets a "
+        "subclass that knows it",
+        f"{VLLM}/pull/51704",
+        "backends return their cache specs themselves (issues 42082 and 42449)",
+    ),
+    Workaround(
+        "vllm_lexico.serve.backend:LexicoBackend.get_supported_kernel_block_sizes",
+        "one method answers both for the default block size and for cutting the blocks of a spec in pieces",
+        f"{VLLM}/issues/24280",
+        "the two questions are two methods",
+    ),
+    Workaround(
+        "vllm_lexico.serve.tail_pages:LexicoTailSpec.num_retained_tokens",
+        "the worker of 0.33 nulls what lies below the window, the sinks among it",
+        "",
+        "a spec can name pages at the start of a sequence that stay",
+    ),
+    Workaround(
+        "vllm_lexico.serve.tail_pages:_being_completed",
+        "hits are looked for on the manager's class, so what a step is about to complete is kept beside the class",
+        f"{VLLM}/pull/37505",
+        "`find_longest_cache_hit` is a method of the manager",
+    ),
+    Workaround(
+        "vllm_lexico.evals.peers:mend_turboquant",
+        "TurboQuant forgets what is cached of a request that goes on beside one that starts",
+        f"{VLLM}/issues/46460",
+        "pull request 46461, or what takes its place",
+    ),
+    Workaround(
+        "vllm_lexico.evals.held:PoolMeter",
+        "vLLM reports the use of the whole pool and not what a sequence held, so `free` of its manager is wrapped",
+        "",
+        "a request's output says how many blocks it held",
+    ),
+    Workaround(
+        "vllm_lexico.evals.engine:Engine.chunks_of",
+        "`long_prefill_token_threshold` does not hold for a request that is alone, so the budget of a step is set too",
+        f"{VLLM}/pull/57951",
+        "the threshold can be made to hold always",
+    ),
+    Workaround(
+        "vllm_lexico.evals.engine:unread_caches",
+        "the CPU platform takes names of caches that its backend does not know",
+        "",
+        "0.33, whose CPU platform refuses them",
+    ),
+)
+
+
+def register(name: str, path: str, check: Callable[[Any, str], None]) -> None:
+    """Make `name` an attention backend of this vLLM; where that is impossible, warn once and stay out of the way.
+
+    vLLM loads this package in every process of an installation, LEXICO or not, and an error here would end them all.
+    The name comes last: where anything before it fails the name stays unknown, and vLLM refuses it when it is asked
+    for, and only then.
+
+    Args:
+        name: what users say.
+        path: of the backend's class.
+        check: for `check_engine_configs`.
+    """
+    try:
+        _register(name, path, check)
+    except Exception as error:
+        _warn_once(_unavailable(name, error))
+
+
+def _register(name: str, path: str, check: Callable[[Any, str], None]) -> None:
+    let_cpu_platform_select(name, path)
+    check_engine_configs(check)
+    register_backend_name(name, path)
+
+
 def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
     """The registry member LEXICO; registers it first where it is unknown. What pickled configs unpickle to.
 
     Args:
         refusal_file: where the process that made the configuration reads what to end with, see `last_word`.
+
+    Raises:
+        ValueError: it cannot be registered with this vLLM.
     """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm_lexico import BACKEND, NAME, _check_before_start, last_word
 
-    from vllm_lexico import NAME, last_word, register
+    try:
+        _register(NAME, BACKEND, _check_before_start)
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    register()
+        member = AttentionBackendEnum[NAME]
+    except Exception as error:
+        raise ValueError(_unavailable(NAME, error)) from error
     last_word.inherit(refusal_file)
-    return AttentionBackendEnum[NAME]
+    return member
+
+
+def _unavailable(name: str, error: Exception) -> str:
+    return (
+        f"{name} is not available, all else is as it was: this is vLLM {vllm_version()}, which registers backends "
+        f"otherwise than {tested_vllm()} ({type(error).__name__}: {error}); to use {name} install one of those"
+    )
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    logger.warning(sentence)
+
+
+def tested_vllm() -> str:
+    """The tested versions, in words."""
+    return " and ".join(TESTED_VLLM)
+
+
+def vllm_version() -> str:
+    """The version of the vLLM that is installed."""
+    import vllm
+
+    return getattr(vllm, "__version__", "of unknown version")
+
+
+def does_not_fit(what: str) -> ValueError:
+    """The sentence that ends a start with a vLLM that LEXICO does not fit; `what` says why."""
+    return ValueError(
+        f"LEXICO does not fit vLLM {vllm_version()}: {what}. It was tested with vLLM {tested_vllm()}: install one of "
+        "those, or choose another --attention-backend"
+    )
+
+
+@contextlib.contextmanager
+def failures_in_a_sentence(what: str) -> Iterator[None]:
+    """Any error meanwhile is one of this vLLM's being another than those tested.
+
+    Raises:
+        ValueError: `does_not_fit`, with `what` and the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise does_not_fit(f"{what} ends with {type(error).__name__}: {error}") from error
 
 
 def register_backend_name(name: str, path: str) -> None:
@@ -46,9 +199,26 @@ def register_backend_name(name: str, path: str) -> None:
 
     from vllm_lexico import last_word
 
-    if name not in AttentionBackendEnum.__members__:
-        register_backend(name, path)
-    AttentionBackendEnum[name].__reduce_ex__ = lambda _protocol: (registered_member, (last_word.path(),))
+    if name in AttentionBackendEnum.__members__:
+        return
+    register_backend(name, path)
+    try:
+        member = AttentionBackendEnum[name]
+        member.__reduce_ex__ = lambda _protocol: (registered_member, (last_word.path(),))
+        if member.get_path() != path or registered_member.__name__.encode() not in pickle.dumps(member):
+            raise TypeError("a registered name does not keep its class or its way of pickling")
+    except Exception:
+        _forget_backend_name(name)  # known here and unknown where it is unpickled is worse than unknown everywhere
+        raise
+
+
+def _forget_backend_name(name: str) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member: Any = AttentionBackendEnum._member_map_.pop(name)
+    AttentionBackendEnum._member_names_.remove(name)
+    AttentionBackendEnum._value2member_map_.pop(member.value)
+    delattr(AttentionBackendEnum, name)
 
 
 def let_cpu_platform_select(name: str, path: str) -> None:
@@ -64,9 +234,14 @@ def let_cpu_platform_select(name: str, path: str) -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.interface import DeviceCapability
 
+    if "get_attn_backend_cls" not in vars(CpuPlatform):
+        raise AttributeError("CpuPlatform has no get_attn_backend_cls of its own")
     original = CpuPlatform.get_attn_backend_cls
     if getattr(original, "lexico", False):
         return
+    first_two = list(inspect.signature(original).parameters)[:2]
+    if first_two != ["selected_backend", "attn_selector_config"]:
+        raise TypeError(f"CpuPlatform.get_attn_backend_cls takes {first_two}")
 
     @functools.wraps(original)
     def get_attn_backend_cls(selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
@@ -178,14 +353,12 @@ def publish_events_of_whole_prefixes(pool: BlockPool, tail_group_id: int) -> Non
 
 
 @functools.cache
-def warn_of_untested_version() -> None:
+def warn_of_untestedvllm_version() -> None:
     """Log a warning, once a process, where vLLM is a version that this package was not tested with."""
-    import vllm
-
-    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VLLM:
-        tested = " and ".join(TESTED_VLLM)
+    version = vllm_version()
+    if ".".join(version.split(".")[:2]) not in TESTED_VLLM:
         logger.warning(
-            "LEXICO was tested with vLLM %s; this is %s. If it fails, install a tested one.", tested, vllm.__version__
+            "LEXICO was tested with vLLM %s; this is %s. If it fails, install a tested one.", tested_vllm(), version
         )
 
 
