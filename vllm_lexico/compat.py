@@ -65,7 +65,7 @@ ELSEWHERE = (
         "a spec can name pages at the start of a sequence that stay",
     ),
     Workaround(
-        "vllm_lexico.serve.tail_pages:_being_completed",
+        "vllm_lexico.serve.tail_hits:completing",
         "hits are looked for on the manager's class, so what a step is about to complete is kept beside the class",
         f"{VLLM}/pull/37505",
         "`find_longest_cache_hit` is a method of the manager",
@@ -215,7 +215,9 @@ def register_backend_name(name: str, path: str) -> None:
 def _forget_backend_name(name: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    member: Any = AttentionBackendEnum._member_map_.pop(name)
+    member: Any = AttentionBackendEnum._member_map_.pop(name, None)
+    if member is None:
+        return
     AttentionBackendEnum._member_names_.remove(name)
     AttentionBackendEnum._value2member_map_.pop(member.value)
     delattr(AttentionBackendEnum, name)
@@ -353,7 +355,7 @@ def publish_events_of_whole_prefixes(pool: BlockPool, tail_group_id: int) -> Non
 
 
 @functools.cache
-def warn_of_untestedvllm_version() -> None:
+def warn_of_untested_version() -> None:
     """Log a warning, once a process, where vLLM is a version that this package was not tested with."""
     version = vllm_version()
     if ".".join(version.split(".")[:2]) not in TESTED_VLLM:

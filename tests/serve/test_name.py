@@ -74,3 +74,65 @@ def test_an_untested_vllm_gets_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(compat.logging.getLogger("vllm"), "propagate", True)
     compat.warn_of_untested_version()
     assert "tested with vLLM 0.32 and 0.33; this is 0.99.0" in caplog.text
+
+
+def gone(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+
+
+def registers_nothing(monkeypatch, registry):
+    monkeypatch.setattr(registry.AttentionBackendEnum, "register", classmethod(lambda cls, name, value: None))
+
+
+def pickles_by_value(monkeypatch, registry):
+    def ignore(self, name, value):
+        if name != "__reduce_ex__":
+            object.__setattr__(self, name, value)
+
+    monkeypatch.setattr(registry.AttentionBackendEnum, "__setattr__", ignore, raising=False)
+
+
+def takes_other_arguments(monkeypatch, cpu):
+    monkeypatch.setattr(cpu.CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, config, backend: ""))
+
+
+CHANGES = {  # what a later vLLM might rename of what registering needs
+    "register_backend": lambda patch, registry, cpu: gone(patch, registry, "register_backend"),
+    "AttentionBackendEnum": lambda patch, registry, cpu: gone(patch, registry, "AttentionBackendEnum"),
+    "registry": lambda patch, registry, cpu: patch.setitem(sys.modules, registry.__name__, None),
+    "register": lambda patch, registry, cpu: registers_nothing(patch, registry),
+    "__reduce_ex__": lambda patch, registry, cpu: pickles_by_value(patch, registry),
+    "is_cpu": lambda patch, registry, cpu: gone(patch, cpu.Platform, "is_cpu"),
+    "get_attn_backend_cls": lambda patch, registry, cpu: gone(patch, cpu.CpuPlatform, "get_attn_backend_cls"),
+    "selected_backend": lambda patch, registry, cpu: takes_other_arguments(patch, cpu),
+}
+
+
+@pytest.mark.parametrize("renamed", CHANGES)
+def test_what_vllm_renames_breaks_nothing_but_lexico(config, renamed, monkeypatch):
+    """A vLLM that merely has this package installed gets one warning; asked for, LEXICO is refused with a sentence."""
+    from vllm.config import AttentionConfig
+    from vllm.platforms import cpu, current_platform
+    from vllm.v1.attention.backends import registry
+
+    from vllm_lexico import compat
+
+    if not current_platform.is_cpu() and renamed in ("get_attn_backend_cls", "selected_backend"):
+        pytest.skip("this vLLM is not for CPUs")
+    compat._forget_backend_name("LEXICO")
+    compat._warn_once.cache_clear()
+    said = []
+    monkeypatch.setattr(compat.logger, "warning", said.append)
+    with monkeypatch.context() as patch:
+        CHANGES[renamed](patch, registry, cpu)
+        vllm_lexico.register()
+        vllm_lexico.register()
+        with pytest.raises(ValueError, match="LEXICO is not available, all else is as it was"):
+            compat.registered_member()
+    (warning,) = said
+    assert "LEXICO is not available, all else is as it was: this is vLLM" in warning and "\n" not in warning
+    with pytest.raises(ValueError, match="Unknown attention backend: 'LEXICO'"):
+        AttentionConfig(backend="LEXICO")
+    assert AttentionConfig(backend="CPU_ATTN").backend in list(registry.AttentionBackendEnum)
+    vllm_lexico.register()
+    assert AttentionConfig(backend="LEXICO").backend.get_class().get_name() == "LEXICO"

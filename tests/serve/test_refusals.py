@@ -184,3 +184,30 @@ def test_vllm_names_what_the_selector_hands_over():
         (config.KVTransferConfig, "kv_connector"),
     ]:
         assert name in {field.name for field in dataclasses.fields(owner)}, name
+
+
+def of_kind(name):
+    return type(name, (), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("ChunkedLocalAttention", "local attention within chunks (as in Llama 4)"),
+        ("ChunkedLocalAttention_64_LexicoBackend", "local attention within chunks (as in Llama 4)"),
+        ("StaticSinkAttention", "learned tokens before the first"),
+        ("StaticSink_LexicoBackend", "learned tokens before the first"),
+        ("PrefillPrefixLMAttention", "in both directions over a prompt"),
+        ("EncoderOnlyAttention_LexicoBackend", "in both directions"),
+        ("CrossAttention", "an encoder's output"),
+        ("RSWAAttention", "reference sliding-window"),
+        ("WhisperCausalAttentionWithBlockPooling", "pooled blocks"),
+        ("AttentionOfAModelToCome", "only plain Attention is"),
+    ],
+)
+def test_layer_by_its_class(kind, words):
+    served = of_kind("Attention")
+    assert refusals.attention_class_refusals(served, served) == []
+    check(refusals.attention_class_refusals(of_kind(kind), served), [f"is a {kind}", words, "another --attention"])
+    (named,) = refusals.attention_class_refusals(of_kind("Attention"), served, "model.layers.0.attn")
+    assert "of layer model.layers.0.attn is a Attention" in named  # a namesake is not it

@@ -32,7 +32,7 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     @functools.cache
-    def bound_to(cls, setup: LexicoSetup) -> type[LexicoBackend]:
+    def bound_to(cls, setup: LexicoSetup | None) -> type[LexicoBackend]:
         """This backend for layers of one engine: `customize_spec` is handed a spec and no configuration."""
         if cls.setup == setup:
             return cls
@@ -44,8 +44,10 @@ class LexicoBackend(AttentionBackend):
     def get_name() -> str:
         return NAME
 
-    @staticmethod
-    def get_impl_cls() -> type[LexicoImpl]:
+    @classmethod
+    def get_impl_cls(cls) -> type[LexicoImpl]:
+        """What a layer attends with; a layer that changes the backend for its own kind of attention is refused here."""
+        refusals.refuse(refusals.attention_class_refusals(cls, LexicoBackend.bound_to(cls.setup)))
         return LexicoImpl
 
     @staticmethod

@@ -9,6 +9,7 @@ from lexico_kernels import CodeLayout, LayerCache, RequestTables, ops
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -17,10 +18,19 @@ from vllm_lexico import compat, last_word
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into
-from vllm_lexico.serve.metadata import LexicoMetadata, LexicoTailMetadata
+from vllm_lexico.serve.metadata import (
+    LexicoMetadata,
+    LexicoMetadataBuilder,
+    LexicoTailMetadata,
+    LexicoTailMetadataBuilder,
+)
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_layer import add_tail_layer
+from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
+from vllm_lexico.serve.wiring import allocation
+from vllm_lexico.serve.wiring.layers import check_layers
+from vllm_lexico.serve.wiring.pages import check_pages
 
 CODEBOOKS = "lexico_codebooks"  # the attention layer's submodule that holds them
 
@@ -44,6 +54,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         sinks: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
+        check_layers(LexicoImpl, LexicoMetadataBuilder, LexicoTailMetadataBuilder)
+        check_pages(LexicoTailManager, LexicoTailSpec)
         self.vllm_config = get_current_vllm_config()
         refusals.refuse(
             refusals.layer_refusals(
@@ -62,6 +74,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
+        self.layer_index: int | None = None  # of the model; known once weights are loaded
         self._cache: LayerCache | None = None
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
@@ -74,14 +87,17 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         """
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        refusals.refuse(refusals.attention_class_refusals(type(layer), Attention, name))
         layer.attn_backend = layer.attn_backend.bound_to(self.setup)
+        allocation.check_backend_taken(layer, name, layer.attn_backend)
+        index = self._take_index(name, layers)
         layer.sliding_window = None  # one that binds was refused, and any makes vLLM give the layer a window's pages
         self.tail_name = add_tail_layer(name, layer, self.setup, layers)
         if not hasattr(layer, CODEBOOKS):
             layer.add_module(CODEBOOKS, LayerCodebooks())
         books = layer_books(
             self.setup,
-            extract_layer_index(name),
+            index,
             head_size=self.head_size,
             num_kv_heads=self.num_kv_heads,
             total_kv_heads=self.vllm_config.model_config.get_total_num_kv_heads(),
@@ -89,6 +105,14 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             dtype=act_dtype,
         )
         getattr(layer, CODEBOOKS).load(books)
+
+    def _take_index(self, name: str, layers: dict[str, Any]) -> int:
+        """Remember which of the model's layers this is; its dictionary is that of no other."""
+        impls = {other: getattr(layer, "impl", None) for other, layer in layers.items()}
+        taken = {one.layer_index: other for other, one in impls.items() if isinstance(one, LexicoImpl)}
+        self.layer_index = index = extract_layer_index(name)
+        allocation.check_layer_index(index, name, taken)
+        return index
 
     def forward(
         self,
@@ -204,12 +228,14 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
 
 def _code_pages(kv_cache: Tensor) -> Tensor:
     """Any block-compact view [pages, ...] of vLLM as bytes [pages, page bytes]."""
+    allocation.check_dense(kv_cache)
     num_pages, page_elements = kv_cache.shape[0], kv_cache[0].numel()
     return kv_cache.as_strided((num_pages, page_elements), (kv_cache.stride(0), 1)).view(torch.uint8)
 
 
 def _tail_pages(kv_cache: Tensor, layout: CodeLayout) -> Tensor:
     """The same pages as raw tokens [pages, Hk, R, 2, D]."""
+    allocation.check_dense(kv_cache)
     heads, tokens, head_dim = layout.num_kv_heads, layout.tail_tokens, layout.head_dim
     strides = (kv_cache.stride(0), tokens * 2 * head_dim, 2 * head_dim, head_dim, 1)
     return kv_cache.as_strided((kv_cache.shape[0], heads, tokens, 2, head_dim), strides)

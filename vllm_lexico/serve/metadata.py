@@ -27,6 +27,7 @@ from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_pages import LexicoTailSpec
+from vllm_lexico.serve.wiring import allocation
 
 TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
 # Layouts in which a page is one run of bytes. What is inside is ours.
@@ -104,6 +105,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.layout = self.setup.layout(
             kv_cache_spec.head_size, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, kv_cache_spec.dtype
         )
+        allocation.check_codes_group(kv_cache_spec, self.layout, vllm_config.cache_config.block_size)
         buffers = _StepBuffers(vllm_config, device)
         self.token_request = buffers.new(buffers.max_tokens, torch.int32)
         self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
@@ -158,10 +160,11 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        assert isinstance(kv_cache_spec, LexicoTailSpec), "the hybrid KV cache manager is off"
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        allocation.check_tail_group(kv_cache_spec, layer.get_kv_cache_spec(vllm_config))
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.spec = kv_cache_spec
-        self._handover = vllm_config.compilation_config.static_forward_context[layer_names[0]].handover
+        assert isinstance(kv_cache_spec, LexicoTailSpec)
+        self.spec, self._handover = kv_cache_spec, layer.handover
         buffers = _StepBuffers(vllm_config, device)
         self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
         self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)

@@ -12,6 +12,15 @@ SUPPORTED_BLOCK_SIZES = (64, 128, 256)
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
 OTHER_BACKEND = "choose another --attention-backend for this model"
+ATTENTION_CLASSES = {  # how the names of vLLM's other layers, and of the backends that they wrap, begin
+    "ChunkedLocalAttention": "local attention within chunks (as in Llama 4)",
+    "CrossAttention": "attention to an encoder's output",
+    "EncoderOnlyAttention": "attention in both directions",
+    "PrefillPrefixLMAttention": "attention in both directions over a prompt",
+    "RSWAAttention": "reference sliding-window attention",
+    "StaticSink": "attention to learned tokens before the first",
+    "WhisperCausalAttention": "attention with pooled blocks",
+}
 
 
 def engine_refusals(vllm_config: Any) -> list[str]:
@@ -122,6 +131,27 @@ def layer_refusals(
     if sinks is not None:
         reasons.append(f"learned attention sinks (as in gpt-oss) are not supported; {OTHER_BACKEND}")
     return reasons
+
+
+def attention_class_refusals(kind: type, served: type, layer_name: str = "") -> list[str]:
+    """Reasons that the class of an attention layer shows.
+
+    Only vLLM's `Attention` itself is served. Its subclasses attend, or keep their cache, in another way, and most wrap
+    the backend that they are given for it: what they add would be lost with our pages, in silence.
+
+    Args:
+        kind: class of the layer, or of the backend that the layer gives itself.
+        served: the only one that is served.
+        layer_name: where it is known.
+    """
+    if kind is served:
+        return []
+    called, what = kind.__name__, ""
+    for prefix, described in ATTENTION_CLASSES.items():
+        if called.startswith(prefix):
+            what = f", {described}"
+    where = f" of layer {layer_name}" if layer_name else ""
+    return [f"attention{where} is a {called}{what}, which is not supported, only plain Attention is; {OTHER_BACKEND}"]
 
 
 def as_sentence(reasons: list[str]) -> str:

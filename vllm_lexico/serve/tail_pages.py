@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_lexico import compat
 from vllm_lexico.serve import tail_hits
+from vllm_lexico.serve.wiring.pages import check_pages
 
 if TYPE_CHECKING:
     from lexico_kernels import CodeLayout
@@ -66,7 +67,10 @@ class LexicoTailSpec(SlidingWindowSpec):
 
         Every step under way reads the window before its chunk and leaves one after it, so `concurrent_batches` + 1
         windows; a chunk's tokens between them take no page. Short chunks and short sequences hold less.
+
+        vLLM asks this where it makes a manager, whichever it chooses; so that is tested here.
         """
+        check_pages(LexicoTailManager, LexicoTailSpec)
         windows = (self.concurrent_batches + 1) * (cdiv(self.retained_tokens, self.block_size) + 1)
         in_flight = cdiv(self.retained_tokens + max_in_flight_tokens, self.block_size) + 1
         return min(self.sink_blocks + min(windows, in_flight), cdiv(max_model_len, self.block_size))

@@ -6,10 +6,10 @@ request holds after each step, what a later request finds of it, and that every 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -29,18 +29,22 @@ def rehearse(manager: type, spec: Any) -> None:
     """Run a request of several chunks, one that continues from it, and one that meets a block under way.
 
     Args:
-        manager: what vLLM has to choose for the tail's spec, `LexicoTailManager`.
-        spec: a `LexicoTailSpec`; its sizes are replaced by small ones.
+        manager: what vLLM has to choose for the tail's pages, `LexicoTailManager`.
+        spec: the class of their cache spec, `LexicoTailSpec`.
 
     Raises:
         MismatchError: an outcome differs.
     """
-    sizes = {"block_size": TAIL_TOKENS, "sliding_window": WINDOW_TOKENS + 1, "page_size_padded": None}
-    ours = {"sink_blocks": 1, "window_hits": False, "concurrent_batches": 1, "extra_retained_tokens": 0}
-    tail = dataclasses.replace(spec, **sizes, **ours)
-    codes = FullAttentionSpec(
-        block_size=BLOCK_TOKENS, num_kv_heads=tail.num_kv_heads, head_size=tail.head_size, dtype=tail.dtype
+    shape = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
+    tail = spec(
+        **shape,
+        block_size=TAIL_TOKENS,
+        sliding_window=WINDOW_TOKENS + 1,
+        sink_blocks=1,
+        hit_margin_tokens=0,
+        concurrent_batches=1,
     )
+    codes = FullAttentionSpec(**shape, block_size=BLOCK_TOKENS)
     chosen = KVCacheSpecRegistry.get_manager_class(tail)
     _expect(chosen is manager, f"KVCacheSpecRegistry.get_manager_class gives {_name(chosen)} for the tail's pages")
     chosen = KVCacheSpecRegistry.get_manager_class(codes)
@@ -98,7 +102,10 @@ class _Rehearsal:
         """A request with the same prefix takes the sinks of the first, and all of its codes."""
         request = _request("hit", 700)
         blocks, hit = self._find(request)
-        _expect(hit == 640, f"a prefix of 640 cached tokens is a hit of {hit} (find_longest_cache_hit, cache_blocks)")
+        _expect(
+            hit == 640,
+            f"a prefix of 640 cached tokens is a hit of {hit} (find_longest_cache_hit, reachable_block_mask)",
+        )
         self._step(request, 60, (blocks, hit))
         taken = self._tail_table(request)[0].block_id
         _expect(taken == sink, "a hit does not bring its sinks (add_local_computed_blocks, reachable_block_mask)")
@@ -108,9 +115,9 @@ class _Rehearsal:
     def meet_a_block_under_way(self) -> None:
         """A block is no hit before it is computed, nor in a step that completes it and may code it last."""
         request, reader = _request("writer", 256, "other"), _request("reader", 300, "other")
-        self._step(request, 200)
+        self._step(request, 250)
         self._expect_hit(reader, 128, "cache_blocks makes tokens known that no step has computed")
-        self._step(request, 56)
+        self._step(request, 6)
         self._expect_hit(reader, 128, "cache_blocks or find_longest_cache_hit is not the tail's")
         self.manager.new_step_starts()
         self._expect_hit(reader, 256, "new_step_starts does not reach the tail's manager")
