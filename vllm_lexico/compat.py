@@ -71,7 +71,7 @@ ELSEWHERE = (
         "`find_longest_cache_hit` is a method of the manager",
     ),
     Workaround(
-        "vllm_lexico.evals.peers:mend_turboquant",
+        "vllm_lexico.evals.peers:fix_turboquant",
         "TurboQuant forgets what is cached of a request that goes on beside one that starts",
         f"{VLLM}/issues/46460",
         "pull request 46461, or what takes its place",
@@ -169,10 +169,14 @@ def vllm_version() -> str:
 
 def does_not_fit(what: str) -> ValueError:
     """The sentence that ends a start with a vLLM that LEXICO does not fit; `what` says why."""
-    return ValueError(
+    from vllm_lexico import last_word
+
+    sentence = (
         f"LEXICO does not fit vLLM {vllm_version()}: {what}. It was tested with vLLM {tested_vllm()}: install one of "
         "those, or choose another --attention-backend"
     )
+    last_word.say(sentence)
+    return ValueError(sentence)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ class LexicoBackend(AttentionBackend):
         return NAME
 
     @classmethod
+    @last_word.kept()
     def get_impl_cls(cls) -> type[LexicoImpl]:
         """What a layer attends with; a layer that changes the backend for its own kind of attention is refused here."""
         refusals.refuse(refusals.attention_class_refusals(cls, LexicoBackend.bound_to(cls.setup)))

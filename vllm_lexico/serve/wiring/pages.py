@@ -42,13 +42,14 @@ ROWS = (
     Wire(
         SlidingWindowManager,
         "get_num_blocks_to_allocate allocate_new_blocks add_local_computed_blocks pop_blocks_for_free "
-        "remove_skipped_blocks cache_blocks reachable_block_mask find_longest_cache_hit new_step_starts",
+        "remove_skipped_blocks cache_blocks reachable_block_mask find_longest_cache_hit new_step_starts "
+        "get_num_skipped_tokens",
         "sinks would be freed, the window kept whole, or pages read before they are coded",
         "LexicoTailManager",
     ),
     Wire(
         SlidingWindowManager,
-        "get_num_skipped_tokens req_to_blocks num_cached_block block_pool block_size kv_cache_spec "
+        "req_to_blocks num_cached_block block_pool block_size kv_cache_spec "
         "cache_hit_alignment_tokens max_admission_blocks_per_request new_block_ids _null_block "
         "_record_new_block_ids _get_num_evictable_blocks supports_fine_grained_hash_lookup",
         "the tail's manager would count pages wrongly",
@@ -58,6 +59,7 @@ ROWS = (
         "get_new_blocks free_blocks touch get_cached_block null_block hash_block_size",
         "pages would be lost or shared",
     ),
+    Wire(BlockPool, "take_events cache_partial_block", "KV events would tell of blocks that nothing can hit"),
     Wire(KVCacheBlock, "is_null ref_cnt block_id", "pages would be counted wrongly"),
     Wire(
         KVCacheSpecRegistry,
