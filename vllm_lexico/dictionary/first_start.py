@@ -67,8 +67,8 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
 
 def _train(model_name: str, out: Path) -> None:
     logger.info(
-        "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). Should vLLM give up "
-        "waiting for its engine, start again: finished rounds are kept. VLLM_ENGINE_READY_TIMEOUT_S has it wait longer",
+        "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). Where this is interrupted, "
+        "start again: finished rounds are kept",
         model_name,
     )
     started = time.monotonic()
