@@ -67,7 +67,7 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
 
 def _train(model_name: str, out: Path) -> None:
     logger.info(
-        "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). Where this is interrupted, "
+        "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). If interrupted, "
         "start again: finished rounds are kept",
         model_name,
     )
