@@ -285,9 +285,8 @@ def multiply_bins(
     TILE: tl.constexpr = TILES.ATOMS
     COLUMNS: tl.constexpr = TILES.COLUMNS
     AT_ONCE: tl.constexpr = TILES.SPLITS_AT_ONCE
-    chunk, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    H = tl.num_programs(1)
-    token, g, there = columns(block, T, HEADS, COLUMNS)
+    chunk, head, H = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    token, g, there = columns(tl.program_id(2), T, HEADS, COLUMNS)
     dims = tl.arange(0, D_PAD)
     row = token * H + head
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
