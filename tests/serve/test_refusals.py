@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from vllm_lexico.serve import refusals
+from vllm_lexico.serve import refusals, setup
 
 
 def an_engine(**changes):
@@ -184,3 +184,23 @@ def test_vllm_names_what_the_selector_hands_over():
         (config.KVTransferConfig, "kv_connector"),
     ]:
         assert name in {field.name for field in dataclasses.fields(owner)}, name
+
+
+@pytest.mark.parametrize(
+    ("codec", "device", "refused"), [("paper", "cuda", True), ("paper", "cpu", False), ("exact", "cuda", False)]
+)
+def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatch):
+    monkeypatch.setattr(setup, "current_platform", types.SimpleNamespace(device_type=device))
+    monkeypatch.setattr(setup, "_checked_dictionary", lambda *_: None)
+    monkeypatch.setattr(setup.ModelFingerprint, "of", lambda _: None)
+    engine = types.SimpleNamespace(
+        additional_config={"lexico": {"codec": codec}},
+        model_config=types.SimpleNamespace(hf_text_config=None, model="some/model"),
+        num_speculative_tokens=0,
+        max_concurrent_batches=1,
+    )
+    if refused:
+        with pytest.raises(ValueError, match=r"codec 'paper' has no kernels for a GPU.*choose codec 'packed16'"):
+            setup.LexicoSetup.of(engine)
+    else:
+        assert setup.LexicoSetup.of(engine).config.codec == codec
