@@ -21,7 +21,6 @@ from lexico_kernels.testing import (
 
 P = 32
 SIZES = [1, 63, P - 1, P, P + 1]
-CODECS = ["packed16", "paper", "exact"]
 # The interpreter has no bfloat16 products; the tests marked gpu use bfloat16.
 DTYPE = torch.float16
 POISON = float("nan")
