@@ -1,4 +1,4 @@
-"""The public operations: kernels in Triton or CUDA C++ on CUDA tensors, torch twins elsewhere.
+"""The public operations: kernels in Triton or CUDA C++ on CUDA tensors, torch twins elsewhere and for study codecs.
 
 Kernels are imported when a CUDA tensor first asks for them, so that machines without Triton can use the rest. What the
 arguments mean is said in `reference.py`, which has the same names and signatures.
@@ -9,16 +9,21 @@ from torch import Tensor, cuda
 from lexico_kernels import reference
 from lexico_kernels.device.launch import DECODE_SPLITS, FP8_CAPABILITY, FP8_MAX_SPARSITY, FP8_MIN_DIM, LAYERS
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import CodeLayout
+from lexico_kernels.memory.layout import KERNEL_CODECS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
 
 
 def with_fp8_atoms(book: Codebook, sparsity: int) -> Codebook:
-    """The same with a screen (`cache.Codebook`) where `omp_encode` on its device gains by one, else as it is."""
+    """The same with atoms in fp8 (see `Codebook`) where `omp_encode` on its device gains by them, else as it is."""
     device, fine = book.atoms.device, book.atoms.shape[2] >= FP8_MIN_DIM and sparsity <= FP8_MAX_SPARSITY
     capable = device.type == "cuda" and cuda.get_device_capability(device) >= FP8_CAPABILITY
     return book.with_fp8_atoms() if capable and fine else book
+
+
+def _has_kernels(cache: LayerCache) -> bool:
+    """Whether kernels code and read these pages."""
+    return cache.code_pages.is_cuda and cache.layout.codec in KERNEL_CODECS
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
@@ -35,31 +40,31 @@ def omp_encode(
     key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
 ) -> None:
     """Code tokens of this batch or of the tail into the code pages; see `reference.omp_encode`."""
-    if not key.is_cuda:
+    if not _has_kernels(cache):
         reference.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
         return
     from lexico_kernels.omp_encode import clusters, entry_order, tiles
 
-    encode = clusters.omp_encode if clusters.takes(key, value, cache) else tiles.omp_encode
+    encode = clusters.omp_encode if clusters.supports(key, value, cache) else tiles.omp_encode
     encode(key, value, cache, source, destination, relative_error=relative_error)
-    if entry_order.takes(cache):
+    if entry_order.supports(cache):
         entry_order.order_entries(cache, destination)
 
 
 def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
     """Code the same tokens of all layers' tails into their code pages; see `reference.omp_encode_layers`."""
-    if not source.is_cuda:
+    if not _has_kernels(layers.caches[0]):
         reference.omp_encode_layers(layers, source, destination, relative_error=relative_error)
         return
     from lexico_kernels.omp_encode import all_layers, clusters, entry_order
 
     # The count of tokens to code is known on the device only, so both kernels are launched and one returns at once.
     fewer = 0
-    if clusters.takes_layers(layers):
+    if clusters.supports_layers(layers):
         fewer = LAYERS.cluster_tokens
         clusters.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
     all_layers.omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
-    if entry_order.takes(layers.caches[0]):
+    if entry_order.supports(layers.caches[0]):
         entry_order.order_entries_layers(layers, destination)
 
 
@@ -74,7 +79,7 @@ def sparse_decode(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
-    if not query.is_cuda:
+    if not _has_kernels(cache):
         return reference.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
     from lexico_kernels.sparse_decode import lookup, portable
 
@@ -91,7 +96,7 @@ def reconstruct(
     out_value: Tensor,
 ) -> None:
     """Write tokens of any requests as dense K and V; see `reference.reconstruct`."""
-    if cache.code_pages.is_cuda:
+    if _has_kernels(cache):
         from lexico_kernels import reconstruct as kernel
 
         kernel.reconstruct(cache, tables, token_request, token_position, out_key, out_value)
@@ -107,6 +112,9 @@ def decode_scratch_bytes(layout: CodeLayout, num_tokens: int, num_heads: int, ma
         num_tokens: T.
         num_heads: Hq.
         max_tokens: what a row of the block table can hold.
+
+    Returns:
+        Bytes.
     """
     portable = 4 * num_tokens * num_heads * DECODE_SPLITS * (layout.head_dim + 1)
     return max(portable, scratch_bytes(layout, num_heads, num_tokens, max_tokens))

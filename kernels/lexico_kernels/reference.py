@@ -14,7 +14,7 @@ from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
 MIN_FRESH = 1e-2  # an atom this close to the span of those chosen (length of its remainder) is of no use
-MIN_RESIDUAL = 1e-5  # a residual this small beside its vector is rounding: nothing is left to code
+MIN_RESIDUAL = 1e-5  # a residual this small compared with its vector is rounding: nothing is left to code
 # fp8 e4m3 keeps its precision from 2^-6 up: the largest coefficient is stored as 256 to leave small ones room.
 FP8_PEAK = 256.0
 
@@ -43,7 +43,7 @@ def omp_encode(
         key, value: [T, Hk, D].
         cache: the layer's pages.
         source: int32 [M]; a row of key and value, or -1 - slot for the tail slot page * R + offset.
-        destination: int64 [M], page * P + offset of the code; below P (page 0 or negative) the entry is skipped.
+        destination: int64 [M], page * P + offset of the code; below P (page 0 or negative) the job is skipped.
         relative_error: OMP stops a vector when its residual's norm is at most this share of its own.
     """
     layout, P = cache.layout, cache.layout.block_tokens
@@ -70,7 +70,7 @@ def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *
     Args:
         layers: their pages.
         source: int32 [M]; -1 - slot for the tail slot page * R + offset.
-        destination: int64 [M], page * P + offset of the code; from the first entry below P on nothing is to be coded.
+        destination: int64 [M], page * P + offset of the code; from the first job below P on nothing is to be coded.
         relative_error: see `omp_encode`.
     """
     for cache in layers.caches:
@@ -99,7 +99,8 @@ def sparse_decode(
         scale: of the scores before softmax.
         out: [T, Hq, D] in the query's dtype, filled if given.
 
-    Returns out and lse, float32 [T, Hq]: natural log of the sum of exponentials of the scaled scores.
+    Returns:
+        out, and lse float32 [T, Hq]: natural log of the sum of exponentials of the scaled scores.
     """
     T, Hq, D = query.shape
     Hk = cache.layout.num_kv_heads
@@ -164,7 +165,7 @@ def history(cache: LayerCache, tables: RequestTables, request: int, positions: T
 
 
 def field_views(code_pages: Tensor, layout: CodeLayout, kv: str) -> list:
-    """The fields of a part's records as (Field, uint8 view [num_pages, Hk, P, width_bytes] of the pages)."""
+    """The fields of the records of K or V as (Field, uint8 view [num_pages, Hk, P, width_bytes] of the pages)."""
     base = code_pages.storage_offset() + layout.kv_offset_bytes(kv)
     pages, Hk, P = code_pages.shape[0], layout.num_kv_heads, layout.block_tokens
     return [
@@ -181,7 +182,7 @@ def field_views(code_pages: Tensor, layout: CodeLayout, kv: str) -> list:
 
 
 def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, kv: str, relative_error: float = 0.0) -> Tensor:
-    """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, part_bytes], centred and stretched first."""
+    """Vectors [M, Hk, D] of all heads -> records uint8 [M, Hk, vector_bytes], centred and stretched first."""
     if layout.codec == "exact":
         return vectors.contiguous().view(torch.uint8)
     centred, S = (vectors.float() - book.mean) / book.stretch, layout.sparsity(kv)
@@ -193,7 +194,7 @@ def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, kv: str, r
 
 
 def decode_heads(records: Tensor, book: Codebook, layout: CodeLayout, kv: str, dtype: torch.dtype) -> Tensor:
-    """Inverse of `encode_heads`: records uint8 [M, Hk, part_bytes] -> float32 [M, Hk, D]. dtype: of exact vectors."""
+    """Inverse of `encode_heads`: records uint8 [M, Hk, vector_bytes] -> float32 [M, Hk, D]. dtype: of exact vectors."""
     if layout.codec == "exact":
         return _as(records, dtype).float()
     heads = [
@@ -270,7 +271,8 @@ def quantize(indices: Tensor, coefficients: Tensor, scale: Tensor, levels: Tenso
         scale: bf16 [M, 1], as it will be stored: levels are picked against the rounded scale.
         levels: float32 [16], ascending.
 
-    Returns indices with those set to 0 that zero describes better, and int64 levels [M, S], 0 at index 0.
+    Returns:
+        indices with those set to 0 that zero describes better, and int64 levels [M, S], 0 at index 0.
     """
     ratio = coefficients / scale.float()
     nearest = torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
@@ -297,8 +299,9 @@ def pursue(
         levels: float32 [G, 16] to quantize as "packed16" does, or None for coefficients as they are.
         relative_error: as in `omp`.
 
-    Returns indices int32 [G, M, S], 0 where nothing was chosen; coefficients float32 [G, M, S], 0 there; and the
-    residual float32 [G, M, D], vector minus code, or 0 for vectors of no finite norm.
+    Returns:
+        indices int32 [G, M, S], 0 where nothing was chosen; coefficients float32 [G, M, S], 0 there; and the residual
+        float32 [G, M, D], vector minus code, or 0 for vectors of no finite norm.
     """
     pieces = []
     for group, (own, book) in enumerate(zip(vectors, atoms, strict=True)):
@@ -324,7 +327,8 @@ def omp(vectors: Tensor, atoms: Tensor, sparsity: int, relative_error: float = 0
         sparsity: S, passes.
         relative_error: stop at norm(residual) <= relative_error * norm(vector).
 
-    Returns indices int64 [M, S], 0 where nothing was chosen, and coefficients [M, S] as computed, 0 there.
+    Returns:
+        indices int64 [M, S], 0 where nothing was chosen, and coefficients [M, S] as computed, 0 there.
     """
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     atoms = atoms.to(dtype)

@@ -128,14 +128,14 @@ def raised_cache(cache: LayerCache) -> LayerCache:
 
 
 def fp8_cache(cache: LayerCache) -> LayerCache:
-    """The same pages with codebooks that have a screen."""
+    """The same pages with codebooks that have atoms in fp8."""
     return replace(cache, key=cache.key.with_fp8_atoms(), value=cache.value.with_fp8_atoms())
 
 
 def random_records(
     count: int, layout: CodeLayout, kv: str, atoms: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """Valid records of random vectors: uint8 [count, Hk, part_bytes]."""
+    """Valid records of random vectors: uint8 [count, Hk, vector_bytes]."""
     shape, S = (count, layout.num_kv_heads), layout.sparsity(kv)
     if layout.codec == "exact":
         return torch.randn(*shape, layout.head_dim, generator=generator).to(dtype).view(torch.uint8)
@@ -230,7 +230,7 @@ def fused_tokens(
 
 
 def records_at(cache: LayerCache, slots: Tensor, kv: str) -> Tensor:
-    """Records uint8 [M, Hk, part_bytes] at slots int64 [M]."""
+    """Records uint8 [M, Hk, vector_bytes] at slots int64 [M]."""
     pages, slots_in_page = slots // cache.layout.block_tokens, slots % cache.layout.block_tokens
     views = field_views(cache.code_pages, cache.layout, kv)
     return torch.cat([view[pages, :, slots_in_page] for _, view in views], -1)
@@ -278,10 +278,10 @@ def check_encode(
     relative_error: float = 0.0,
     with_fp8_atoms: bool = False,
 ) -> list[LayerCache]:
-    """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first. screened: codebooks.
+    """Code `count` tokens by the twin and by `encode`; returns both caches, the twin's first.
 
-    Some entries come from the tail, some are skipped. Energies must agree both ways; whatever no entry names must stay
-    poison.
+    Some vectors come from the tail, some jobs are skipped. Energies must agree both ways; what no job names must stay
+    poison. with_fp8_atoms: `encode` chooses by atoms in fp8.
     """
     P, pages = layout.block_tokens, 10
     caches = [poisoned_cache(layout, pages, atoms=atoms, dtype=dtype, device=device) for _ in range(2)]

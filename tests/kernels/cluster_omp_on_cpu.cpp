@@ -15,12 +15,12 @@ extern "C" void launch_cluster_omp(int x, int y, unsigned seed, const u16* key, 
   });
 }
 
-extern "C" void launch_cluster_omp_layers(int x, int y, unsigned seed, const i64* places, int dictionaries, int heads,
+extern "C" void launch_cluster_omp_layers(int x, int y, unsigned seed, const i64* addresses, int dictionaries, int heads,
                                           i64 tail_page_stride, i64 code_page_stride, const int* source,
                                           const i64* destination, int M, int most, float min_energy,
                                           float key_gain, float value_gain) {
   cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, CLUSTER, SHARED_BYTES, seed, [=] {
-    cluster_omp_layers(places, dictionaries, heads, tail_page_stride, code_page_stride, source, destination, M, most,
+    cluster_omp_layers(addresses, dictionaries, heads, tail_page_stride, code_page_stride, source, destination, M, most,
                        min_energy, key_gain, value_gain);
   });
 }

@@ -70,7 +70,7 @@ def kernel(device, monkeypatch, tmp_path_factory):
         pytest.skip("needs g++")
     folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(cluster, "_kernel", lambda name, device, *shape: OnCpu(folder, name, cluster.defines(*shape)))
+    monkeypatch.setattr(cluster, "_kernel", lambda name, device, *shape: OnCpu(folder, name, cluster.macros(*shape)))
 
 
 def layout(D=64, Hk=2, S=(5, 4), **kwargs):
@@ -79,7 +79,7 @@ def layout(D=64, Hk=2, S=(5, 4), **kwargs):
 
 def encode(key, value, cache, *entries, **more):
     """The kernel alone, made for such a cache."""
-    assert cluster.fits(key, value, cache)
+    assert cluster.supports_tensors(key, value, cache)
     cluster.omp_encode(key, value, cache, *entries, **more)
 
 
@@ -109,7 +109,7 @@ def test_gain(D, S, device):
 
 
 def test_several_tiles_and_clusters(device, monkeypatch):
-    """More tokens than a tile has, from several clusters, over more than one window of entries."""
+    """More tokens than a tile has, from several clusters, over more than one window of jobs."""
     monkeypatch.setattr(cluster, "CLUSTER_BLOCKS", 4)
     it = layout(64, 1, (2, 2))
     assert min(4 // 2, 70 // cluster.DEALT) == 2
@@ -218,7 +218,7 @@ def test_skips_everything(device):
     assert (cache.code_pages == 0xFF).all()
 
 
-def test_what_it_does_not_take(device):
+def test_what_it_does_not_support(device):
     """Then the Triton kernel codes: other codecs, precisions and head sizes, rows that 8 bytes do not divide."""
     for it, dtype in (
         (layout(codec="paper"), torch.float16),
@@ -226,30 +226,34 @@ def test_what_it_does_not_take(device):
         (layout(element_bytes=4), torch.float32),
     ):
         cache = poisoned_cache(it, 2, atoms=64, dtype=dtype, device=device)
-        assert not cluster.fits(*fused_tokens(2, it, dtype, device), cache)
+        assert not cluster.supports_tensors(*fused_tokens(2, it, dtype, device), cache)
     it = layout()
     cache = poisoned_cache(it, 2, atoms=64, dtype=torch.float16, device=device)
     key, value = fused_tokens(2, it, torch.float16, device)
-    assert cluster.fits(key, value, cache) and not cluster.fits(key.bfloat16(), value, cache)
+    assert cluster.supports_tensors(key, value, cache) and not cluster.supports_tensors(key.bfloat16(), value, cache)
     odd = torch.zeros(2, 2 * 64 + 1, device=device, dtype=torch.float16)[:, :128].view(2, 2, 64)
-    assert not cluster.fits(odd, value, cache)
+    assert not cluster.supports_tensors(odd, value, cache)
 
 
 @pytest.mark.parametrize(
     ("D", "S", "atoms", "half"),
     [
-        (128, 15, 4096, False),
-        (128, 7, 4096, True),
-        (128, 31, 4096, False),
-        (128, 1, 1024, False),
+        (128, 15, 4096, False),  # the default of a model in bfloat16
+        (128, 31, 4096, False),  # the least of a tile's vectors per block
         (64, 15, 1024, True),
-        (64, 31, 3000, False),
     ],
 )
 def test_compiles_for_an_h100(D, S, atoms, half, monkeypatch, tmp_path):
     """By the compiler that serving uses, which needs no GPU; and with shared memory that a block can have."""
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    macros = cluster.defines(CodeLayout(D, 8, S, S), (atoms, atoms), (atoms * D, 0), half)
-    assert macros["SHARED_BYTES"] <= 232448
+    macros = cluster.macros(CodeLayout(D, 8, S, S), (atoms, atoms), (atoms * D, 0), half)
     assert cluster.NAME.encode() in nvrtc.compile_source(nvrtc.source_text(cluster.FILES), "sm_90a", macros)
+
+
+@pytest.mark.parametrize("S", range(1, 32))
+def test_a_block_has_the_shared_memory(S):
+    """Of an H100; that the kernel counts the same, the compiler asserts."""
+    for D, atoms in ((128, 4096), (64, 3000), (128, 1024)):
+        macros = cluster.macros(CodeLayout(D, 8, S, S), (atoms, atoms), (atoms * D, 0), False)
+        assert macros["SHARED_BYTES"] <= 232448

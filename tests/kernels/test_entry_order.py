@@ -4,6 +4,8 @@ On a CPU `cuda_on_cpu.h` runs the kernel's source thread by thread.
 """
 
 import ctypes
+import functools
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,8 +25,35 @@ SETS = {  # of lanes that can meet in a bank, and how many atoms in a row do not
 }
 
 
+class OnCpu:
+    """Stands in for `nvrtc.Kernel`: the same source, compiled by g++."""
+
+    def __init__(self, folder, layout):
+        source = nvrtc.SOURCES / order.FILES[0]
+        flags = [f"-D{name}={value}" for name, value in sorted(order.macros(layout).items())]
+        flags += [f'-DSOURCE="{source}"', "-DHALF=0", "-std=c++17", "-O1", "-w"]
+        flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+        path = folder / f"{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:16]}.so"
+        subprocess.run(["g++", *flags, FOLDER / "entry_order_on_cpu.cpp", "-o", path], check=True)
+        self.library = ctypes.CDLL(str(path))
+
+    def launch(self, grid, threads, pages, addresses, stride, destination, count):
+        tensors = (pages, addresses, destination)
+        pages, addresses, destination = (
+            ctypes.c_void_p(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0) for tensor in tensors
+        )
+        self.library.launch(*grid, threads, pages, addresses, ctypes.c_longlong(stride), destination, count)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """The kernel for a layout, built once."""
+    folder = tmp_path_factory.mktemp("entry_order")
+    return functools.cache(lambda layout: OnCpu(folder, layout))
+
+
 @pytest.fixture
-def order_entries(device, monkeypatch, tmp_path):
+def order_entries(device, monkeypatch, on_cpu):
     """The kernel, on a CPU where there is no GPU."""
     if device == "cuda":
         if not nvrtc.available(0):
@@ -32,24 +61,7 @@ def order_entries(device, monkeypatch, tmp_path):
         return order.order_entries
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-
-    class OnCpu:
-        def __init__(self, layout):
-            flags = [f"-D{name}={value}" for name, value in order.defines(layout).items()]
-            flags += [f'-DSOURCE="{nvrtc.SOURCES / order.FILES[0]}"', "-DHALF=0", "-std=c++17", "-O2", "-w"]
-            flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-            path = tmp_path / f"{abs(hash(layout))}.so"
-            subprocess.run(["g++", *flags, FOLDER / "entry_order_on_cpu.cpp", "-o", path], check=True)
-            self.library = ctypes.CDLL(str(path))
-
-        def launch(self, grid, threads, pages, addresses, stride, destination, count):
-            tensors = (pages, addresses, destination)
-            pages, addresses, destination = (
-                ctypes.c_void_p(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else 0) for tensor in tensors
-            )
-            self.library.launch(*grid, threads, pages, addresses, ctypes.c_longlong(stride), destination, count)
-
-    monkeypatch.setattr(order, "_kernel", lambda device, layout: OnCpu(layout))
+    monkeypatch.setattr(order, "_kernel", lambda device, layout: on_cpu(layout))
     return order.order_entries
 
 
@@ -71,15 +83,15 @@ def entries(cache, slots, kv):
     return records_at(cache, slots, kv)[..., 2:].contiguous().view(torch.int16).int().cpu() & 0xFFFF
 
 
-def ordered(group, kv):
+def ordered(span, kv):
     """The rule, for one head's entries [32, S]: each to the free place where fewest before it are of its class."""
     sets, addresses = SETS[kv]
-    out, S = group.clone(), group.shape[1]
+    out, S = span.clone(), span.shape[1]
     for tokens in sets:
         counts = [[0] * addresses for _ in range(S)]
         for token in tokens:
             free = list(range(S))
-            for entry in group[token].tolist():
+            for entry in span[token].tolist():
                 kind = (entry >> 4) % addresses
                 best = min(free, key=lambda slot: (min(counts[slot][kind], 15), slot))
                 free.remove(best)
@@ -88,25 +100,25 @@ def ordered(group, kv):
     return out
 
 
-def waits(group, kv):
-    """Mean over places of how many lanes meet in the fullest bank, by the sets of SETS; same atoms of keys are one."""
+def delay(span, kv):
+    """Mean over positions of how many lanes meet in the fullest bank, by SETS; equal atoms of keys count as one."""
     sets, addresses = SETS[kv]
     total = 0
-    for place in range(group.shape[1]):
+    for at in range(span.shape[1]):
         fullest = []
         for tokens in sets:
-            atoms = (group[list(tokens), place] >> 4).tolist()
+            atoms = (span[list(tokens), at] >> 4).tolist()
             atoms = list(set(atoms)) if kv == "key" else atoms
             fullest.append(max(sum(atom % addresses == kind for atom in atoms) for kind in range(addresses)))
         total += sum(fullest) if kv == "key" else max(fullest)
-    return total / group.shape[1]
+    return total / span.shape[1]
 
 
 @pytest.mark.parametrize(("S", "P"), [((15, 15), 64), ((7, 31), 32), ((1, 2), 128)])
 def test_order(S, P, device, order_entries):
     it = CodeLayout(64, 2, *S, block_tokens=P)
     cache, before = filled(it, device), filled(it, device)
-    # Two groups end here; one token is skipped, one group has no end, and some are listed where no group is whole.
+    # Two spans end here; one token is skipped, one span has no end, and some are listed where no span is whole.
     slots = torch.cat((torch.arange(P, P + 32), torch.arange(3 * P - 32, 3 * P), torch.arange(3 * P, 3 * P + 20)))
     slots[3] = -1
     order_entries(cache, slots.to(device))
@@ -134,13 +146,13 @@ def test_all_layers_are_ordered_as_each_is(device, order_entries):
 
 
 def test_fewer_lanes_meet(device, order_entries):
-    """Random atoms, S = 15: places where 6.1 and 3.3 lanes met have 4.1 and 2.1."""
+    """Random atoms, S = 15: positions where 6.1 and 3.3 lanes met have 4.1 and 2.1."""
     it = CodeLayout(64, 2, 15, 15, block_tokens=64)
     cache = filled(it, device)
-    groups = torch.arange(64, 4 * 64, device=device).view(-1, 32)
-    old = {kv: sum(waits(entries(cache, at, kv)[:, 0], kv) for at in groups) / len(groups) for kv in KV}
-    order_entries(cache, groups.flatten())
-    new = {kv: sum(waits(entries(cache, at, kv)[:, 0], kv) for at in groups) / len(groups) for kv in KV}
+    spans = torch.arange(64, 4 * 64, device=device).view(-1, 32)
+    old = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv) for at in spans) / len(spans) for kv in KV}
+    order_entries(cache, spans.flatten())
+    new = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv) for at in spans) / len(spans) for kv in KV}
     assert old["key"] > 5.7 and new["key"] < 4.3 and old["value"] > 3.1 and new["value"] < 2.25
 
 
@@ -158,6 +170,8 @@ def test_equal_classes_overflow_nothing(device, order_entries):
     assert torch.equal(after.sort(-1).values, before.sort(-1).values)
 
 
-def test_what_fits():
-    assert order.fits(CodeLayout(64, 1, 5, 5)) and not order.fits(CodeLayout(64, 1, 5, 5, codec="paper"))
-    assert not order.fits(CodeLayout(64, 1, 5, 5, block_tokens=16))
+def test_what_is_supported():
+    assert order.supports_layout(CodeLayout(64, 1, 5, 5)) and not order.supports_layout(
+        CodeLayout(64, 1, 5, 5, codec="paper")
+    )
+    assert not order.supports_layout(CodeLayout(64, 1, 5, 5, block_tokens=16))

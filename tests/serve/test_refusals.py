@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from vllm_lexico.serve import refusals
+from vllm_lexico.serve import refusals, setup
 
 
 def an_engine(**changes):
@@ -211,3 +211,23 @@ def test_layer_by_its_class(kind, words):
     check(refusals.attention_class_refusals(of_kind(kind), served), [f"is a {kind}", words, "another --attention"])
     (named,) = refusals.attention_class_refusals(of_kind("Attention"), served, "model.layers.0.attn")
     assert "of layer model.layers.0.attn is a Attention" in named  # a namesake is not it
+
+
+@pytest.mark.parametrize(
+    ("codec", "device", "refused"), [("paper", "cuda", True), ("paper", "cpu", False), ("exact", "cuda", False)]
+)
+def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatch):
+    monkeypatch.setattr(setup, "current_platform", types.SimpleNamespace(device_type=device))
+    monkeypatch.setattr(setup, "_checked_dictionary", lambda *_: None)
+    monkeypatch.setattr(setup.ModelFingerprint, "of", lambda _: None)
+    engine = types.SimpleNamespace(
+        additional_config={"lexico": {"codec": codec}},
+        model_config=types.SimpleNamespace(hf_text_config=None, model="some/model"),
+        num_speculative_tokens=0,
+        max_concurrent_batches=1,
+    )
+    if refused:
+        with pytest.raises(ValueError, match=r"codec 'paper' has no kernels for a GPU.*choose codec 'packed16'"):
+            setup.LexicoSetup.of(engine)
+    else:
+        assert setup.LexicoSetup.of(engine).config.codec == codec

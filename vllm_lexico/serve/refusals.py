@@ -78,6 +78,14 @@ def model_refusals(vllm_config: Any) -> list[str]:
     return reasons
 
 
+def codec_on_gpu(codec: str) -> str:
+    """The reason where no kernel knows a codec, for engines that are not on a CPU."""
+    return (
+        f"codec {codec!r} has no kernels for a GPU, only 'packed16' has and, for tests, 'exact'; "
+        "choose codec 'packed16', or serve on a CPU"
+    )
+
+
 def selector_refusals(selected: dict[str, Any]) -> list[str]:
     """Reasons that follow from what vLLM's backend selector says about a layer.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from lexico_kernels import CodeLayout
-from lexico_kernels.memory.layout import SPAN_TOKENS
+from lexico_kernels.memory.layout import KERNEL_CODECS, SPAN_TOKENS
+from vllm.platforms import current_platform
 
 from vllm_lexico.config import TRAIN, LexicoConfig
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
@@ -43,6 +44,8 @@ class LexicoSetup:
             ValueError: a setting is not allowed, or no dictionary fits the model.
         """
         config = LexicoConfig.from_additional_config(vllm_config.additional_config)
+        if config.codec not in KERNEL_CODECS and current_platform.device_type != "cpu":
+            raise ValueError(refusals.codec_on_gpu(config.codec))
         path = None
         if config.codec != "exact":
             fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)

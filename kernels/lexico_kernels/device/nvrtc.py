@@ -127,6 +127,11 @@ def _code(value: Tensor | int | float) -> str:
     return "i" if isinstance(value, int) else "f"
 
 
+def float_bits(value: float) -> int:
+    """The bits of a float32, to be a macro: macros are integers."""
+    return struct.unpack("i", struct.pack("f", value))[0]
+
+
 @once
 def _layout(signature: str) -> tuple[struct.Struct, list[int]]:
     """How arguments of these letters lie in memory as a C compiler would align them, and where each starts."""

@@ -7,13 +7,11 @@ token of a tile, `slots` the tokens' offsets in their pages. KV is 0 for keys an
 import triton
 import triton.language as tl
 
-from lexico_kernels import reference
 from lexico_kernels.device import launch
 from lexico_kernels.memory import layout
 
 LEVEL_BITS = tl.constexpr(layout.LEVEL_BITS)
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
-FP8_PEAK = tl.constexpr(reference.FP8_PEAK)
 UNROLL = tl.constexpr(launch.GATHER_UNROLL)
 
 
@@ -42,17 +40,6 @@ def load_atoms(atoms_ptr, indices, D: tl.constexpr, D_PAD: tl.constexpr):
     dims = tl.arange(0, D_PAD)
     rows = atoms_ptr + indices[:, None] * D + dims[None, :]
     return tl.load(rows, mask=(dims < D)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def float_to_fp8(x):
-    """e4m3 bits of float32 |x| < 448, rounded to the nearest; works on devices without fp8 instructions."""
-    magnitude = tl.abs(x)
-    exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 127, -6)
-    steps = magnitude * ((130 - exponent) << 23).to(tl.float32, bitcast=True)  # in units of 2^(exponent - 3)
-    rounded = ((steps + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2^23 leaves no bits for a fraction
-    code = (exponent + 6) * 8 + rounded  # a carry out of the mantissa lands in the exponent by itself
-    return tl.where(x < 0, code | 0x80, code)
 
 
 @triton.jit

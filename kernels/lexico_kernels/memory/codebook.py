@@ -13,7 +13,7 @@ FP8_ATOM_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Codebook:
-    """Decodes one part (K or V) of one layer: vector = mean + stretch * sum of coefficients times atoms.
+    """Decodes K or V of one layer: vector = mean + stretch * sum of coefficients times atoms.
 
     Attributes:
         atoms: [H, N, D], model dtype or float32, N <= 4096: unit rows; row 0 is the null atom, zeros. H is Hk, or 1 for
@@ -22,11 +22,14 @@ class Codebook:
         mean: [Hk, D] float32, taken off a head's vectors before they are coded.
         stretch: [Hk, D] float32, above 0: what a centred vector is divided by, number by number, before it is coded.
             Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
-        fp8_atoms: [H, N, D] e4m3, SCREEN_SCALE times the atoms, which coding then chooses atoms by (it solves for their
-            coefficients with the atoms themselves); or None, and it chooses by the atoms. See `with_fp8_atoms`.
+        fp8_atoms: [H, N, D] e4m3, FP8_ATOM_SCALE times the atoms, by which coding then chooses atoms (it solves for
+            their coefficients with the atoms themselves); or None, and it chooses by the atoms. See `with_fp8_atoms`.
         gain: a pursuit's code is shorter than its vector, along which it keeps the share 1 - lost of the energy. Coding
             makes the scale (1 - lost) ** -gain times as large: 0 keeps the nearest code, 1/2 the vector's length, 1 its
             inner product with itself. Decoding knows nothing of it.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a gain out of range.
     """
 
     atoms: Tensor
@@ -52,7 +55,7 @@ class Codebook:
             if rows.ndim != 2 or rows.shape[1] != self.atoms.shape[2] or not rows.is_contiguous():
                 raise ValueError(
                     f"{name} has shape {list(rows.shape)}; allowed: contiguous [Hk, {self.atoms.shape[2]}]; "
-                    "give one row a KV head of this rank"
+                    "give one row per KV head of this rank"
                 )
         fp8 = self.fp8_atoms
         if fp8 is not None and (fp8.shape != self.atoms.shape or not fp8.is_contiguous()):
@@ -64,17 +67,17 @@ class Codebook:
             raise ValueError(f"gain is {self.gain}; allowed: 0 to 1; 0 leaves codes as the pursuit finds them")
         if self.stretch.shape != self.mean.shape:
             raise ValueError(
-                f"stretch of {self.stretch.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many; "
+                f"stretch of {self.stretch.shape[0]} heads with means of {self.mean.shape[0]}; allowed: as many; "
                 "slice both to the heads of this rank"
             )
         if self.atoms.shape[0] not in (1, self.mean.shape[0]):
             raise ValueError(
-                f"atoms of {self.atoms.shape[0]} heads beside means of {self.mean.shape[0]}; allowed: as many, or one "
+                f"atoms of {self.atoms.shape[0]} heads with means of {self.mean.shape[0]}; allowed: as many, or one "
                 "that all heads share; slice both to the heads of this rank"
             )
 
     def with_fp8_atoms(self) -> "Codebook":
-        """The same with a screen, for GPUs that multiply e4m3 (`launch.FP8_CAPABILITY`)."""
+        """The same with atoms in fp8, for GPUs that multiply e4m3 (`launch.FP8_CAPABILITY`)."""
         return replace(self, fp8_atoms=(self.atoms.float() * FP8_ATOM_SCALE).to(torch.float8_e4m3fn))
 
     @property

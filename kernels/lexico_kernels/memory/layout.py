@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 CODECS = ("packed16", "paper", "exact")
+KERNEL_CODECS = ("packed16", "exact")  # that kernels on CUDA know; the other is for studies with the twins
 KV = ("key", "value")
 MAX_ATOMS = 4096
 MAX_SPARSITY = 31
 NUM_LEVELS = 16
 LEVEL_BITS = 4
-# Tokens coded at a time: aligned groups of this many, so that in decode a launch has enough vectors to fill the device
-# while no step has to code a whole block. Divides every block size. A group's records are ordered together.
+# Tokens coded at a time: aligned spans of this many, so that in decode a launch has enough vectors to fill the device
+# while no step has to code a whole block. Divides every block size. A span's records are ordered together.
 SPAN_TOKENS = 32
 
 # A code's scale is raised as if it lost this share of its vector's energy at most: worse codes say little.
@@ -37,15 +38,15 @@ FP8_BYTES = 1  # paper
 
 
 class Field(NamedTuple):
-    """One array of a part's records within a page: token t's bytes are [offset + t * stride, ... + width)."""
+    """One array of the records of K or V within a page: token t's bytes are [offset + t * stride, ... + width)."""
 
-    offset_bytes: int  # from the start of the part's records of a head
+    offset_bytes: int  # from the start of these records of a head
     stride_bytes: int  # from one token to the next
     width_bytes: int
 
 
 class RecordAddress(NamedTuple):
-    """Plain numbers that a kernel needs to find one part's records; all offsets count from the start of a head."""
+    """Plain numbers that a kernel needs to find records of K or V; all offsets count from the start of a head."""
 
     sparsity: int
     scale_offset: int
@@ -63,13 +64,14 @@ class CodeLayout:
     Attributes:
         head_dim: D, numbers in a K or V vector; a multiple of 16 from 16 to 256.
         num_kv_heads: Hk, KV heads of this rank.
-        key_sparsity: S of keys, atoms a vector, 1 to 31. "exact" ignores both sparsities.
+        key_sparsity: S of keys, atoms per vector, 1 to 31. "exact" ignores both sparsities.
         value_sparsity: S of values.
         codec: "packed16", "paper" or "exact".
-        block_tokens: P, tokens a code page; a power of two, at least 16.
+        block_tokens: P, tokens per code page; a power of two, at least 16.
         element_bytes: of a number in the model's dtype: 2, or 4 for float32.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: anything else.
     """
 
     head_dim: int
@@ -94,7 +96,7 @@ class CodeLayout:
             sparsity = getattr(self, f"{kv}_sparsity")
             if self.codec != "exact" and not 1 <= sparsity <= MAX_SPARSITY:
                 raise ValueError(
-                    f"{kv}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes a vector of 128 in 32 bytes"
+                    f"{kv}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes 128 numbers in 32 bytes"
                 )
         if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
@@ -106,12 +108,12 @@ class CodeLayout:
             )
         if self.tail_tokens < 1:
             raise ValueError(
-                f"a page of {self.page_bytes} bytes cannot hold one raw token of {self.raw_token_bytes} bytes a head; "
-                "allowed: pages that hold at least one; raise the sparsity or block_tokens"
+                f"a page of {self.page_bytes} bytes cannot hold one raw token of {self.raw_token_bytes} bytes per "
+                "head; allowed: pages that hold at least one; raise the sparsity or block_tokens"
             )
 
     def sparsity(self, kv: str) -> int:
-        """Atoms a vector of "key" or "value"; 0 for "exact"."""
+        """Atoms per vector of "key" or "value"; 0 for "exact"."""
         if self.codec == "exact":
             return 0
         return self.key_sparsity if kv == "key" else self.value_sparsity
@@ -121,7 +123,7 @@ class CodeLayout:
         return sum(field.width_bytes for field in self.fields(kv).values())
 
     def fields(self, kv: str) -> dict[str, Field]:
-        """The arrays that make up a part's records, by name, in the order in which a record lists them."""
+        """The arrays that make up the records of K or V, by name, in the order in which a record lists them."""
         S, P = self.sparsity(kv), self.block_tokens
         if self.codec == "exact":
             width = self.head_dim * self.element_bytes
@@ -140,7 +142,7 @@ class CodeLayout:
         }
 
     def kv_offset_bytes(self, kv: str) -> int:
-        """Where a part's records start within a head."""
+        """Where the records of "key" or "value" start within a head."""
         return 0 if kv == "key" else self.block_tokens * self.key_bytes
 
     def address(self, kv: str) -> RecordAddress:
@@ -173,7 +175,7 @@ class CodeLayout:
 
     @property
     def cell_bytes(self) -> int:
-        """What a page has for a token of a head: its codes, rounded up to whole numbers of the model's dtype.
+        """Bytes that a page has for one token of a head: its codes, rounded up to whole numbers of the model's dtype.
 
         An engine that views pages in that dtype needs it. What the rounding adds lies at the end of the page.
         """

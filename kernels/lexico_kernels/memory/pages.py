@@ -20,6 +20,9 @@ class LayerCache:
             storage with code_pages. K is at index 0 of the fourth axis, V at 1.
         key, value: the codebooks.
         layout: sizes and offsets of both.
+
+    Raises:
+        ValueError: pages that are not as the layout says.
     """
 
     code_pages: Tensor
@@ -62,7 +65,7 @@ class LayerStack:
 
     Attributes:
         caches: of the layers, at least one.
-        places: int64 [L, 10] on their device, the addresses of each layer's tensors in the order of COLUMNS.
+        addresses: int64 [L, 10] on their device, of each layer's tensors in the order of COLUMNS.
     """
 
     caches: tuple[LayerCache, ...]
@@ -80,9 +83,20 @@ class LayerStack:
         if len({_kind(cache) for cache in caches}) != 1:
             return None
         addresses = [[_at(cache, column).data_ptr() for column in cls.COLUMNS] for cache in caches]
-        if any(place % 16 for row in addresses for place in row):
+        if any(address % 16 for row in addresses for address in row):
             return None
         return cls(tuple(caches), tensor(addresses, dtype=int64, device=caches[0].code_pages.device))
+
+    @classmethod
+    def column(cls, name: str) -> int:
+        """The column of `addresses` with a tensor's addresses."""
+        return cls.COLUMNS.index(name)
+
+    @classmethod
+    def macros(cls) -> dict[str, int]:
+        """Columns for CUDA C++: COLUMNS, how many, and as TAIL_PAGES_COLUMN, KEY_ATOMS_COLUMN, ... where."""
+        names = {f"{name.upper().replace('.', '_')}_COLUMN": at for at, name in enumerate(cls.COLUMNS)}
+        return {"COLUMNS": len(cls.COLUMNS)} | names
 
 
 def _at(cache: LayerCache, column: str) -> Tensor:

@@ -1,124 +1,119 @@
-"""omp_encode of all layers in one launch: a step of decode codes few tokens, so few that a layer's would not fill the
-device. `omp.py` has the parts; what varies with the layer comes from a table of addresses.
+"""omp_encode of all layers in one launch, in Triton: a step of decode codes few tokens, so few that one layer's would
+not fill the device. `tiles.py` codes a tile; what varies with the layer comes from a table of addresses.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty, float32, int32
+from torch import Tensor
 
 from lexico_kernels import reference
+from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes
 from lexico_kernels.device.launch import LAYERS, fitting_atoms
+from lexico_kernels.memory.layout import KV
 from lexico_kernels.memory.pages import LayerStack
-from lexico_kernels.omp_encode import tiles as omp
-from lexico_kernels.omp_encode.pursuit import value_bits_for
-from lexico_kernels.omp_encode.tiles import _encode_part, _entries
+from lexico_kernels.omp_encode import tiles
+from lexico_kernels.omp_encode.pursuit import Code, value_bits_for
+from lexico_kernels.omp_encode.tiles import EncodeBook, Jobs, encode_tile, load_jobs
 
-COLUMNS = tl.constexpr(len(LayerStack.COLUMNS))
+
+class StackColumns(NamedTuple):
+    """Compile-time constants: where in a row of `LayerStack.addresses` which tensor's address is."""
+
+    COUNT: int
+    TAIL: int
+    CODES: int
+    BOOKS: tuple[Book, ...]  # columns in place of tensors
+
+
+COLUMNS = StackColumns(
+    len(LayerStack.COLUMNS),
+    LayerStack.column("tail_pages"),
+    LayerStack.column("code_pages"),
+    tuple(Book(*(LayerStack.column(f"{kv}.{name}") for name in Book._fields)) for kv in KV),  # type: ignore[arg-type]
+)
 
 
 @triton.jit
-def _place(first_ptr, addresses_ptr, layer, column):
-    """A layer's tensor of a column of the table, given the first layer's, from which it is a multiple of 16 bytes away.
+def _of_layer(first_ptr, addresses_ptr, row, COLUMN: tl.constexpr):
+    """A layer's tensor, given the first layer's, from which it is a multiple of 16 bytes away; `row` is its addresses'.
 
     Not the address as it is in the table: the compiler must see that it is aligned, to copy 16 bytes at once.
     """
-    away = tl.load(addresses_ptr + layer * COLUMNS + column) - tl.load(addresses_ptr + column)
+    away = tl.load(addresses_ptr + row + COLUMN) - tl.load(addresses_ptr + COLUMN)
     element_bytes: tl.constexpr = first_ptr.dtype.element_ty.primitive_bitwidth // 8
     return first_ptr + tl.multiple_of(away // element_bytes, 16 // element_bytes)
 
 
 @triton.jit
+def _book_of_layer(book, addresses_ptr, row, KV: tl.constexpr, COLUMNS: tl.constexpr):
+    """A layer's `EncodeBook`, given the first layer's. Few vectors gain nothing by atoms in fp8."""
+    ATOMS: tl.constexpr = COLUMNS.BOOKS[KV].atoms
+    LEVELS: tl.constexpr = COLUMNS.BOOKS[KV].levels
+    MEAN: tl.constexpr = COLUMNS.BOOKS[KV].mean
+    STRETCH: tl.constexpr = COLUMNS.BOOKS[KV].stretch
+    atoms = _of_layer(book.atoms, addresses_ptr, row, ATOMS)
+    levels = _of_layer(book.levels, addresses_ptr, row, LEVELS)
+    mean = _of_layer(book.mean, addresses_ptr, row, MEAN)
+    stretch = _of_layer(book.stretch, addresses_ptr, row, STRETCH)
+    return EncodeBook(atoms, levels, mean, stretch, atoms, book.gain)
+
+
+@triton.jit
 def _omp_encode_layers(
     addresses_ptr,
-    tail_ptr,
-    code_ptr,
-    key_atoms_ptr,
-    key_levels_ptr,
-    key_mean_ptr,
-    key_stretch_ptr,
-    value_atoms_ptr,
-    value_levels_ptr,
-    value_mean_ptr,
-    value_stretch_ptr,
-    tail_page_stride,
-    code_page_stride,
-    source_ptr,
-    destination_ptr,
-    chosen_ptr,
-    coefficient_ptr,
-    M,
+    tail,
+    codes,
+    books,
+    jobs,
+    scratch,
     fewer,
     min_energy,
     value_bits,
-    key_gain,
-    value_gain,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    HEAD_BYTES: tl.constexpr,
-    CODEC: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    KEY_N: tl.constexpr,
-    VALUE_N: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
     HK: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZES: tl.constexpr,
     S_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Some tiles of one layer's and head's K or V, until one has nothing to be coded; pointers are the first layer's.
 
-    Codes nothing where the list has no entry number `fewer` to be coded: then `cluster.py` does.
+    Codes nothing where the list has no job number `fewer` to be coded: then `clusters.py` does.
     """
-    if tl.load(destination_ptr + fewer) < P:
+    P: tl.constexpr = SIZES.P
+    TAIL: tl.constexpr = COLUMNS.TAIL
+    CODES: tl.constexpr = COLUMNS.CODES
+    if tl.load(jobs.destination + fewer) < P:
         return
-    layer, head, part = tl.program_id(1) // (2 * HK), tl.program_id(1) % (2 * HK) // 2, tl.program_id(1) % 2
-    rows = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-    chosen_rows, coefficient_rows = chosen_ptr + rows * S_PAD, coefficient_ptr + rows * S_PAD
-    tail_ptr = _place(tail_ptr, addresses_ptr, layer, 0)
-    code_ptr = _place(code_ptr, addresses_ptr, layer, 1)
+    layer, head, own_kv = tl.program_id(1) // (2 * HK), tl.program_id(1) % (2 * HK) // 2, tl.program_id(1) % 2
+    row = ((tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE + tl.arange(0, TILE)) * S_PAD
+    own = Code(scratch.atoms + row, scratch.coefficients + row)
+    addresses = layer * COLUMNS.COUNT
+    own_tail = Pages(_of_layer(tail.data, addresses_ptr, addresses, TAIL), tail.stride)
+    own_codes = Pages(_of_layer(codes.data, addresses_ptr, addresses, CODES), codes.stride)
     start = tl.program_id(0) * TILE
-    while start < M:
-        source, destination, coded = _entries(start + tl.arange(0, TILE), M, source_ptr, destination_ptr, P)
+    while start < jobs.count:
+        source, destination, coded = load_jobs(jobs, start + tl.arange(0, TILE), P)
         start += tl.num_programs(0) * TILE
         if tl.max(coded.to(tl.int32), 0) == 0:
-            start = M
-        elif part == 0:
-            _encode_part(
-                tail_ptr, 0, 0, tail_ptr, tail_page_stride,
-                _place(key_atoms_ptr, addresses_ptr, layer, 2) + head * KEY_STRIDE,
-                _place(key_levels_ptr, addresses_ptr, layer, 3),
-                _place(key_mean_ptr, addresses_ptr, layer, 4),
-                _place(key_stretch_ptr, addresses_ptr, layer, 5),
-                # Few vectors gain nothing by a screen: they are chosen by the atoms.
-                _place(key_atoms_ptr, addresses_ptr, layer, 2) + head * KEY_STRIDE,
-                code_ptr, code_page_stride,
-                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, key_gain,
-                0, KEY, HEAD_BYTES, CODEC, P, R, KEY_N, D, D_PAD, S_PAD, CHUNK,
-            )  # fmt: skip
+            start = jobs.count
         else:
-            _encode_part(
-                tail_ptr, 0, 0, tail_ptr, tail_page_stride,
-                _place(value_atoms_ptr, addresses_ptr, layer, 6) + head * VALUE_STRIDE,
-                _place(value_levels_ptr, addresses_ptr, layer, 7),
-                _place(value_mean_ptr, addresses_ptr, layer, 8),
-                _place(value_stretch_ptr, addresses_ptr, layer, 9),
-                # Few vectors gain nothing by a screen: they are chosen by the atoms.
-                _place(value_atoms_ptr, addresses_ptr, layer, 6) + head * VALUE_STRIDE,
-                code_ptr, code_page_stride,
-                source, destination, head, coded, chosen_rows, coefficient_rows, min_energy, value_bits, value_gain,
-                1, VALUE, HEAD_BYTES, CODEC, P, R, VALUE_N, D, D_PAD, S_PAD, CHUNK,
-            )  # fmt: skip
+            for kv in tl.static_range(2):
+                if own_kv == kv:
+                    encode_tile(
+                        Rows(own_tail.data, 0, 0), own_tail, own_codes,
+                        _book_of_layer(books[kv], addresses_ptr, addresses, kv, COLUMNS),
+                        own, source, destination, coded, head, min_energy, value_bits, kv, SIZES, S_PAD, CHUNK,
+                    )  # fmt: skip
         tl.debug_barrier()  # the next tile takes the same scratch
 
 
 def omp_encode_layers(
     layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0, fewer: int = 0
 ) -> None:
-    """Triton version of `reference.omp_encode_layers`. fewer: entries that are left to another launch."""
+    """Triton version of `reference.omp_encode_layers`. fewer: jobs that are left to another launch."""
     cache, M = layers.caches[0], source.shape[0]
     layout = cache.layout
     if fewer >= M:
@@ -126,45 +121,25 @@ def omp_encode_layers(
     if layout.codec == "exact":
         for each in layers.caches:
             nothing = each.tail_pages.new_empty(0, layout.num_kv_heads, layout.head_dim)
-            omp.omp_encode(nothing, nothing, each, source, destination)
+            tiles.omp_encode(nothing, nothing, each, source, destination)
         return
-    Hk, D_PAD = layout.num_kv_heads, triton.next_power_of_2(layout.head_dim)
-    S_PAD = triton.next_power_of_2(max(layout.key_sparsity, layout.value_sparsity))
+    Hk, SIZES, S_PAD = layout.num_kv_heads, Sizes.of(cache), tiles.padded_sparsity(cache)
     grid = (min(LAYERS.tiles, triton.cdiv(M, LAYERS.tile)), 2 * Hk * len(layers.caches))
-    scratch = [empty(grid[0] * grid[1] * LAYERS.tile * S_PAD, dtype=dtype, device=source.device)
-               for dtype in (int32, float32)]  # fmt: skip
     _omp_encode_layers[grid](
         layers.addresses,
-        cache.tail_pages,
-        cache.code_pages,
-        *cache.key.tensors,
-        *cache.value.tensors,
-        cache.tail_pages.stride(0),
-        cache.code_pages.stride(0),
-        source,
-        destination,
-        *scratch,
-        M,
+        Pages.tail(cache),
+        Pages.codes(cache),
+        (EncodeBook.by_atoms(cache.key), EncodeBook.by_atoms(cache.value)),
+        Jobs(source, destination, M),
+        tiles.scratch_for(grid[0] * grid[1] * LAYERS.tile * S_PAD, source),
         fewer,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         value_bits_for(max(cache.key.num_atoms, cache.value.num_atoms)),
-        cache.key.gain,
-        cache.value.gain,
-        KEY=layout.address("key"),
-        VALUE=layout.address("value"),
-        HEAD_BYTES=layout.head_bytes,
-        CODEC=layout.codec,
-        P=layout.block_tokens,
-        R=layout.tail_tokens,
-        KEY_N=cache.key.num_atoms,
-        VALUE_N=cache.value.num_atoms,
-        KEY_STRIDE=cache.key.head_stride,
-        VALUE_STRIDE=cache.value.head_stride,
         HK=Hk,
-        D=layout.head_dim,
-        D_PAD=D_PAD,
+        COLUMNS=COLUMNS,
+        SIZES=SIZES,
         S_PAD=S_PAD,
-        CHUNK=fitting_atoms(LAYERS.atoms, D_PAD, cache.key.atoms.element_size()),
+        CHUNK=fitting_atoms(LAYERS.atoms, SIZES.D_PAD, cache.key.atoms.element_size()),
         TILE=LAYERS.tile,
         num_warps=LAYERS.num_warps,
         num_stages=LAYERS.num_stages,

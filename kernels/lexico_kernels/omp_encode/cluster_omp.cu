@@ -12,33 +12,34 @@
 // Coordinate descent runs on inner products of the chosen atoms, held in shared memory: lane j has atom j's correlation
 // with the residual, and a visit costs a shuffle and a multiply-add. It visits what `pursuit.py`'s does.
 //
-// Macros: D, HALF (1: float16, 0: bfloat16), CLUSTER, OWNED (vectors of a tile that a block solves), MAX_S, P, R,
-// HEAD_BYTES, SHARED_BYTES, and of both parts KEY_ and VALUE_: SPARSITY, ATOMS, STRIDE (from head to head), SCALE_OFFSET,
-// SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE (see layout.PartAddress).
+// Macros, from `clusters.macros`: D, HALF (1: float16, 0: bfloat16), CLUSTER, OWNED (vectors of a tile that a block
+// solves), MAX_S, P, R, HEAD_BYTES, SHARED_BYTES; WARPS, BLOCK_ATOMS, WINDOW (jobs looked through at a time), UNIT (vectors
+// that are correlated at a time), DEALT; MAX_ATOMS, NUM_LEVELS, LEVEL_BITS, and as bits of floats MOST_LOST_BITS and
+// BF16_MAX_BITS; columns of addresses (LayerStack.macros); and of keys and values, KEY_ and VALUE_: SPARSITY, ATOMS, STRIDE
+// (from head to head), SCALE_OFFSET, SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE (layout.RecordAddress).
 
 constexpr u32 EVERY_LANE = 0xFFFFFFFFu;
-constexpr int WARPS = 16, THREADS = 32 * WARPS;
-constexpr int WARP_ATOMS = 32, BLOCK_ATOMS = WARPS * WARP_ATOMS;
+constexpr int THREADS = 32 * WARPS, WARP_ATOMS = BLOCK_ATOMS / WARPS, ROUNDS = WINDOW / THREADS;
+static_assert(WARP_ATOMS == 32 && UNIT == 32, "a warp correlates two sixteens of atoms with four eights of vectors");
+static_assert(ROUNDS * WARPS == 64, "list_jobs adds two counts per lane");
 constexpr int TILE = CLUSTER * OWNED;         // vectors
 constexpr int CHUNKS = D / 32;                // of a row; of each chunk a lane has 8 neighbours, 16 bytes
 constexpr int LANE_WORDS = D / 64;            // of a row dealt out to 32 lanes in order; two numbers a word
 constexpr int ROW_BYTES = 2 * D;
 constexpr int PITCH = MAX_S <= 16 ? 17 : 33;  // of inner products; odd, so that columns meet no bank twice
 constexpr int STEPS_PADDED = MAX_S <= 16 ? 16 : 32;
-constexpr int UNIT = 32, UNITS = (TILE + UNIT - 1) / UNIT;  // of vectors that are correlated at a time
+constexpr int UNITS = (TILE + UNIT - 1) / UNIT;
 constexpr u32 BESTS_BYTES = CLUSTER * WARPS * 4;  // of one vector
-constexpr int WINDOW = 4 * THREADS;           // entries that are looked through at a time
-constexpr float MOST_LOST = 0.7f, BF16_MAX = 3.3895313892515355e38f;  // as in layout.py
-// A float that is not negative orders like an integer, and its low bits can hold an atom's number (N <= 4096).
-constexpr u32 INDEX_BITS = 0xFFF, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
+// A float that is not negative orders like an integer, and its low bits can hold an atom's number.
+constexpr u32 INDEX_BITS = MAX_ATOMS - 1, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
 
-struct Part {
+struct Kv {
   int sparsity, atoms, stride, scale_offset, scale_stride, index_offset, index_stride;
 };
-constexpr Part KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_STRIDE, KEY_SCALE_OFFSET,
-                      KEY_SCALE_STRIDE, KEY_INDEX_OFFSET, KEY_INDEX_STRIDE};
-constexpr Part VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_STRIDE, VALUE_SCALE_OFFSET,
-                        VALUE_SCALE_STRIDE, VALUE_INDEX_OFFSET, VALUE_INDEX_STRIDE};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_STRIDE, KEY_SCALE_OFFSET,
+                    KEY_SCALE_STRIDE, KEY_INDEX_OFFSET, KEY_INDEX_STRIDE};
+constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_STRIDE, VALUE_SCALE_OFFSET,
+                      VALUE_SCALE_STRIDE, VALUE_INDEX_OFFSET, VALUE_INDEX_STRIDE};
 
 struct alignas(16) Shared {
   u8 residuals[TILE * ROW_BYTES];              // of the whole tile, in the dictionary's precision
@@ -51,10 +52,10 @@ struct alignas(16) Shared {
   int chosen[OWNED][32];
   float norm[OWNED], energy[OWNED];            // of the vector, of its residual at unit length
   u64 residuals_here[UNITS], bests_here[OWNED];  // arrivals of a unit's residuals, of a vector's bests
-  int counts[4 * WARPS];
-  u16 list[WINDOW];                            // entries of the window to be coded here
+  int counts[ROUNDS * WARPS];
+  u16 list[WINDOW];                            // jobs of the window to be done here
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "cluster.py counts other bytes of shared memory");
+static_assert(sizeof(Shared) == SHARED_BYTES, "clusters.py counts other bytes of shared memory");
 
 // Where a byte of a row lies. Two rows that are read at once lie in other halves of the banks.
 __device__ __forceinline__ int row_at(int row, int byte) { return row * ROW_BYTES + (byte ^ ((row & 1) << 6)); }
@@ -373,9 +374,9 @@ __device__ __forceinline__ void pursue(Shared& s, const Atoms& own, const u16* a
   int solved = 0, owned = warp;      // passes; the vector to be solved next
   const bool owner = owned * CLUSTER + rank < count;
   while (step < sparsity || (owner && solved < sparsity)) {
-    const int place = 16 + owned / WARPS;
-    if (owner && solved < sparsity && arrived(&s.bests_here[owned], parity >> place & 1)) {
-      parity ^= 1u << place;
+    const int bit = 16 + owned / WARPS;
+    if (owner && solved < sparsity && arrived(&s.bests_here[owned], parity >> bit & 1)) {
+      parity ^= 1u << bit;
       solve(s, atoms, owned, owned * CLUSTER + rank, solved, sparsity, min_energy);
       owned += WARPS;
       if (owned * CLUSTER + rank >= count) owned = warp, ++solved;
@@ -389,30 +390,30 @@ __device__ __forceinline__ void pursue(Shared& s, const Atoms& own, const u16* a
 }
 
 // Quantise and store one vector's record, its scale raised by `gain`; see `reference.encode_vectors`.
-__device__ __forceinline__ void write_record(const Shared& s, int owned, const Part& part, const float* levels,
+__device__ __forceinline__ void write_record(const Shared& s, int owned, const Kv& kv, const float* levels,
                                              float gain, u8* head, int slot) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // the last residual's energy is there
-  const float raising = exp2f(-gain * log2f(1 - fminf(s.energy[owned], MOST_LOST)));
+  const float gain_factor = exp2f(-gain * log2f(1 - fminf(s.energy[owned], __uint_as_float(MOST_LOST_BITS))));
   const float coefficient = s.coefficients[owned][lane] * s.norm[owned];
   const int index = s.chosen[owned][lane];
   const u16 scale = bfloat16_bits(lane_max(fabsf(coefficient)));
   const float peak = __uint_as_float(u32(scale) << 16);
   const bool usable = peak > 0 && peak < infinity();
-  const float ratio = usable ? coefficient / peak : 0.0f, own = levels[lane % 16];
+  const float ratio = usable ? coefficient / peak : 0.0f, own = levels[lane % NUM_LEVELS];
   int level = 0;
 #pragma unroll
-  for (int i = 0; i < 15; ++i) {
+  for (int i = 0; i < NUM_LEVELS - 1; ++i) {
     const float middle = (__shfl_sync(EVERY_LANE, own, i) + __shfl_sync(EVERY_LANE, own, i + 1)) * 0.5f;
     level += ratio > middle;
   }
   const float value = __shfl_sync(EVERY_LANE, own, level);
   const bool kept = usable && index > 0 && fabsf(ratio - value) < fabsf(ratio);
   const bool any = __ballot_sync(EVERY_LANE, kept) != 0;
-  if (lane < part.sparsity)
-    *reinterpret_cast<u16*>(head + part.index_offset + slot * part.index_stride + 2 * lane) =
-        kept ? u16(index << 4 | level) : u16(0);
+  if (lane < kv.sparsity)
+    *reinterpret_cast<u16*>(head + kv.index_offset + slot * kv.index_stride + 2 * lane) =
+        kept ? u16(index << LEVEL_BITS | level) : u16(0);
   if (lane == 0)
-    *reinterpret_cast<u16*>(head + part.scale_offset + slot * part.scale_stride) =
-        any ? bfloat16_bits(fminf(peak * raising, BF16_MAX)) : u16(0);
+    *reinterpret_cast<u16*>(head + kv.scale_offset + slot * kv.scale_stride) =
+        any ? bfloat16_bits(fminf(peak * gain_factor, __uint_as_float(BF16_MAX_BITS))) : u16(0);
 }

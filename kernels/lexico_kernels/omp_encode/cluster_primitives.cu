@@ -32,7 +32,7 @@ __device__ __forceinline__ u32 remote_address(const void* local, u32 rank) {
   return address;
 }
 
-// Store to another block's memory, at the place that `to` has in this one's; its bytes count there at `arrival`.
+// Store to another block's memory, at the offset that `to` has in this one's; its bytes count there at `arrival`.
 __device__ __forceinline__ void send(const void* to, u64* arrival, u32 rank, u32 value) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
                    remote_address(to, rank)),

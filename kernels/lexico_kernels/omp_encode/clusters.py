@@ -1,8 +1,8 @@
-"""omp_encode of few vectors on CUDA devices with thread block clusters: the whole of a dictionary stays on chip.
+"""omp_encode of few vectors on CUDA devices with thread block clusters: the whole dictionary stays on chip.
 
-A launch in Triton (`omp.py`) streams the dictionary from L2 in every pass of every tile, and a pass of few vectors
-takes as long as one of thousands. Here the blocks of a cluster hold the dictionary in parts and every vector meets all
-of them; `cluster_omp.cu` says how. What it does not take, `omp.py` does.
+A launch in Triton (`tiles.py`) streams the dictionary from L2 in every pass of every tile, and a pass of few vectors
+takes as long as one of thousands. Here each block of a cluster holds a piece of the dictionary and every vector meets
+all of them; `cluster_omp.cu` says how. What it does not support, `tiles.py` codes.
 """
 
 from functools import cache as once
@@ -13,7 +13,15 @@ from torch import Tensor
 from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
-from lexico_kernels.memory.layout import KV, CodeLayout
+from lexico_kernels.memory.layout import (
+    BF16_MAX,
+    KV,
+    LEVEL_BITS,
+    MAX_ATOMS,
+    MOST_LOST,
+    NUM_LEVELS,
+    CodeLayout,
+)
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 
 FILES = ("omp_encode/cluster_primitives.cu", "omp_encode/cluster_omp.cu", "omp_encode/cluster_launch.cu")
@@ -21,25 +29,33 @@ NAME, LAYERS_NAME = "cluster_omp", "cluster_omp_layers"
 MIN_CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
-THREADS, WARPS = 512, 16
+WARPS = 16  # of a block
+THREADS = 32 * WARPS
 BLOCK_ATOMS = 512  # in the registers of a block; so a cluster has at most eight, and more would not be portable
-WINDOW = 2048  # entries looked through at a time
+WINDOW = 4 * THREADS  # jobs looked through at a time
 UNIT = 32  # vectors that are correlated at a time
 DEALT = 8  # vectors that a cluster gets at a time, as many as one product has columns
 
 
-def takes(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
-    """Whether `omp_encode` here can code what a step with these tokens [T, Hk, D] codes, and should.
+def supports(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether `omp_encode` here can code what a step with these tokens [T, Hk, D] codes, faster than `tiles.py`.
 
-    A step codes as many tokens as it has, on average: each once. What a launch is told to go through says less, since
-    in decode nearly all of it is skipped.
+    A step codes as many tokens as it has, on average: each once. The length of a launch's list says less, since in
+    decode nearly all of it is skipped.
     """
     vectors = 2 * key.shape[0] * cache.layout.num_kv_heads
-    return vectors <= CLUSTER_VECTORS and fits(key, value, cache) and _on_device(key.get_device())
+    return vectors <= CLUSTER_VECTORS and supports_tensors(key, value, cache) and _on_device(key.get_device())
 
 
-def fits(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
-    """Whether the kernel is made for such a cache and such tokens."""
+def supports_layers(layers: LayerStack) -> bool:
+    """Whether `omp_encode_layers` here can code such layers."""
+    pages = layers.caches[0].tail_pages  # what one layer has all have
+    key, value = pages[:0, :, 0, 0], pages[:0, :, 0, 1]
+    return supports_tensors(key, value, layers.caches[0]) and _on_device(pages.get_device())
+
+
+def supports_tensors(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether the kernel is made for such a cache and such tokens, whatever the device."""
     tensors = (key, value, cache.tail_pages, cache.key.atoms, cache.value.atoms)
     if cache.layout.codec != "packed16" or cache.layout.head_dim not in HEAD_DIMS:
         return False
@@ -55,12 +71,6 @@ def fits(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
     )
 
 
-def takes_layers(layers: LayerStack) -> bool:
-    """Whether `omp_encode_layers` here can code such layers."""
-    pages = layers.caches[0].tail_pages  # what one layer has all have
-    return fits(pages[:0, :, 0, 0], pages[:0, :, 0, 1], layers.caches[0]) and _on_device(pages.get_device())
-
-
 @once
 def _on_device(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY and nvrtc.available(device)
@@ -71,8 +81,8 @@ def cluster_blocks(atoms: int) -> int:
     return -(-atoms // BLOCK_ATOMS)
 
 
-def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool) -> dict[str, int]:
-    """The kernel's macros.
+def macros(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool) -> dict[str, int]:
+    """The kernel's macros, which `cluster_omp.cu` lists.
 
     Args:
         layout: of the pages, "packed16".
@@ -83,7 +93,7 @@ def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int]
     sparsity = max(layout.key_sparsity, layout.value_sparsity)
     blocks = cluster_blocks(max(atoms))
     owned = next(row.owned for row in CLUSTER if sparsity <= row.max_sparsity)
-    macros = {
+    found = {
         "D": layout.head_dim,
         "HALF": int(half),
         "CLUSTER": blocks,
@@ -93,9 +103,19 @@ def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int]
         "R": layout.tail_tokens,
         "HEAD_BYTES": layout.head_bytes,
         "SHARED_BYTES": shared_bytes(layout.head_dim, blocks, owned, sparsity),
+        "WARPS": WARPS,
+        "BLOCK_ATOMS": BLOCK_ATOMS,
+        "WINDOW": WINDOW,
+        "UNIT": UNIT,
+        "DEALT": DEALT,
+        "MAX_ATOMS": MAX_ATOMS,
+        "NUM_LEVELS": NUM_LEVELS,
+        "LEVEL_BITS": LEVEL_BITS,
+        "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
+        "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
     }
-    for part, count, stride in zip(KV, atoms, strides, strict=True):
-        address = layout.address(part)
+    for kv, count, stride in zip(KV, atoms, strides, strict=True):
+        address = layout.address(kv)
         fields = {
             "SPARSITY": address.sparsity,
             "ATOMS": count,
@@ -105,8 +125,8 @@ def defines(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int]
             "INDEX_OFFSET": address.index_offset,
             "INDEX_STRIDE": address.index_stride,
         }
-        macros |= {f"{part.upper()}_{name}": number for name, number in fields.items()}
-    return macros
+        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
+    return found | LayerStack.macros()
 
 
 def shared_bytes(head_dim: int, blocks: int, owned: int, sparsity: int) -> int:
@@ -123,8 +143,8 @@ def shared_bytes(head_dim: int, blocks: int, owned: int, sparsity: int) -> int:
 def _kernel(
     name: str, device: int, layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int], half: bool
 ) -> nvrtc.Kernel:
-    macros = defines(layout, atoms, strides, half)
-    return nvrtc.kernel(FILES, name, device, macros["SHARED_BYTES"], **macros)
+    defined = macros(layout, atoms, strides, half)
+    return nvrtc.kernel(FILES, name, device, defined["SHARED_BYTES"], **defined)
 
 
 def _kernel_for(name: str, cache: LayerCache) -> nvrtc.Kernel:
@@ -136,7 +156,7 @@ def _kernel_for(name: str, cache: LayerCache) -> nvrtc.Kernel:
 def omp_encode(
     key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
 ) -> None:
-    """CUDA C++ version of `reference.omp_encode`, of what `fits`."""
+    """CUDA C++ version of `reference.omp_encode`, of what `supports_tensors`."""
     layout, M = cache.layout, source.shape[0]
     if M == 0:
         return
@@ -167,9 +187,9 @@ def omp_encode(
 def omp_encode_layers(
     layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0, most: int = WINDOW
 ) -> None:
-    """CUDA C++ version of `reference.omp_encode_layers`, of what `takes_layers`.
+    """CUDA C++ version of `reference.omp_encode_layers`, of what `supports_layers`.
 
-    most: entries to be coded, up to WINDOW; where there are more, this codes nothing.
+    most: jobs to be coded, up to WINDOW; where there are more, this codes nothing.
     """
     cache, M = layers.caches[0], source.shape[0]
     assert most <= WINDOW, most

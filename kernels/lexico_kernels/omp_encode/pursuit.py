@@ -7,17 +7,27 @@ pass correlates. On learned dictionaries two such sweeps a pass end within 0.3 %
 more alike atoms are, the further from it they stay (docs/log.md).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor, empty, float32, int32
 
 from lexico_kernels import reference
 from lexico_kernels.device.launch import pursuit_launch
-from lexico_kernels.device.records import FP8_PEAK, load_atoms
+from lexico_kernels.device.records import load_atoms
 from lexico_kernels.memory import layout
 
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
+FP8_PEAK = tl.constexpr(reference.FP8_PEAK)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a compiler there is no assembly
+
+
+class Code(NamedTuple):
+    """Atoms and coefficients of codes in memory, a row of them per vector; or, in a kernel, pointers to rows."""
+
+    atoms: Tensor  # int32
+    coefficients: Tensor  # float32
 
 
 @triton.jit
@@ -52,7 +62,7 @@ def _masked_or(bits, mask, piece):
 @triton.jit
 def _best_atoms(
     operand,
-    fp8_atoms_ptr,
+    search_atoms_ptr,
     row_bits,
     value_bits,
     N: tl.constexpr,
@@ -76,7 +86,7 @@ def _best_atoms(
     best = tl.zeros([TILE, 8], tl.int32)
     for start in tl.range(0, N, CHUNK):
         atoms = start + tl.arange(0, CHUNK)
-        rows = fp8_atoms_ptr + atoms[None, :] * D + dims[:, None]
+        rows = search_atoms_ptr + atoms[None, :] * D + dims[:, None]
         if N % CHUNK == 0 and D == D_PAD:
             block = tl.load(rows)
         else:
@@ -95,9 +105,8 @@ def _best_atoms(
 def pursue_tile(
     x,
     atoms_ptr,
-    fp8_atoms_ptr,
-    chosen_rows,
-    coefficient_rows,
+    search_atoms_ptr,
+    rows,
     valid,
     sparsity,
     min_energy,
@@ -107,45 +116,45 @@ def pursue_tile(
     D_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Pursuit of unit vectors x [TILE, D_PAD]; returns their residual, which x minus the code is.
+    """Pursuit of unit vectors x [TILE, D_PAD]; returns their residual, which is x minus the code.
 
-    Atoms are chosen by their copies at screen_ptr, of fewer bits or the same, and solved for as they are at atoms_ptr.
-    The code is left in memory, where it is a loop of loads away instead of in registers, which the residual needs:
-    chosen_rows and coefficient_rows point to `sparsity` int32 and float32 numbers of each valid vector, atom 0 where
-    nothing was chosen. A vector whose residual's energy falls to min_energy takes no more atoms.
+    Atoms are chosen by their copies at search_atoms_ptr, of fewer bits or the same, and solved for as they are at
+    atoms_ptr. The code is left in memory, where it is a loop of loads away instead of in registers, which the residual
+    needs: `rows` is a `Code` of pointers to `sparsity` numbers of each valid vector, atom 0 where nothing was chosen. A
+    vector whose residual's energy falls to min_energy takes no more atoms.
     """
     residual = x
     step = 0
     while step < sparsity:
         energy = tl.sum(residual * residual, 1)
-        operand = _operand(residual, energy, fp8_atoms_ptr.dtype.element_ty)
+        operand = _operand(residual, energy, search_atoms_ptr.dtype.element_ty)
         row_bits = tl.where(energy > min_energy, value_bits, 0)
-        index = _best_atoms(operand, fp8_atoms_ptr, row_bits, value_bits, N, D, D_PAD, CHUNK)
-        tl.store(chosen_rows + step, index, mask=valid)
-        tl.store(coefficient_rows + step, tl.zeros_like(index).to(tl.float32), mask=valid)
+        index = _best_atoms(operand, search_atoms_ptr, row_bits, value_bits, N, D, D_PAD, CHUNK)
+        tl.store(rows.atoms + step, index, mask=valid)
+        tl.store(rows.coefficients + step, tl.zeros_like(index).to(tl.float32), mask=valid)
         tl.debug_barrier()  # other threads read the rows
         # What an early sweep leaves the last ones take; in 64 dimensions atoms are more alike.
         sweeps = (128 // D if D < 128 else 1) + (step + 3 >= sparsity).to(tl.int32) + step * 8 // D
         for visit in range((step + 1) * sweeps):
             at = step - visit % (step + 1)
-            atom = load_atoms(atoms_ptr, tl.load(chosen_rows + at, mask=valid, other=0), D, D_PAD)
+            atom = load_atoms(atoms_ptr, tl.load(rows.atoms + at, mask=valid, other=0), D, D_PAD)
             change = tl.sum(atom * residual, 1)
             residual -= change[:, None] * atom
             # Adding in memory needs no value back, so that no thread waits here for another.
-            tl.atomic_add(coefficient_rows + at, change, mask=valid, sem="relaxed", scope="cta")
+            tl.atomic_add(rows.coefficients + at, change, mask=valid, sem="relaxed", scope="cta")
         step += 1
     tl.debug_barrier()
     return residual
 
 
 @triton.jit
-def load_code(chosen_rows, coefficient_rows, valid, sparsity, S_PAD: tl.constexpr):
+def load_code(rows, valid, sparsity, S_PAD: tl.constexpr):
     """The code that `pursue_tile` left: atoms int32 and coefficients float32 [TILE, S_PAD]."""
     columns = tl.arange(0, S_PAD)
     mask = valid[:, None] & (columns < sparsity)[None, :]
-    chosen = tl.load(chosen_rows[:, None] + columns[None, :], mask=mask, other=0)
+    chosen = tl.load(rows.atoms[:, None] + columns[None, :], mask=mask, other=0)
     # The sums are in L2; L1 may have older ones that came with a neighbour's row.
-    at = coefficient_rows[:, None] + columns[None, :]
+    at = rows.coefficients[:, None] + columns[None, :]
     return chosen, tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
 
 
@@ -175,14 +184,12 @@ def _pursue(
     vectors_ptr,
     atoms_ptr,
     levels_ptr,
-    index_ptr,
-    coefficient_ptr,
+    code,
     residual_ptr,
     M,
     sparsity,
     min_energy,
     value_bits,
-    QUANTIZED: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -190,7 +197,7 @@ def _pursue(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of one group's vectors."""
+    """One tile of one group's vectors; codes are quantized where there are levels. `code` is a `Code`."""
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     valid = row < M
@@ -199,28 +206,27 @@ def _pursue(
     mask = valid[:, None] & (dims < D)[None, :]
     x, norm = unit_rows(tl.load(vectors_ptr + at, mask=mask, other=0.0).to(tl.float32))
     atoms_ptr += group * N * D
-    code = (group * M + row) * sparsity
-    chosen_rows, coefficient_rows = index_ptr + code, coefficient_ptr + code
+    first = (group * M + row) * sparsity
+    rows = Code(code.atoms + first, code.coefficients + first)
     residual = pursue_tile(
-        x, atoms_ptr, atoms_ptr, chosen_rows, coefficient_rows, valid, sparsity, min_energy, value_bits,
-        N, D, D_PAD, CHUNK,
+        x, atoms_ptr, atoms_ptr, rows, valid, sparsity, min_energy, value_bits, N, D, D_PAD, CHUNK
     )  # fmt: skip
-    chosen, coefficients = load_code(chosen_rows, coefficient_rows, valid, sparsity, S_PAD)
+    chosen, coefficients = load_code(rows, valid, sparsity, S_PAD)
     coefficients = coefficients * norm[:, None]
     residual = residual * norm[:, None]
     stored = valid[:, None] & (columns < sparsity)[None, :]
-    if QUANTIZED:
+    if levels_ptr is not None:
         _, peak, kept, value = quantize_tile(chosen, coefficients, levels_ptr + group * NUM_LEVELS)
         quantized = tl.where(kept, value * peak[:, None], 0.0)
-        tl.store(coefficient_rows[:, None] + columns[None, :], coefficients - quantized, mask=stored)
+        tl.store(rows.coefficients[:, None] + columns[None, :], coefficients - quantized, mask=stored)
         tl.debug_barrier()
         for j in range(sparsity):
-            atom = load_atoms(atoms_ptr, tl.load(chosen_rows + j, mask=valid, other=0), D, D_PAD)
-            residual += tl.load(coefficient_rows + j, mask=valid, other=0.0)[:, None] * atom
+            atom = load_atoms(atoms_ptr, tl.load(rows.atoms + j, mask=valid, other=0), D, D_PAD)
+            residual += tl.load(rows.coefficients + j, mask=valid, other=0.0)[:, None] * atom
         tl.debug_barrier()
         chosen, coefficients = tl.where(kept, chosen, 0), quantized
-    tl.store(chosen_rows[:, None] + columns[None, :], chosen, mask=stored)
-    tl.store(coefficient_rows[:, None] + columns[None, :], tl.where(chosen > 0, coefficients, 0.0), mask=stored)
+    tl.store(rows.atoms[:, None] + columns[None, :], chosen, mask=stored)
+    tl.store(rows.coefficients[:, None] + columns[None, :], tl.where(chosen > 0, coefficients, 0.0), mask=stored)
     tl.store(residual_ptr + at, residual, mask=mask)
 
 
@@ -235,22 +241,19 @@ def pursue(
     """Triton version of `reference.pursue`."""
     groups, M, D = vectors.shape
     N, D_PAD, S_PAD = atoms.shape[1], triton.next_power_of_2(D), triton.next_power_of_2(sparsity)
-    index = empty(groups, M, sparsity, dtype=int32, device=vectors.device)
-    coefficients = empty(groups, M, sparsity, dtype=float32, device=vectors.device)
+    code = Code(*(empty(groups, M, sparsity, dtype=dtype, device=vectors.device) for dtype in (int32, float32)))
     residual = empty(groups, M, D, dtype=float32, device=vectors.device)
     launch = pursuit_launch(groups * M, D_PAD, atoms.element_size())
     _pursue[(triton.cdiv(M, launch.tile), groups)](
         vectors.contiguous(),
         atoms.contiguous(),
         levels if levels is None else levels.contiguous(),
-        index,
-        coefficients,
+        code,
         residual,
         M,
         sparsity,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         value_bits_for(N),
-        QUANTIZED=levels is not None,
         N=N,
         D=D,
         D_PAD=D_PAD,
@@ -260,4 +263,4 @@ def pursue(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    return index, coefficients, residual
+    return code.atoms, code.coefficients, residual
