@@ -114,6 +114,13 @@ def strong_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def strong_dictionary(strong_llama, load_benchmark, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dictionary of random atoms for `strong_llama`, not beside its weights, which vLLM would take it for."""
+    written = load_benchmark("bench/shapes").write_random_dictionary(strong_llama, atoms=256)
+    return written.rename(tmp_path_factory.mktemp("dictionary") / written.name)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 4 layers without weights or tokenizer, for `load_format="dummy"` and `skip_tokenizer_init=True`."""
     folder = tmp_path_factory.mktemp("tiny-llama")

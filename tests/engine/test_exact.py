@@ -37,19 +37,15 @@ def exactness(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def dictionary(strong_llama, load_benchmark):
-    """A dictionary of random atoms for the tiny model."""
-    return load_benchmark("bench/shapes").write_random_dictionary(strong_llama, atoms=256)
-
-
-@pytest.fixture(scope="session")
-def answers(root, strong_llama, dictionary, tmp_path_factory):
+def answers(root, strong_llama, strong_dictionary, tmp_path_factory):
     """What each backend answers in every scenario, and LEXICO with faults, see `run_scenarios.answers`."""
     folder, found = tmp_path_factory.mktemp("scenarios"), {}
     for backend in BACKENDS:
         job, said = folder / f"{backend}.json", folder / f"{backend}-answers.json"
         job.write_text(
-            json.dumps({"model": str(strong_llama), "backend": backend, "lexico": {"dictionary": str(dictionary)}})
+            json.dumps(
+                {"model": str(strong_llama), "backend": backend, "lexico": {"dictionary": str(strong_dictionary)}}
+            )
         )
         command = [sys.executable, FOLDER / "run_scenarios.py", root / "benchmarks", job, said]
         environment = os.environ | {"PYTHONPATH": str(FOLDER)}
@@ -73,9 +69,9 @@ def compared(answers, exactness):
 
 
 @pytest.fixture(scope="session")
-def worst_regret(strong_llama, dictionary, exactness):
+def worst_regret(strong_llama, strong_dictionary, exactness):
     """By how much the oracle minds answers from codes, in nats: of the first half, requests that were alone."""
-    tables = load_dictionary(dictionary)
+    tables = load_dictionary(strong_dictionary)
 
     def judge(said):
         from transformers import AutoTokenizer

@@ -49,17 +49,11 @@ TIE, TIE_WITH_DRAFTS = 1e-3, 0.5
 
 
 @pytest.fixture(scope="module")
-def dictionary(strong_llama, load_benchmark):
-    """A dictionary of random atoms for the tiny model."""
-    return load_benchmark("bench/shapes").write_random_dictionary(strong_llama, atoms=256)
-
-
-@pytest.fixture(scope="module")
-def answers(strong_llama, dictionary, tmp_path_factory):
+def answers(strong_llama, strong_dictionary, tmp_path_factory):
     """What CPU_ATTN and every engine of the two tables answer, by name."""
     base = {"model": str(strong_llama)}
     cases = {"CPU_ATTN": base | {"backend": "CPU_ATTN", "lexico": {}, "settings": {"block_size": 128}}}
-    for table, always in ((EXACT, {"codec": "exact"}), (CODED, {"dictionary": str(dictionary)})):
+    for table, always in ((EXACT, {"codec": "exact"}), (CODED, {"dictionary": str(strong_dictionary)})):
         for name, (lexico, settings) in table.items():
             cases[name] = base | {"backend": "LEXICO", "lexico": always | lexico, "settings": settings}
     with_drafts = [name for name, case in cases.items() if "speculative_config" in case["settings"]]
@@ -77,9 +71,9 @@ def answers(strong_llama, dictionary, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def worst_regret(strong_llama, dictionary):
+def worst_regret(strong_llama, strong_dictionary):
     """By how much the oracle minds some cold answers of a case of CODED: its largest regret in nats."""
-    tables = load_dictionary(dictionary)
+    tables = load_dictionary(strong_dictionary)
 
     def judge(name: str, replies: list[list[int]]) -> float:
         lexico, settings = CODED[name]
