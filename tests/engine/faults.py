@@ -34,8 +34,9 @@ def _reading(change: Callable[[Any, Any], tuple[Any, Any]]) -> dict[str, Callabl
 
 
 def _wiped(cache: Any, tables: Any) -> tuple[Any, Any]:
-    """Code pages are empty."""
-    return replace(cache, code_pages=torch.zeros_like(cache.code_pages)), tables
+    """Code pages are empty: all of them are one page of zeros."""
+    empty = torch.zeros_like(cache.code_pages[:1]).expand(len(cache.code_pages), -1)
+    return replace(cache, code_pages=empty), tables
 
 
 def _next_page(cache: Any, tables: Any) -> tuple[Any, Any]:

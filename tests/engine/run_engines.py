@@ -15,7 +15,7 @@ from faults import FAULTS
 
 PROMPT_TOKENS = (5, 130, 300, 411)
 ANSWER_TOKENS = 40
-FAULTY_TOKENS = 12  # of answers with a fault planted: it shows soon or never
+FAULTY_TOKENS = 6  # of answers with a fault planted: it shows soon or never
 
 
 def make_prompts() -> list[list[int]]:
@@ -39,7 +39,7 @@ def answer(model: str, backend: str, lexico: dict[str, Any], settings: dict[str,
 
     Returns:
         rounds: tokens three times over: cold, with prefix hits, and continued.
-        faults: with each fault planted, by its name, the first tokens of the first two rounds.
+        faults: with each fault planted, by its name, the first tokens of cold answers.
     """
     import vllm
 
@@ -54,7 +54,7 @@ def answer(model: str, backend: str, lexico: dict[str, Any], settings: dict[str,
     for fault in FAULTS if backend == "LEXICO" else ():
         llm.reset_prefix_cache()
         llm.collective_rpc("plant_fault", args=(fault,))
-        faults[fault] = [ask(llm, prompts, FAULTY_TOKENS) for _ in range(2)]
+        faults[fault] = ask(llm, prompts, FAULTY_TOKENS)
     if faults:
         llm.collective_rpc("plant_fault", args=(None,))
     del llm
