@@ -30,6 +30,7 @@ from bench.record import record
 from bench.texts import TEXT
 
 ANSWER_TOKENS = 32
+PREEMPTED_TOKENS = 200
 CROWD = 64
 ALTERNATIVES = 8  # best tokens kept a position, to tell a tie from an error where two backends part
 # LEXICO may be this much further from a backend of vLLM than two of those are from each other. A margin for chance, not
@@ -42,14 +43,17 @@ Answers = list[dict[str, Any]]
 class Engine:
     """A vLLM engine with a backend; `answer` is greedy and keeps log-probabilities."""
 
-    def __init__(self, model: str, backend: str, lexico: dict[str, Any], **settings: Any) -> None:
+    def __init__(
+        self, model: str, backend: str, lexico: dict[str, Any], characters: int = 4 << 20, **settings: Any
+    ) -> None:
+        """Start it; `characters` of text are tokenized for its prompts."""
         from vllm import LLM
 
         if backend == "LEXICO":
             settings["additional_config"] = {"lexico": lexico}
         self.llm = LLM(model, attention_backend=backend, disable_log_stats=False, **settings)
         tokenizer = self.llm.get_tokenizer()
-        self.text_tokens: list[int] = tokenizer(TEXT[: 4 << 20])["input_ids"]
+        self.text_tokens: list[int] = tokenizer(TEXT[:characters])["input_ids"]
 
     def passage(self, seed: int, length: int) -> list[int]:
         """`length` tokens of real text from a place that the seed names."""
@@ -135,7 +139,7 @@ def preempted(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     Answers are so long that what steps of decode code leaves the window and is read from there on.
     """
     before = engine.count("vllm:num_preemptions")
-    answers = engine.answer([engine.passage(400 + i, 200) for i in range(4 * scale)], 200)
+    answers = engine.answer([engine.passage(400 + i, 200) for i in range(4 * scale)], PREEMPTED_TOKENS)
     return answers, {"preemptions": engine.count("vllm:num_preemptions") - before}
 
 
@@ -170,20 +174,39 @@ ENGINES: dict[str, tuple[dict[str, Any], list[Scenario]]] = {
 SMALLEST_WINDOW = {"window": 0}  # as many tokens as may wait to be coded, 63
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the scenarios of one engine on one backend and write the answers."""
-    settings, scenarios = ENGINES[args.engine]
-    settings = {"max_model_len": 2048} | settings | args.settings
+def start(
+    name: str, model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any], **more: Any
+) -> tuple[Engine, list[Scenario]]:
+    """Start an engine of ENGINES on a backend.
+
+    Args:
+        name: of the engine.
+        model: a checkpoint's folder or id.
+        backend: an attention backend's name.
+        lexico: settings of the engine with real codes; the others take the exact codec.
+        settings: more of vLLM's.
+        more: of `Engine`.
+
+    Returns:
+        The engine and the scenarios that it is for.
+    """
+    own, scenarios = ENGINES[name]
+    settings = {"max_model_len": 2048} | own | settings
     pool_tokens = settings.pop("pool_tokens", None)
-    lexico = SMALLEST_WINDOW | args.lexico if args.engine == "codes" else {"codec": "exact"}
+    lexico = SMALLEST_WINDOW | lexico if name == "codes" else {"codec": "exact"}
     if pool_tokens:
         lexico |= SMALLEST_WINDOW
         # With the exact codec a request holds as much again in tail pages: its window and its sinks.
-        tail_pages = 1 if args.backend == "LEXICO" else 0
+        tail_pages = 1 if backend == "LEXICO" else 0
         per_block = settings.get("block_size") or 128
         settings |= {"num_gpu_blocks_override": pool_tokens // per_block * (1 + tail_pages), "block_size": per_block}
         settings["max_model_len"] = 512
-    engine = Engine(args.model, args.backend, lexico, **settings)
+    return Engine(model, backend, lexico, **settings, **more), scenarios
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the scenarios of one engine on one backend and write the answers."""
+    engine, scenarios = start(args.engine, args.model, args.backend, args.lexico, args.settings)
     results = {}
     for scenario in scenarios:
         engine.llm.reset_prefix_cache()

@@ -1,41 +1,98 @@
-"""The engine end to end: with the exact codec LEXICO answers as vLLM's own backend on the CPU does, in every situation.
+"""The engine end to end: with the exact codec LEXICO answers as vLLM's backend on the CPU does, in every situation.
 
-The model is real and computes in float32, so that what is left between the two is the order of additions. The same
-scenarios run on a GPU, against two backends of vLLM, by `benchmarks/exactness.py`.
+The model is tiny, with strong random weights, and computes in float32, so that what is left between the two is the
+order of additions. On a GPU `benchmarks/exactness.py` runs the same scenarios on real models, against two backends.
 """
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
+from faults import FAULTS
+from oracle import Oracle
 
-# Log-probabilities in float32. CPU_ATTN differs from itself, alone against in a crowd, by 2e-6 on average and 1e-5 at
-# most; bfloat16 would differ by 1e-2.
+from vllm_lexico.config import LexicoConfig
+from vllm_lexico.dictionary.file import load_dictionary
+
+FOLDER = Path(__file__).parent
+# Log-probabilities in float32; bfloat16 would differ by 1e-2.
 MEAN_GAP, MAX_GAP = 2e-5, 5e-4
 TIE = 1e-3
 SCENARIOS = ("plain", "shared_prefixes", "multi_turn", "crowd", "chunked", "same_step", "preempted")
+BACKENDS = ("CPU_ATTN", "LEXICO")
 
 
 @pytest.fixture(scope="session")
-def table(root, smollm2, tmp_path_factory):
-    """Rows of the comparison, by scenario and pair."""
-    out = tmp_path_factory.mktemp("exactness")
-    command = [sys.executable, root / "benchmarks" / "exactness.py", smollm2, "--out", out, "--scale", "1"]
-    command += [
-        "--backends",
-        "CPU_ATTN",
-        "LEXICO",
-        "--settings",
-        json.dumps({"enforce_eager": True, "dtype": "float32"}),
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return {(row["scenario"], row["pair"]): row for row in json.loads((out / "table.json").read_text())}
+def exactness(root, tmp_path_factory):
+    """The benchmark's module."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    import exactness
+
+    return exactness
+
+
+@pytest.fixture(scope="session")
+def answers(root, strong_llama, strong_dictionary, tmp_path_factory):
+    """What each backend answers in every scenario, and LEXICO with faults, see `run_scenarios.answers`."""
+    folder, found = tmp_path_factory.mktemp("scenarios"), {}
+    for backend in BACKENDS:
+        job, said = folder / f"{backend}.json", folder / f"{backend}-answers.json"
+        job.write_text(
+            json.dumps(
+                {"model": str(strong_llama), "backend": backend, "lexico": {"dictionary": str(strong_dictionary)}}
+            )
+        )
+        command = [sys.executable, FOLDER / "run_scenarios.py", root / "benchmarks", job, said]
+        environment = os.environ | {"PYTHONPATH": str(FOLDER)}
+        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        found[backend] = json.loads(said.read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def compared(answers, exactness):
+    """Distances between the backends in a scenario; with a fault as far as the short answers go."""
+
+    def compare(scenario, fault="whole"):
+        expected, said = (answers["CPU_ATTN"]["whole"], answers["LEXICO"][fault])
+        pairs = zip(expected[scenario]["answers"], said[scenario]["answers"], strict=True)
+        short = [[{key: row[key][: len(b["tokens"])] for key in row} for row in (a, b)] for a, b in pairs]
+        return exactness.compare([a for a, _ in short], [b for _, b in short])
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def worst_regret(strong_llama, strong_dictionary, exactness):
+    """By how much the oracle minds answers from codes, in nats: of the first half, requests that were alone."""
+    tables = load_dictionary(strong_dictionary)
+
+    def judge(said):
+        from transformers import AutoTokenizer
+
+        settings = LexicoConfig.from_additional_config({"lexico": exactness.SMALLEST_WINDOW})
+        oracle = Oracle.of(strong_llama, dictionary=tables, settings=settings)
+        tokens = AutoTokenizer.from_pretrained(strong_llama)(exactness.TEXT[: 1 << 17])["input_ids"]
+        alone = said["answers"][: len(said["answers"]) // 2]
+        return max(
+            max(oracle.regrets(_passage(tokens, 500 + i, 150 + 100 * i), reply["tokens"]))
+            for i, reply in enumerate(alone)
+        )
+
+    return judge
+
+
+def _passage(tokens, seed, length):
+    import random
+
+    start = random.Random(seed).randrange(len(tokens) - length)
+    return tokens[start : start + length]
 
 
 def check(row):
@@ -45,20 +102,31 @@ def check(row):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_exact_codec_answers_as_cpu_attn(table, scenario):
-    check(table[scenario, "CPU_ATTN LEXICO"])
+def test_exact_codec_answers_as_cpu_attn(compared, scenario):
+    check(compared(scenario))
 
 
 @pytest.mark.parametrize("scenario", ["shared_prefixes", "multi_turn"])
-def test_prefix_hits_are_as_many(table, scenario):
-    counts = table[scenario, "CPU_ATTN LEXICO"]["counts"]
-    assert counts["LEXICO"]["hits"] >= counts["CPU_ATTN"]["hits"] > 0
+def test_prefix_hits_are_as_many(answers, scenario):
+    counts = [answers[backend]["whole"][scenario]["counts"]["hits"] for backend in BACKENDS]
+    assert counts[1] >= counts[0] > 0
 
 
-def test_requests_were_preempted(table):
-    counts = table["preempted", "CPU_ATTN LEXICO"]["counts"]
-    assert counts["LEXICO"]["preemptions"] > 0 and counts["CPU_ATTN"]["preemptions"] > 0
+def test_requests_were_preempted(answers):
+    assert all(answers[backend]["whole"]["preempted"]["counts"]["preemptions"] > 0 for backend in BACKENDS)
 
 
-def test_codes_answer_alike_alone_and_in_a_crowd(table):
-    check(table["alone_and_in_crowd", "LEXICO with itself"])
+def test_codes_answer_alike_alone_and_in_a_crowd_and_as_the_oracle(answers, exactness, worst_regret):
+    said = answers["LEXICO"]["whole"]["alone_and_in_crowd"]
+    half = len(said["answers"]) // 2
+    check(exactness.compare(said["answers"][:half], said["answers"][half:]))
+    assert worst_regret(said) <= TIE
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(answers, compared, worst_regret, fault):
+    """Each check above fails for an engine whose cache is broken."""
+    distances = {scenario: compared(scenario, fault) for scenario in SCENARIOS}
+    unseen = [name for name, row in distances.items() if row["max"] <= MAX_GAP and row["worst_parting"] <= TIE]
+    assert unseen == []
+    assert worst_regret(answers["LEXICO"][fault]["alone_and_in_crowd"]) > TIE

@@ -1,4 +1,4 @@
-"""`vllm serve` with LEXICO: spawned processes know the name, and answers come over HTTP."""
+"""`vllm serve` with LEXICO: spawned processes know the name, and answers that codes hold come over HTTP."""
 
 import json
 import os
@@ -8,11 +8,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
+from faults import FAULTS
+
 START_SECONDS = 240
+# Without it the model nearly ties between two languages, and bfloat16's rounding decides.
+SYSTEM = "Answer truthfully in one short sentence."
 
 
 def ask(port, path, body=None):
@@ -34,8 +39,10 @@ def server(smollm2, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--attention-backend", "LEXICO"]
     command += ["--additional-config", '{"lexico": {"sparsity": {"key": 15, "value": 11}}}']
+    command += ["--worker-extension-cls", "faults.Faults"]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -51,14 +58,37 @@ def server(smollm2, tmp_path_factory):
         process.wait(60)
 
 
+def chat(port, question):
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 24}
+    return json.loads(ask(port, "/v1/chat/completions", body))["choices"][0]["message"]["content"]
+
+
+def about_the_lighthouse(port, root):
+    """An answer that stands far back in a text, where only codes have it."""
+    ask(port, "/reset_prefix_cache", {})
+    text = (root / "examples" / "lighthouse.txt").read_text(encoding="utf-8")
+    return chat(port, f"{text}\nWho built the lighthouse on Gull Island?")
+
+
 def test_a_chat_is_answered(server):
     port, _ = server
-    # Without the first message the model nearly ties between two languages, and bfloat16's rounding decides.
-    system = {"role": "system", "content": "Answer truthfully in one short sentence."}
-    messages = [system, {"role": "user", "content": "What is the capital of France?"}]
-    body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 24}
-    answer = json.loads(ask(port, "/v1/chat/completions", body))
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert "Paris" in chat(port, "What is the capital of France?")
+
+
+def test_a_question_about_a_text_is_answered_from_codes(server, root):
+    port, _ = server
+    assert "Margaret Holloway" in about_the_lighthouse(port, root)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(server, root, fault):
+    port, _ = server
+    ask(port, "/collective_rpc", {"method": "plant_fault", "args": [fault]})
+    try:
+        assert "Margaret Holloway" not in about_the_lighthouse(port, root)
+    finally:
+        ask(port, "/collective_rpc", {"method": "plant_fault", "args": [None]})
 
 
 def test_the_start_line_says_what_the_cache_costs(server):
