@@ -19,7 +19,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_lexico import compat
+from vllm_lexico.compat.elsewhere import ELSEWHERE
 from vllm_lexico.serve import wiring
 from vllm_lexico.serve.backend import LexicoBackend
 from vllm_lexico.serve.impl import LexicoImpl
@@ -266,7 +266,7 @@ def test_the_self_test_is_cheap_and_done_once(monkeypatch):
     assert calls == [(LexicoTailManager, LexicoTailSpec)]
 
 
-@pytest.mark.parametrize("listed", compat.ELSEWHERE, ids=[one.where for one in compat.ELSEWHERE])
+@pytest.mark.parametrize("listed", ELSEWHERE, ids=[one.where for one in ELSEWHERE])
 def test_workarounds_are_where_compat_says(listed):
     import importlib
 

@@ -4,7 +4,7 @@ A name of a table that is gone or means something else would leave an engine tha
 holds more memory than it says. `layers` has what a worker relies on, `pages` what the scheduler's part does, with a dry
 run of vLLM's KV cache manager. They are tested where LEXICO is really used, in a tenth of a second, and end the start
 with one sentence. Names that our modules import need no row: where one is gone nothing loads. Workarounds are in
-`compat.py`.
+`vllm_lexico/compat`.
 """
 
 from __future__ import annotations
