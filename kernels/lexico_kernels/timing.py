@@ -64,7 +64,7 @@ def time_skipped(tokens: int) -> str:
 
 
 def time_decode(batch: int, context: int) -> str:
-    """sparse_decode of one token a request, checked against the twin on the first of them."""
+    """sparse_decode of one token per request, checked against the twin on the first of them."""
     problem = random_problem(
         LAYOUT, [context] * batch, atoms=ATOMS, dtype=torch.bfloat16, device="cuda", raw_tokens=256
     )

@@ -98,7 +98,7 @@ class Kernel:
 
         Args:
             grid: blocks.
-            threads: a block.
+            threads: per block.
             arguments: tensors are passed as pointers, integers as int, `Int64` as long long, floats as float.
         """
         from cuda.bindings import driver
@@ -147,7 +147,8 @@ def kernel(files: tuple[str, ...], name: str, device: int, shared_bytes: int = 0
         shared_bytes: dynamic shared memory of a block.
         defines: macros.
 
-    Raises RuntimeError if it cannot be compiled or loaded.
+    Raises:
+        RuntimeError: it cannot be compiled or loaded.
     """
     return _load(source_text(files), name, device, shared_bytes, defines)
 

@@ -1,6 +1,7 @@
 """Codebook: what codes and decodes the keys or the values of one layer."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,12 +83,12 @@ class Codebook:
         """What decodes: atoms, levels, mean and stretch, as kernels take them."""
         return self.atoms, self.levels, self.mean, self.stretch
 
-    @property
+    @cached_property
     def num_atoms(self) -> int:
         """N."""
         return self.atoms.shape[1]
 
-    @property
+    @cached_property
     def head_stride(self) -> int:
         """Numbers from one head's atoms to the next head's: 0 where heads share them."""
         return self.atoms.stride(0) if self.atoms.shape[0] > 1 else 0

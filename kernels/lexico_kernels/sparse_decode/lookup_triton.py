@@ -257,6 +257,45 @@ def _merged_splits(
 
 
 @triton.jit
+def _merge_bins(
+    bins_ptr,
+    stats_ptr,
+    stats_stride,
+    row,
+    splits,
+    most,
+    max_splits,
+    g,
+    atom,
+    top,
+    unit,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The splits' bins of a tile of atoms, added up, float32 [TILE, COLUMNS]; most: splits of any column."""
+    G: tl.constexpr = HEADS.G
+    ROW: tl.constexpr = HEADS.ROW
+    TILE: tl.constexpr = TILES.ATOMS
+    COLUMNS: tl.constexpr = TILES.COLUMNS
+    AT_ONCE: tl.constexpr = TILES.SPLITS_AT_ONCE
+    bins = tl.zeros([TILE, COLUMNS], tl.float32)
+    for first_split in range(0, most, AT_ONCE):
+        for later in tl.static_range(AT_ONCE):  # one by one: a sum over an axis goes through other lanes
+            some = first_split + later
+            used = (some < splits) & (g < G)
+            at = row * max_splits + some
+            stat = stats_ptr + at * ROW + g
+            worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
+            worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top), 0.0)
+            worth = worth / tl.where(unit > 0, unit, 1.0) * BIN_SHRINK
+            source = bins_ptr + (at * G + g)[None, :] * N + atom[:, None]
+            values = tl.load(source, mask=used[None, :] & (atom < N)[:, None], other=0.0)
+            bins += values.to(tl.float32) * worth[None, :]
+    return bins
+
+
+@triton.jit
 def multiply_bins(
     schedule_ptr,
     bins_ptr,
@@ -284,9 +323,9 @@ def multiply_bins(
     CHUNK: tl.constexpr = TILES.CHUNK
     TILE: tl.constexpr = TILES.ATOMS
     COLUMNS: tl.constexpr = TILES.COLUMNS
-    AT_ONCE: tl.constexpr = TILES.SPLITS_AT_ONCE
-    chunk, head, H = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    token, g, there = columns(tl.program_id(2), T, HEADS, COLUMNS)
+    chunk, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    H = tl.num_programs(1)
+    token, g, there = columns(block, T, HEADS, COLUMNS)
     dims = tl.arange(0, D_PAD)
     row = token * H + head
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
@@ -300,19 +339,9 @@ def multiply_bins(
         mask = (dims < D)[:, None] & (atom < N)[None, :]
         rows = book.atoms + (head // HEADS.PASSES) * OWN.HEAD_STRIDE + atom[None, :] * D + dims[:, None]
         atoms = tl.load(rows, mask=mask, other=0.0)
-        bins = tl.zeros([TILE, COLUMNS], tl.float32)
-        for first_split in range(0, most, AT_ONCE):
-            for later in tl.static_range(AT_ONCE):  # one by one: a sum over an axis goes through other lanes
-                some = first_split + later
-                used = (some < splits) & (g < G)
-                at = row * max_splits + some
-                stat = stats_ptr + at * ROW + g
-                worth = tl.load(stat + 2 * stats_stride, mask=used, other=0.0)
-                worth *= tl.where(used, tl.exp2(tl.load(stat, mask=used, other=0.0) - top), 0.0)
-                worth = worth / tl.where(unit > 0, unit, 1.0) * BIN_SHRINK
-                source = bins_ptr + (at * G + g)[None, :] * N + atom[:, None]
-                values = tl.load(source, mask=used[None, :] & (atom < N)[:, None], other=0.0)
-                bins += values.to(tl.float32) * worth[None, :]
+        bins = _merge_bins(
+            bins_ptr, stats_ptr, stats_stride, row, splits, most, max_splits, g, atom, top, unit, N, HEADS, TILES
+        )
         out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
     out *= (unit / tl.where(total > 0, total, 1.0) / BIN_SHRINK)[None, :]
     target = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g) * D
