@@ -102,7 +102,7 @@ class Step:
         for book in (key, value):
             book.mean.zero_()  # bf16 keys with large means, as some models have, would make the peer's error larger
         cache = LayerCache(codes, tail, key, value, layout)
-        if order.takes(cache):  # as `omp_encode` leaves them
+        if order.supports(cache):  # as `omp_encode` leaves them
             order.order_entries(cache, torch.arange(BLOCK_TOKENS, len(codes) * BLOCK_TOKENS, device=device))
         tables = RequestTables(
             table.to(device),
