@@ -83,6 +83,44 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def strong_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 layers with random weights so large that attention decides its answers, and a letters' tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("strong-llama")
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=6,  # three query heads per KV head: a group that is no power of two
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    letters = {chr(code): code - 29 for code in range(32, 127)} | {"?": 1}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def strong_dictionary(strong_llama, load_benchmark, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dictionary of random atoms for `strong_llama`, not beside its weights, which vLLM would take it for."""
+    written = load_benchmark("bench/shapes").write_random_dictionary(strong_llama, atoms=256)
+    return written.rename(tmp_path_factory.mktemp("dictionary") / written.name)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 4 layers without weights or tokenizer, for `load_format="dummy"` and `skip_tokenizer_init=True`."""
     folder = tmp_path_factory.mktemp("tiny-llama")

@@ -149,15 +149,25 @@ def raw_starts(
     window_tokens: int,
     tail_tokens: int,
     sink_end: int,
+    block_tokens: int = 1,
 ) -> Tensor:
     """Find the first position after the sinks that is read from tail pages rather than codes. int32 [B].
 
     Tail pages cover the `window_tokens` before the step's first position. After a prefix-cache hit the first of them
     may be null; those that are there are an unbroken run up to the step's first position.
+
+    Args:
+        query_start_loc: int32 [B + 1].
+        seq_lens: int32 [B], tokens of each request once the step is done.
+        tail_block_table: int32 [B, max_pages], of the tail pages.
+        window_tokens: tokens before the step that are read raw.
+        tail_tokens: R.
+        sink_end: end of the sinks, a multiple of R.
+        block_tokens: the window is counted from the last multiple of this up to the step's first position.
     """
     num_requests, width = seq_lens.shape[0], tail_block_table.shape[1]
     query_lens = query_start_loc[1 : num_requests + 1] - query_start_loc[:num_requests]
-    computed = (seq_lens - query_lens).long().clamp(min=0)
+    computed = (seq_lens - query_lens).long().clamp(min=0) // block_tokens * block_tokens
     first_page = (computed - window_tokens).clamp(min=0) // tail_tokens
     ahead = torch.arange(-(-window_tokens // tail_tokens) + 1, device=seq_lens.device)
     pages = first_page[:, None] + ahead
