@@ -9,8 +9,8 @@ from lexico_kernels.testing import poisoned_cache
 
 pytest.importorskip("vllm")
 from vllm_lexico.serve.block_attention import attend_blocks
-from vllm_lexico.serve.block_plan import Reach, plan_blocks
-from vllm_lexico.serve.coding_plan import raw_starts
+from vllm_lexico.serve.block_plan import plan_blocks
+from vllm_lexico.serve.coding_plan import Reach, raw_starts
 
 P, D, HEADS, GROUP = 64, 64, 2, 2
 LENGTHS = (330, 71)

@@ -17,36 +17,11 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_lexico.serve.coding_plan import Reach
 from vllm_lexico.serve.dense_attention import Packed, Paged
 from vllm_lexico.serve.prefill_plan import packed, starts_of, tokens_of
 
 ALL_CODED = torch.iinfo(torch.int32).max  # a raw_start that no position reaches
-
-
-class Reach(NamedTuple):
-    """What decides how far back queries read raw.
-
-    Attributes:
-        block_tokens: P.
-        tail_tokens: R, of which P is a multiple.
-        window_tokens: tokens before a block that are raw, rounded up to whole pages.
-        sink_end: end of the sinks, a multiple of R.
-    """
-
-    block_tokens: int
-    tail_tokens: int
-    window_tokens: int
-    sink_end: int
-
-    def raw_start(self, position: int) -> int:
-        """From where on a query's keys are raw; 0 where no codes lie between them and the sinks."""
-        block = position // self.block_tokens * self.block_tokens
-        start = max(block - self.window_tokens, 0) // self.tail_tokens * self.tail_tokens
-        return start if start > self.sink_end else 0
-
-    def most_tokens(self, tile_tokens: int) -> int:
-        """Most tokens of a tile: of either kind it has at least one piece or page."""
-        return max(tile_tokens, self.sink_end + self.window_tokens + self.tail_tokens + self.block_tokens)
 
 
 class Piece(NamedTuple):

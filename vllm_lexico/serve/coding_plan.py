@@ -16,6 +16,32 @@ MAX_WAITING_TOKENS = 2 * SPAN_TOKENS - 1
 SKIPPED = -1
 
 
+class Reach(NamedTuple):
+    """What decides how far back queries read raw where answers are the same cold and after a hit (`block_plan.py`).
+
+    Attributes:
+        block_tokens: P.
+        tail_tokens: R, of which P is a multiple.
+        window_tokens: tokens before a block that are raw, rounded up to whole pages.
+        sink_end: end of the sinks, a multiple of R.
+    """
+
+    block_tokens: int
+    tail_tokens: int
+    window_tokens: int
+    sink_end: int
+
+    def raw_start(self, position: int) -> int:
+        """From where on a query's keys are raw; 0 where no codes lie between them and the sinks."""
+        block = position // self.block_tokens * self.block_tokens
+        start = max(block - self.window_tokens, 0) // self.tail_tokens * self.tail_tokens
+        return start if start > self.sink_end else 0
+
+    def most_tokens(self, tile_tokens: int) -> int:
+        """Most tokens of a tile: of either kind it has at least one piece or page."""
+        return max(tile_tokens, self.sink_end + self.window_tokens + self.tail_tokens + self.block_tokens)
+
+
 def max_coded_tokens(num_tokens: int, num_requests: int) -> int:
     """Most tokens that a step of `num_tokens` tokens of `num_requests` requests can code; fixes launch sizes."""
     return min(num_tokens, num_tokens // SPAN_TOKENS + 2 * num_requests) * SPAN_TOKENS

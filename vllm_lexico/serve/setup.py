@@ -17,8 +17,7 @@ from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.serve import refusals
-from vllm_lexico.serve.block_plan import Reach
-from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
+from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS, Reach
 
 
 @dataclass(frozen=True)
