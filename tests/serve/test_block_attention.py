@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from lexico_kernels import CodeLayout, RequestTables, ops
-from lexico_kernels.testing import poisoned_cache
+from lexico_kernels.testing import poisoned_cache, random_problem
 
 pytest.importorskip("vllm")
 from vllm_lexico.serve.block_attention import attend_blocks
@@ -31,25 +31,15 @@ CUTS = {  # ends of the chunks of each request
 class Sequences:
     """Requests of random tokens, computed in steps; of their pages only those exist that serving keeps."""
 
-    def __init__(self, window, sink_pages, encoded):
-        self.encoded = encoded
+    def __init__(self, window, sink_pages, coded):
+        self.coded, self.codes = coded.cache.code_pages, coded.tables.block_table
         generator = torch.Generator().manual_seed(0)
         self.reach = Reach(P, R, window, sink_pages * R)
         self.cache = poisoned_cache(LAYOUT, 1 + len(LENGTHS) * max(BLOCKS, PAGES), atoms=64, dtype=torch.float32)
         self.key, self.value = torch.randn(2, len(LENGTHS), max(LENGTHS), HEADS, D, generator=generator)
         self.query = torch.randn(len(LENGTHS), max(LENGTHS), HEADS * GROUP, D, generator=generator)
         rows = torch.arange(len(LENGTHS))[:, None]
-        self.codes = (1 + rows * BLOCKS + torch.arange(BLOCKS)).int()
         self.tail = (1 + rows * PAGES + torch.arange(PAGES)).int()
-
-    def encode(self):
-        """Code the whole blocks of all requests; the code pages."""
-        for request, length in enumerate(LENGTHS):
-            position = torch.arange(length // P * P)
-            slot = self.codes[request, position // P].long() * P + position % P
-            key, value = self.key[request, : len(position)], self.value[request, : len(position)]
-            ops.omp_encode(key, value, self.cache, position.int(), slot)
-        return self.cache.code_pages
 
     def step(self, requests, computed, written, tile_tokens):
         """Write, code and attend; the rows' results."""
@@ -95,7 +85,7 @@ class Sequences:
                 page[:, 0], page[:, 1] = self.key[request, position], self.value[request, position]
         # No more is sure to be coded than whole blocks.
         pages = self.codes[request, start // P : end // P].long()
-        self.cache.code_pages[pages] = self.encoded[pages]
+        self.cache.code_pages[pages] = self.coded[pages]
 
     def expected(self):
         """Attention of every query by the rule, one after another."""
@@ -123,15 +113,15 @@ class Sequences:
 
 
 @pytest.fixture(scope="module")
-def encoded():
-    """Code pages of all requests' whole blocks."""
-    return Sequences(P, 1, None).encode()
+def coded():
+    """Codes of all requests. They need not be those of the tokens that are raw."""
+    return random_problem(LAYOUT, LENGTHS, atoms=64, dtype=torch.float32, sink_pages=0, raw_tokens=0)
 
 
 @pytest.fixture(scope="module", params=[(63, 1), (100, 0), (63, 3 * P // R), (1000, 1)], ids=str)
-def case(request, encoded):
-    """A window, sink pages and code pages, and the attention by the rule."""
-    settings = (*request.param, encoded)
+def case(request, coded):
+    """A window, sink pages and codes, and the attention by the rule."""
+    settings = (*request.param, coded)
     return settings, Sequences(*settings).expected()
 
 
