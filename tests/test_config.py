@@ -47,7 +47,7 @@ def test_one_number_or_one_for_keys_and_one_for_values():
         ({"window": -1}, ["window", "-1", "from 0 to 65536"]),
         ({"sinks": 1.5}, ["sinks", "1.5", "from 0 to 1024"]),
         ({"relative_error": 1.0}, ["relative_error", "1.0", "up to, not including, 1"]),
-        ({"prefix_hits": "none"}, ["'none'", "'codes' or 'window'"]),
+        ({"prefix_hits": "none"}, ["'none'", "'codes', 'window' or 'same'"]),
         ({"codec": "int8"}, ["'int8'", "'packed16', 'paper' or 'exact'"]),
         ({"dictionary": ""}, ["dictionary", 'a Hugging Face id or "train"']),
         (

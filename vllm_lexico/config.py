@@ -13,7 +13,7 @@ from lexico_kernels.memory.layout import CODECS, MAX_SPARSITY
 from vllm_lexico.errors import check_choice, check_whole_number, is_whole_number, refusal, shown
 
 LEXICO = "lexico"  # the key of vLLM's `additional_config` that holds the settings
-PREFIX_HITS = ("codes", "window")
+PREFIX_HITS = ("codes", "window", "same")
 TRAIN = "train"  # the setting `dictionary` that makes a missing one
 EXAMPLE = """'{"lexico": {"sparsity": 7}}'"""
 
@@ -50,7 +50,8 @@ class LexicoConfig:
         saves time, not memory: a code has the size that its sparsity gives it.
     prefix_hits: "codes" takes every prefix-cache hit and reads a missing window from codes; "window" takes a hit only
         where the full-precision window before it is cached too, which keeps one more block per request in full
-        precision.
+        precision; "same" does so too, and has every token read codes beyond its block and the window before that, so
+        that a request is answered alike cold, in any chunks, and after a hit.
     codec: "packed16", "paper" (int16 + fp8) or "exact" (the vectors themselves, for tests).
     """
 

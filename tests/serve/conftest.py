@@ -104,7 +104,7 @@ class PageEngine:
         self.codes, self.tail = self.pages.coordinator.single_type_managers
         self.spec = self.tail.kv_cache_spec
         self.pool = self.pages.block_pool
-        self.worker = _load_worker()(self.spec, BLOCK)
+        self.worker = _load_worker()(self.spec, BLOCK, BLOCK if self.case.prefix_hits == "same" else 1)
         self.under_way: deque[Step] = deque()
         self.published: tuple[Counter[Any], Counter[Any]] = Counter(), Counter()
         self.answers: dict[str, list[int]] = {}
@@ -228,7 +228,8 @@ class PageEngine:
         for name, new in scheduled.num_scheduled_tokens.items():
             end = self.scheduler.requests[name].num_computed_tokens
             start, table = end - new, self._table(name)
-            first, hit = max(start - window, 0) // size, self.hits[name] // size
+            block_start = start // BLOCK * BLOCK if self.case.prefix_hits == "same" else start
+            first, hit = max(block_start - window, 0) // size, self.hits[name] // size
             assert self.worker.tables[name][1][first:] == table[first:], f"the worker has other pages for {name}"
             kept[name] = first, table[first : -(-end // size)]
             from_hit = [page != 0 for page in table[max(first, self.spec.sink_blocks) : hit]]

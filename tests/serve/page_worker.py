@@ -15,8 +15,8 @@ VOCABULARY = 5
 class Worker:
     """Writes, codes and reads pages as LEXICO's kernels do, for one layer, with a number in place of each vector."""
 
-    def __init__(self, spec: Any, block_tokens: int) -> None:
-        self.spec, self.block_tokens = spec, block_tokens
+    def __init__(self, spec: Any, block_tokens: int, window_step: int = 1) -> None:
+        self.spec, self.block_tokens, self.window_step = spec, block_tokens, window_step
         self.tokens: dict[str, list[int]] = {}
         self.tables: dict[str, tuple[list[int], list[int]]] = {}
         self.memory: dict[int, tuple[str, list[int | None]]] = {}
@@ -119,7 +119,13 @@ class Worker:
         size = self.spec.block_size
         sink_end = self.spec.sink_blocks * size
         starts = coding_plan.raw_starts(
-            query_start, seq_lens, tail, window_tokens=self.spec.window_tokens, tail_tokens=size, sink_end=sink_end
+            query_start,
+            seq_lens,
+            tail,
+            window_tokens=self.spec.window_tokens,
+            tail_tokens=size,
+            sink_end=sink_end,
+            block_tokens=self.window_step,
         )
         return [int(start) for start in starts]
 

@@ -16,6 +16,32 @@ MAX_WAITING_TOKENS = 2 * SPAN_TOKENS - 1
 SKIPPED = -1
 
 
+class Reach(NamedTuple):
+    """What decides how far back queries read raw where answers are the same cold and after a hit (`block_plan.py`).
+
+    Attributes:
+        block_tokens: P.
+        tail_tokens: R, of which P is a multiple.
+        window_tokens: tokens before a block that are raw, rounded up to whole pages.
+        sink_end: end of the sinks, a multiple of R.
+    """
+
+    block_tokens: int
+    tail_tokens: int
+    window_tokens: int
+    sink_end: int
+
+    def raw_start(self, position: int) -> int:
+        """From where on a query's keys are raw; 0 where no codes lie between them and the sinks."""
+        block = position // self.block_tokens * self.block_tokens
+        start = max(block - self.window_tokens, 0) // self.tail_tokens * self.tail_tokens
+        return start if start > self.sink_end else 0
+
+    def most_tokens(self, tile_tokens: int) -> int:
+        """Most tokens of a tile: of either kind it has at least one piece or page."""
+        return max(tile_tokens, self.sink_end + self.window_tokens + self.tail_tokens + self.block_tokens)
+
+
 def max_coded_tokens(num_tokens: int, num_requests: int) -> int:
     """Most tokens that a step of `num_tokens` tokens of `num_requests` requests can code; fixes launch sizes."""
     return min(num_tokens, num_tokens // SPAN_TOKENS + 2 * num_requests) * SPAN_TOKENS
@@ -149,15 +175,25 @@ def raw_starts(
     window_tokens: int,
     tail_tokens: int,
     sink_end: int,
+    block_tokens: int = 1,
 ) -> Tensor:
     """Find the first position after the sinks that is read from tail pages rather than codes. int32 [B].
 
     Tail pages cover the `window_tokens` before the step's first position. After a prefix-cache hit the first of them
     may be null; those that are there are an unbroken run up to the step's first position.
+
+    Args:
+        query_start_loc: int32 [B + 1].
+        seq_lens: int32 [B], tokens of each request once the step is done.
+        tail_block_table: int32 [B, max_pages], of the tail pages.
+        window_tokens: tokens before the step that are read raw.
+        tail_tokens: R.
+        sink_end: end of the sinks, a multiple of R.
+        block_tokens: the window is counted from the last multiple of this up to the step's first position.
     """
     num_requests, width = seq_lens.shape[0], tail_block_table.shape[1]
     query_lens = query_start_loc[1 : num_requests + 1] - query_start_loc[:num_requests]
-    computed = (seq_lens - query_lens).long().clamp(min=0)
+    computed = (seq_lens - query_lens).long().clamp(min=0) // block_tokens * block_tokens
     first_page = (computed - window_tokens).clamp(min=0) // tail_tokens
     ahead = torch.arange(-(-window_tokens // tail_tokens) + 1, device=seq_lens.device)
     pages = first_page[:, None] + ahead

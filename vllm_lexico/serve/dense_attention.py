@@ -19,6 +19,22 @@ class Packed(NamedTuple):
     longest: int
 
 
+class Paged(NamedTuple):
+    """Sequences of keys that share pages.
+
+    Attributes:
+        table: int32 [B, pages of the longest], the pages of each sequence.
+        lengths: int32 [B], tokens of each sequence, at least 1.
+        longest: tokens of the longest sequence.
+        page_tokens: tokens per page.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    longest: int
+    page_tokens: int
+
+
 def dense_attention(
     query: Tensor,
     key: Tensor,
@@ -45,6 +61,26 @@ def dense_attention(
     """
     attend = _flash_attention if query.is_cuda else _plain_attention
     return attend(query, key, value, queries, keys, scale, causal, out)
+
+
+def paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Full attention of packed sequences of queries to keys that they share.
+
+    Args:
+        query: [Tq, Hq, D].
+        key, value: [Tk, Hk, D], whole pages one after another, all of finite numbers.
+        queries: where each sequence's are.
+        keys: of the same sequences.
+        scale: factor of the scores.
+
+    Returns:
+        As `dense_attention`.
+    """
+    pages = [part.unflatten(0, (-1, keys.page_tokens)) for part in (key, value)]
+    attend = _flash_paged if query.is_cuda else _plain_paged
+    return attend(query, pages[0], pages[1], queries, keys, scale)
 
 
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
@@ -95,6 +131,40 @@ def _flash_attention(
         out=out,
         fa_version=_flash_version(query.shape[-1]),
     )
+    return out, lse
+
+
+def _flash_paged(
+    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, scale: float
+) -> tuple[Tensor, Tensor]:
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    out, lse, *_ = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        max_seqlen_q=queries.longest,
+        cu_seqlens_q=queries.starts,
+        max_seqlen_k=keys.longest,
+        seqused_k=keys.lengths,
+        block_table=keys.table,
+        softmax_scale=scale,
+        causal=False,
+        return_softmax_lse=True,
+        fa_version=_flash_version(query.shape[-1]),
+    )
+    return out, lse
+
+
+def _plain_paged(
+    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    starts = queries.starts.tolist()
+    for sequence, length in enumerate(keys.lengths.tolist()):
+        rows, pages = slice(starts[sequence], starts[sequence + 1]), keys.table[sequence].long()
+        seen = [part[pages].flatten(0, 1)[:length] for part in (key, value)]
+        out[rows], lse[:, rows] = _attend(query[rows], *seen, None, scale)
     return out, lse
 
 

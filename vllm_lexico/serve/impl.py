@@ -16,6 +16,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
 from vllm_lexico.serve import refusals
+from vllm_lexico.serve.block_attention import attend_blocks
+from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into
 from vllm_lexico.serve.metadata import (
@@ -161,7 +163,11 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             )
         if step.prefill is not None:
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
-            self._attend_chunks(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])
+            batch, plan = (query[rows], key[rows], value[rows], cache, tables), step.prefill
+            if isinstance(plan, BlockPlan):
+                attend_blocks(*batch, plan, scale=self.scale, out=output[rows])
+            else:
+                self._attend_chunks(*batch, plan, output[rows])
         return output
 
     def _attend_chunks(
@@ -193,12 +199,15 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         """Take and return what a step may need, so that memory profiling sees its peak."""
         tile = torch.empty_like(query)
         lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
-        history = self._workspace(query)
+        block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
+        history = [self._workspace(query)]
+        if self.setup.same_answers:  # a tile, and of its keys those that come from tail pages
+            most = self.setup.reach(layout).most_tokens(history[0].shape[1])
+            history = [query.new_empty((2, most, *history[0].shape[2:])) for _ in range(2)]
         del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
         num_decodes = min(query.shape[0], decode_tokens)
-        block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
-        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
         scratch = ops.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
         query.new_empty(scratch, dtype=torch.uint8)
 

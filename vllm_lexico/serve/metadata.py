@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico.serve import coding_plan, start_line
+from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
 from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.serve.setup import LexicoSetup
@@ -44,7 +45,7 @@ class LexicoMetadata(AttentionMetadata):
     layout: CodeLayout
     num_tokens: int
     num_decode_tokens: int
-    prefill: PrefillPlan | None  # of the requests after those that decode
+    prefill: PrefillPlan | BlockPlan | None  # of the requests after those that decode
     block_table: Tensor  # int32 [B, pages]
     token_request: Tensor  # int32 [T]
     token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
@@ -141,14 +142,17 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             layers=self._finder.of_step(self.layout) if _only_decodes(common, self.reorder_batch_threshold) else None,
         )
 
-    def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
+    def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan | BlockPlan:
         # An upper bound only for requests that decode, whose drafts may yet be rejected.
         seq_lens = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
         assert seq_lens is not None
         query_lens = common.query_start_loc_cpu.diff()[num_decodes:].tolist()
         spec = self.kv_cache_spec
         tile_tokens = history_tokens(spec.num_kv_heads, spec.head_size, spec.dtype)
-        return plan_prefill(query_lens, seq_lens[num_decodes:].tolist(), num_decodes, tile_tokens, self.device)
+        lengths = query_lens, seq_lens[num_decodes:].tolist()
+        if self.setup.same_answers:
+            return plan_blocks(*lengths, num_decodes, self.setup.reach(self.layout), tile_tokens, self.device)
+        return plan_prefill(*lengths, num_decodes, tile_tokens, self.device)
 
 
 class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
@@ -165,6 +169,8 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         assert isinstance(kv_cache_spec, LexicoTailSpec)
         self.spec, self._handover = kv_cache_spec, layer.handover
+        # The window is counted from the start of a token's block where answers are the same cold and after a hit.
+        self._block_tokens = vllm_config.cache_config.block_size if layer.setup.same_answers else 1
         buffers = _StepBuffers(vllm_config, device)
         self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
         self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
@@ -188,6 +194,7 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
             window_tokens=self.spec.window_tokens,
             tail_tokens=tail_tokens,
             sink_end=self.sink_tokens,
+            block_tokens=self._block_tokens,
         )
         return LexicoTailMetadata(
             slot_mapping=common.slot_mapping,

@@ -61,7 +61,7 @@ def plan_prefill(
         tile_tokens: most history tokens of a tile.
         device: where the plan's tensors go.
     """
-    starts = _starts(query_lens)
+    starts = starts_of(query_lens)
     count = sum(query_len > 0 for query_len in query_lens)
     history = [seq_lens[i] - query_lens[i] for i in range(count)]
     tiles = []
@@ -72,12 +72,12 @@ def plan_prefill(
         tiles.append(
             HistoryTile(
                 slice(starts[first], starts[last + 1]),
-                _packed(query_lens[first : last + 1], device),
-                _packed(lengths, device),
-                *_tokens(request, [start for _, start, _ in spans], lengths, device),
+                packed(query_lens[first : last + 1], device),
+                packed(lengths, device),
+                *tokens_of(request, [start for _, start, _ in spans], lengths, device),
             )
         )
-    return PrefillPlan(starts[count], _packed(query_lens[:count], device), tiles)
+    return PrefillPlan(starts[count], packed(query_lens[:count], device), tiles)
 
 
 def _cut(history: Iterable[int], tile_tokens: int) -> list[list[tuple[int, int, int]]]:
@@ -99,24 +99,26 @@ def _cut(history: Iterable[int], tile_tokens: int) -> list[list[tuple[int, int, 
     return tiles
 
 
-def _tokens(
+def tokens_of(
     requests: list[int], starts: list[int], lengths: list[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Request and position of every token of stretches that lie one after another."""
     total = sum(lengths)
     # A stretch's position is the token's place in the tile plus this.
-    shift = [start - before for start, before in zip(starts, _starts(lengths), strict=False)]
+    shift = [start - before for start, before in zip(starts, starts_of(lengths), strict=False)]
     table = async_tensor_h2d([requests, shift, lengths], device, torch.int32)
     request, shift_of_token = table[:2].repeat_interleave(table[2], dim=1, output_size=total)
     return request, shift_of_token + torch.arange(total, device=device, dtype=torch.int32)
 
 
-def _starts(lengths: Sequence[int]) -> list[int]:
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    """Where stretches that lie one after another start, and where the last ends."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
     return starts
 
 
-def _packed(lengths: Sequence[int], device: torch.device) -> Packed:
-    return Packed(async_tensor_h2d(_starts(lengths), device, torch.int32), max(lengths, default=0))
+def packed(lengths: Sequence[int], device: torch.device) -> Packed:
+    """Sequences of these lengths, one after another."""
+    return Packed(async_tensor_h2d(starts_of(lengths), device, torch.int32), max(lengths, default=0))

@@ -18,7 +18,7 @@ from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.search import find_dictionary
 from vllm_lexico.serve import refusals
-from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
+from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS, Reach
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ class LexicoSetup:
     def sink_blocks(self, layout: CodeLayout) -> int:
         """Tail pages that hold the sinks."""
         return -(-self.config.sinks // layout.tail_tokens)
+
+    @property
+    def same_answers(self) -> bool:
+        """Whether a request is answered alike cold and after a prefix-cache hit."""
+        return self.config.prefix_hits == "same"
+
+    def reach(self, layout: CodeLayout) -> Reach:
+        """How far back queries read raw where answers are the same."""
+        sink_end = self.sink_blocks(layout) * layout.tail_tokens
+        return Reach(layout.block_tokens, layout.tail_tokens, self.window_tokens, sink_end)
 
     def dictionary(self) -> Dictionary | None:
         """The loaded dictionary; loaded once a process and file."""

@@ -38,7 +38,8 @@ class LexicoTailSpec(SlidingWindowSpec):
         sink_blocks: pages at the start of a sequence that stay for its life.
         hit_margin_tokens: 0, or the tokens of a code page where a prefix-cache hit needs its whole window. Such a hit
             ends at the last whole code page, so its window lies up to this many tokens below the newest one, and
-            pages stay for as long. vLLM's own `extra_retained_tokens` cannot say so: it sets that of every
+            pages stay for as long; where answers are the same cold and after a hit, the window of a step's first
+            token lies as far below it. vLLM's own `extra_retained_tokens` cannot say so: it sets that of every
             sliding-window spec when it plans the cache.
         concurrent_batches: scheduling steps that may be under way at once (2 with asynchronous scheduling).
     """
@@ -86,7 +87,7 @@ def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> Lex
         page_size_padded=layout.page_bytes if layout.page_bytes > layout.tail_page_bytes else None,
         sliding_window=setup.window_tokens + 1,
         sink_blocks=setup.sink_blocks(layout),
-        hit_margin_tokens=layout.block_tokens if setup.config.prefix_hits == "window" else 0,
+        hit_margin_tokens=layout.block_tokens if setup.config.prefix_hits != "codes" else 0,
         concurrent_batches=setup.concurrent_batches,
     )
 
