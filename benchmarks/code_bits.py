@@ -98,7 +98,8 @@ def encode_lines(name: str, encode: Callable[..., None], cache: LayerCache, toke
     source, destination = torch.arange(count, dtype=torch.int32), torch.arange(count) + cache.layout.block_tokens
     stored = source[::3][: (len(cache.tail_pages) - 1) * R].long()
     slots = torch.arange(len(stored)) + R
-    reference.write_tail(*(rows[stored.to(device)] for rows in tokens), cache, slots.to(device))
+    key, value = (rows[stored.to(device)] for rows in tokens)
+    reference.write_tail(key, value, cache, slots.to(device))
     source[stored] = (-1 - slots).int()
     destination[5::11] = -1
     yield f"{name} inputs", digest(*tokens, cache.key.atoms, cache.value.atoms, cache.value.mean, source, destination)
@@ -193,7 +194,8 @@ def write_lines(device: str, dtype: torch.dtype) -> Iterator[Line]:
         cache = poisoned_cache(CodeLayout(D, 2, 15, 15), 5, atoms=64, dtype=dtype, device=device)
         slots = torch.arange(40, device=device) + cache.layout.tail_tokens
         slots[::7] = -1
-        write_tail.write_tail(*planted_tokens(40, cache, D), cache, slots)
+        key, value = planted_tokens(40, cache, D)
+        write_tail.write_tail(key, value, cache, slots)
         yield f"kernel write_tail D {D}", digest(cache.tail_pages[1:])
 
 
@@ -222,7 +224,8 @@ def layer_lines(layout: CodeLayout, device: str, dtype: torch.dtype, sizes: Size
         for seed in range(3):
             cache = poisoned_cache(layout, 2 + room // R, atoms=sizes.atoms, dtype=dtype, device=device, seed=seed)
             slots = torch.arange(room, device=device) + R
-            reference.write_tail(*planted_tokens(room, cache, seed), cache, slots)
+            key, value = planted_tokens(room, cache, seed)
+            reference.write_tail(key, value, cache, slots)
             caches.append(raised_cache(cache))
         stack = LayerStack.of(caches)
         assert stack is not None

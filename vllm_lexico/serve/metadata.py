@@ -106,13 +106,13 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.layout = self.setup.layout(
             kv_cache_spec.head_size, kv_cache_spec.num_kv_heads, kv_cache_spec.block_size, kv_cache_spec.dtype
         )
-        allocation.check_codes_group(kv_cache_spec, self.layout, vllm_config.cache_config.block_size)
+        shadow = vllm_config.compilation_config.static_forward_context[f"{layer_names[0]}{TAIL_SUFFIX}"]
+        allocation.check_codes_group(kv_cache_spec, self.layout, shadow.block_tokens)
         buffers = _StepBuffers(vllm_config, device)
         self.token_request = buffers.new(buffers.max_tokens, torch.int32)
         self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
         self.destination = buffers.new(buffers.max_coded, torch.int64)
-        layers = vllm_config.compilation_config.static_forward_context
-        self._handover = layers[f"{layer_names[0]}{TAIL_SUFFIX}"].handover
+        self._handover = shadow.handover
         self._finder = LayerFinder(layer_names, vllm_config)
         self._reported = False
 
@@ -170,7 +170,7 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         assert isinstance(kv_cache_spec, LexicoTailSpec)
         self.spec, self._handover = kv_cache_spec, layer.handover
         # The window is counted from the start of a token's block where answers are the same cold and after a hit.
-        self._block_tokens = vllm_config.cache_config.block_size if layer.setup.same_answers else 1
+        self._block_tokens = layer.block_tokens if layer.setup.same_answers else 1
         buffers = _StepBuffers(vllm_config, device)
         self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
         self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)

@@ -45,6 +45,7 @@ class LexicoTail(nn.Module, AttentionLayerBase):
     Attributes:
         kv_cache: the pages, once vLLM has allocated them.
         handover: what the metadata builders of all layers share.
+        block_tokens: P, of the engine's configuration when pages were planned.
     """
 
     def __init__(self, layer: Any, setup: LexicoSetup, handover: PlanHandover) -> None:
@@ -52,14 +53,17 @@ class LexicoTail(nn.Module, AttentionLayerBase):
         self.num_kv_heads, self.head_size, self.dtype = layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype
         self.setup, self.handover = setup, handover
         self.kv_cache = torch.tensor([])
+        self.block_tokens: int | None = None
 
     def get_attn_backend(self) -> type[LexicoTailBackend]:
         return LexicoTailBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LexicoTailSpec:
         """Raw pages of exactly the bytes of a code page, so that both groups draw from one pool."""
-        block_tokens = vllm_config.cache_config.block_size
-        layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, self.dtype)
+        # vLLM 0.33 puts the smallest group's block size into the configuration once pages are planned.
+        if self.block_tokens is None:
+            self.block_tokens = vllm_config.cache_config.block_size
+        layout = self.setup.layout(self.head_size, self.num_kv_heads, self.block_tokens, self.dtype)
         return tail_spec(self.setup, layout, self.dtype)
 
 
