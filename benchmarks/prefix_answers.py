@@ -141,8 +141,9 @@ def main() -> None:
     peer = results.get("codes")
     for hits, figures in results.items():
         for metric, value in figures.items():
-            against = {"peer": "codes", "peer_value": peer[metric]} if peer and hits != "codes" else {}
-            record("prefix_answers", case | {"prefix_hits": hits}, metric, value, **against)
+            baseline = peer[metric] if peer and hits != "codes" else None
+            name = None if baseline is None else "codes"
+            record("prefix_answers", case | {"prefix_hits": hits}, metric, value, peer=name, peer_value=baseline)
             print(f"{hits}: {metric} {value:.4g}", file=sys.stderr)
 
 

@@ -163,8 +163,8 @@ def _plain_paged(
     starts = queries.starts.tolist()
     for sequence, length in enumerate(keys.lengths.tolist()):
         rows, pages = slice(starts[sequence], starts[sequence + 1]), keys.table[sequence].long()
-        seen = [part[pages].flatten(0, 1)[:length] for part in (key, value)]
-        out[rows], lse[:, rows] = _attend(query[rows], *seen, None, scale)
+        seen_key, seen_value = (part[pages].flatten(0, 1)[:length] for part in (key, value))
+        out[rows], lse[:, rows] = _attend(query[rows], seen_key, seen_value, None, scale)
     return out, lse
 
 
