@@ -78,7 +78,7 @@ def digest(*tensors: Tensor) -> str:
     return state.hexdigest()
 
 
-def planted_tokens(count: int, cache: LayerCache, seed: int) -> list[Tensor]:
+def planted_tokens(count: int, cache: LayerCache, seed: int) -> tuple[Tensor, Tensor]:
     """K and V [count, Hk, D]: sums of 24 atoms of falling size and noise, around their head's mean."""
     generator, out = torch.Generator().manual_seed(seed), []
     for book in (cache.key, cache.value):
@@ -89,10 +89,12 @@ def planted_tokens(count: int, cache: LayerCache, seed: int) -> list[Tensor]:
             x += 0.85**at * torch.randn(count, Hk, 1, generator=generator) * atoms[heads, index]
         x = x * book.stretch.cpu() + book.mean.cpu()
         out.append(x.to(cache.tail_pages.device, cache.tail_pages.dtype))
-    return out
+    return out[0], out[1]
 
 
-def encode_lines(name: str, encode: Callable[..., None], cache: LayerCache, tokens: list[Tensor]) -> Iterator[Line]:
+def encode_lines(
+    name: str, encode: Callable[..., None], cache: LayerCache, tokens: tuple[Tensor, Tensor]
+) -> Iterator[Line]:
     """Codes of tokens, every third of which comes from the tail where it has room, and some of which are skipped."""
     count, device, R = len(tokens[0]), cache.code_pages.device, cache.layout.tail_tokens
     source, destination = torch.arange(count, dtype=torch.int32), torch.arange(count) + cache.layout.block_tokens
@@ -194,8 +196,7 @@ def write_lines(device: str, dtype: torch.dtype) -> Iterator[Line]:
         cache = poisoned_cache(CodeLayout(D, 2, 15, 15), 5, atoms=64, dtype=dtype, device=device)
         slots = torch.arange(40, device=device) + cache.layout.tail_tokens
         slots[::7] = -1
-        key, value = planted_tokens(40, cache, D)
-        write_tail.write_tail(key, value, cache, slots)
+        write_tail.write_tail(*planted_tokens(40, cache, D), cache, slots)
         yield f"kernel write_tail D {D}", digest(cache.tail_pages[1:])
 
 
@@ -224,8 +225,7 @@ def layer_lines(layout: CodeLayout, device: str, dtype: torch.dtype, sizes: Size
         for seed in range(3):
             cache = poisoned_cache(layout, 2 + room // R, atoms=sizes.atoms, dtype=dtype, device=device, seed=seed)
             slots = torch.arange(room, device=device) + R
-            key, value = planted_tokens(room, cache, seed)
-            reference.write_tail(key, value, cache, slots)
+            reference.write_tail(*planted_tokens(room, cache, seed), cache, slots)
             caches.append(raised_cache(cache))
         stack = LayerStack.of(caches)
         assert stack is not None
@@ -265,7 +265,10 @@ def captured_lines(path: Path) -> Iterator[Line]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for sparsity in (7, 15):
             layer = load_vectors(path).to(device)
-            cache, tokens = layer.cache(sparsity), [*layer.vectors[:, :CAPTURED_TOKENS]]
+            cache, tokens = (
+                layer.cache(sparsity),
+                (layer.vectors[0, :CAPTURED_TOKENS], layer.vectors[1, :CAPTURED_TOKENS]),
+            )
             yield from encode_lines(f"captured {device} S {sparsity}", ops.omp_encode, cache, tokens)
 
 

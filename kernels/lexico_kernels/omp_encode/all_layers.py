@@ -94,11 +94,11 @@ def _omp_encode_layers(
     own_tail = Pages(_of_layer(tail.data, addresses_ptr, addresses, TAIL), tail.stride)
     own_codes = Pages(_of_layer(codes.data, addresses_ptr, addresses, CODES), codes.stride)
     start = tl.program_id(0) * TILE
-    while start < jobs.size:
+    while start < jobs.length:
         source, destination, coded = load_jobs(jobs, start + tl.arange(0, TILE), P)
         start += tl.num_programs(0) * TILE
         if tl.max(coded.to(tl.int32), 0) == 0:
-            start = jobs.size
+            start = jobs.length
         else:
             for kv in tl.static_range(2):
                 if own_kv == kv:

@@ -49,13 +49,13 @@ class Jobs(NamedTuple):
 
     source: Tensor
     destination: Tensor
-    size: int  # M
+    length: int  # M
 
 
 @triton.jit
 def load_jobs(jobs, at, P: tl.constexpr):
     """Source and destination of the jobs numbered `at`, and which of them are to be coded."""
-    destination = tl.load(jobs.destination + at, mask=at < jobs.size, other=-1)
+    destination = tl.load(jobs.destination + at, mask=at < jobs.length, other=-1)
     coded = destination >= P
     source = tl.load(jobs.source + at, mask=coded, other=0)
     return source, destination, coded
@@ -164,7 +164,7 @@ def _omp_encode(
     source, destination, coded = load_jobs(jobs, job, P)
     if tl.max(coded.to(tl.int32), 0) == 0:
         return
-    row = (tl.program_id(1).to(tl.int64) * jobs.size + job) * S_PAD
+    row = (tl.program_id(1).to(tl.int64) * jobs.length + job) * S_PAD
     own = Code(scratch.atoms + row, scratch.coefficients + row)
     head, rows = tl.program_id(1) // 2, (key, value)
     for kv in tl.static_range(2):
