@@ -81,7 +81,8 @@ def _answer(completion: Any) -> dict[str, Any]:
 def plain(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """Prompts of lengths around the sizes that pages and groups have."""
     lengths = [1, 31, 32, 33, 63, 127, 128, 129, 160, 255, 257, 300, 384, 511, 640, 900]
-    prompts = [engine.passage(i, length) for i, length in enumerate(lengths[: 4 * scale])]
+    some = 4 // scale  # of them: every fourth in a quick look, the longest among them
+    prompts = [engine.passage(i, length) for i, length in enumerate(lengths[some - 1 :: some])]
     return engine.answer(prompts, 2 * ANSWER_TOKENS), {}
 
 
@@ -120,14 +121,14 @@ def crowd(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
 
 def chunked(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """Prompts that are computed 64 tokens a step."""
-    return engine.answer([engine.passage(300 + i, 90 + 111 * i) for i in range(2 * scale)]), {}
+    return engine.answer([engine.passage(300 + i, 90 + 444 // scale * i) for i in range(2 * scale)]), {}
 
 
 def same_step(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """A request that hits a block in the very step that completes it, a step of decode.
 
     In steps of 64 tokens the second prompt computes 3, then 63 beside the first one's decode, four times, and the last
-    token of its second block in a step that has room for the third request.
+    token of its fourth block in a step that has room for the third request.
     """
     prompt = engine.passage(350, 257)
     return engine.answer([engine.passage(351, 61), prompt[:256], prompt]), {}
@@ -167,7 +168,7 @@ Scenario = Callable[[Engine, int], tuple[Answers, dict[str, int]]]
 # of 64 leave the fewest tokens in it.
 ENGINES: dict[str, tuple[dict[str, Any], list[Scenario]]] = {
     "default": ({}, [plain, shared_prefixes, multi_turn, crowd]),
-    "chunks": ({"max_num_batched_tokens": 64, "max_num_seqs": 16}, [chunked, same_step]),
+    "chunks": ({"max_num_batched_tokens": 64, "max_num_seqs": 16, "block_size": 64}, [chunked, same_step]),
     "small": ({"pool_tokens": 1280, "block_size": 64}, [preempted]),
     "codes": ({}, [alone_and_in_crowd]),
 }
@@ -193,9 +194,10 @@ def start(
     own, scenarios = ENGINES[name]
     settings = {"max_model_len": 2048} | own | settings
     pool_tokens = settings.pop("pool_tokens", None)
-    lexico = SMALLEST_WINDOW | lexico if name == "codes" else {"codec": "exact"}
+    lexico = lexico if name == "codes" else {"codec": "exact"}
+    if name != "default":
+        lexico = SMALLEST_WINDOW | lexico
     if pool_tokens:
-        lexico |= SMALLEST_WINDOW
         # With the exact codec a request holds as much again in tail pages: its window and its sinks.
         tail_pages = 1 if backend == "LEXICO" else 0
         per_block = settings.get("block_size") or 128
