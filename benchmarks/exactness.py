@@ -81,7 +81,7 @@ def _answer(completion: Any) -> dict[str, Any]:
 def plain(engine: Engine, scale: int) -> tuple[Answers, dict[str, int]]:
     """Prompts of lengths around the sizes that pages and groups have."""
     lengths = [1, 31, 32, 33, 63, 127, 128, 129, 160, 255, 257, 300, 384, 511, 640, 900]
-    some = 4 // scale  # of them: every fourth in a quick look, the longest among them
+    some = max(4 // scale, 1)  # of them: every fourth in a quick look, the longest among them
     prompts = [engine.passage(i, length) for i, length in enumerate(lengths[some - 1 :: some])]
     return engine.answer(prompts, 2 * ANSWER_TOKENS), {}
 
