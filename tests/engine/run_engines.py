@@ -13,7 +13,7 @@ from typing import Any
 
 from faults import FAULTS
 
-PROMPT_TOKENS = (5, 130, 300, 411)
+PROMPT_TOKENS = (5, 130, 300, 640)  # the longest reads codes whatever the window and the pages
 ANSWER_TOKENS = 40
 FAULTY_TOKENS = 6  # of answers with a fault planted: it shows soon or never
 
