@@ -13,7 +13,7 @@ from typing import Any
 
 from faults import FAULTS
 
-PROMPT_TOKENS = (5, 130, 300, 640)  # the longest reads codes whatever the window and the pages
+PROMPT_TOKENS = (5, 130, 300, 411)
 ANSWER_TOKENS = 40
 FAULTY_TOKENS = 6  # of answers with a fault planted: it shows soon or never
 
@@ -23,6 +23,11 @@ def make_prompts() -> list[list[int]]:
     words = [[random.Random(i).randrange(3, 100) for _ in range(7)] for i in range(4)]
     rows = [(words[i] * 60)[:length] for i, length in enumerate(PROMPT_TOKENS)]
     return [*rows, rows[3][:300] + rows[1][:50]]
+
+
+def make_irregular_prompts() -> list[list[int]]:
+    """Prompts whose every part matters, so that a fault shows; the longest read codes whatever the window and pages."""
+    return [[random.Random(10 + i).randrange(3, 100) for _ in range(length)] for i, length in enumerate((420, 640))]
 
 
 def ask(llm: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -39,7 +44,8 @@ def answer(model: str, backend: str, lexico: dict[str, Any], settings: dict[str,
 
     Returns:
         rounds: tokens three times over: cold, with prefix hits, and continued.
-        faults: with each fault planted, by its name, the first tokens of cold answers.
+        sound: the first tokens of cold answers to the irregular prompts.
+        faults: the same with each fault planted, by its name.
     """
     import vllm
 
@@ -50,17 +56,18 @@ def answer(model: str, backend: str, lexico: dict[str, Any], settings: dict[str,
     prompts = make_prompts()
     rounds = [ask(llm, prompts, ANSWER_TOKENS) for _ in range(2)]
     rounds.append(ask(llm, [prompt + reply for prompt, reply in zip(prompts, rounds[1], strict=True)], ANSWER_TOKENS))
-    faults = {}
+    irregular, faults = make_irregular_prompts(), {}
+    sound = ask(llm, irregular, FAULTY_TOKENS)
     for fault in FAULTS if backend == "LEXICO" else ():
         llm.reset_prefix_cache()
         llm.collective_rpc("plant_fault", args=(fault,))
-        faults[fault] = ask(llm, prompts, FAULTY_TOKENS)
+        faults[fault] = ask(llm, irregular, FAULTY_TOKENS)
     if faults:
         llm.collective_rpc("plant_fault", args=(None,))
     del llm
     gc.collect()
     vllm.distributed.cleanup_dist_env_and_memory()
-    return {"rounds": rounds, "faults": faults}
+    return {"rounds": rounds, "sound": sound, "faults": faults}
 
 
 if __name__ == "__main__":
