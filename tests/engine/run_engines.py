@@ -15,7 +15,7 @@ from faults import FAULTS
 
 PROMPT_TOKENS = (5, 130, 300, 411)
 ANSWER_TOKENS = 40
-FAULTY_TOKENS = 6  # of answers with a fault planted: it shows soon or never
+FAULTY_TOKENS = 16  # of answers with a fault planted: it shows soon or never
 
 
 def make_prompts() -> list[list[int]]:
@@ -27,7 +27,7 @@ def make_prompts() -> list[list[int]]:
 
 def make_irregular_prompts() -> list[list[int]]:
     """Prompts whose every part matters, so that a fault shows; the longest read codes whatever the window and pages."""
-    return [[random.Random(10 + i).randrange(3, 100) for _ in range(length)] for i, length in enumerate((420, 640))]
+    return [[random.Random(10 + i).randrange(3, 100) for _ in range(length)] for i, length in enumerate((420, 740))]
 
 
 def ask(llm: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
