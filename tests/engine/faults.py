@@ -39,9 +39,9 @@ def _wiped(cache: Any, tables: Any) -> tuple[Any, Any]:
     return replace(cache, code_pages=empty), tables
 
 
-def _next_page(cache: Any, tables: Any) -> tuple[Any, Any]:
-    """Codes are read from the next page of the pool: another request's, or another place's."""
-    return cache, replace(tables, block_table=(tables.block_table + 1) % len(cache.code_pages))
+def _another_page(cache: Any, tables: Any) -> tuple[Any, Any]:
+    """Codes of a block are read from another request's page, if there is one, and of another block."""
+    return cache, replace(tables, block_table=tables.block_table.roll((1, 1), (0, 1)))
 
 
 def _stale_tail(key: torch.Tensor, value: torch.Tensor, cache: Any, slots: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def _stale_tail(key: torch.Tensor, value: torch.Tensor, cache: Any, slots: torch
 FAULTS: dict[str, dict[str, Callable]] = {
     "zeros": {"sparse_decode": _zeros},
     "wiped pages": _reading(_wiped),
-    "another request's page": _reading(_next_page),
+    "another request's page": _reading(_another_page),
     "stale tail": {"write_tail": _stale_tail},
 }
 
