@@ -7,6 +7,7 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := bash
+comma := ,
 
 # The repository root must stay off sys.path: its folder `kernels` would hide Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
@@ -48,13 +49,18 @@ $(VENV)/bin/python:
 	done; \
 	echo "make: no Python >= 3.11 was found; name one: make demo PYTHON=/path/to/python3" >&2; exit 1
 
+# Without --no-compile pip compiles every file of every package, of which most are never imported.
 # vLLM for CPUs asks for torchvision, torchaudio and torchcodec, which come in builds that do not fit its torch and
 # break its imports. Nothing here needs them, and pip has no way to leave a dependency out, so they go again.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --editable '.[$(DEVICE),examples,train]'
-	test $(DEVICE) = gpu || $(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
-	touch $@
+define install
+$(BIN)/pip install --no-compile --editable '.[$(DEVICE),examples,train$(1)]'
+test $(DEVICE) = gpu || $(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
+touch $@
+endef
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --editable '.[dev,eval]'
-	touch $@
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(call install)
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(call install,$(comma)dev$(comma)eval)
+	touch $(VENV)/.installed

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Read by vLLM when an engine starts: a small cache (GiB) and no warm-up keep its start short on a CPU.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+# By itself vLLM ties its threads to the cores that it counts as its own: beside another busy process it takes twice as
+# long, since the two share one core while another idles.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +58,26 @@ def load_benchmark() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """`with full_disk():` no file grows beyond 1000 bytes, which is reported as a full disk is.
+
+    It is for the lines that write and no others: where its output goes to a file, pytest could not report.
+    """
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def full() -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,10 @@ def test_tensors_have_the_permissions_of_any_file(tmp_path):
     assert len(modes) == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["tensors", "text"]
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_what_was_there(tmp_path):
-    resource = pytest.importorskip("resource")
+def test_a_full_disk_is_an_os_error_and_leaves_what_was_there(tmp_path, full_disk):
     path = tmp_path / "tensors"
     save_tensors(path, {"a": torch.arange(3)})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"tensors cannot be written .*see that there is room"):
-            save_tensors(path, {"a": torch.zeros(1000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused = pytest.raises(OSError, match=r"tensors cannot be written .*see that there is room")
+    with refused, full_disk():
+        save_tensors(path, {"a": torch.zeros(1000)})
     assert load_file(path)["a"].tolist() == [0, 1, 2] and list(tmp_path.iterdir()) == [path]

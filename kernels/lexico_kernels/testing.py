@@ -245,7 +245,7 @@ def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, kv: str) 
 
 def check_gain(encode: Callable[..., None], layout: CodeLayout, device: str, dtype: torch.dtype, atoms: int) -> None:
     """A gain changes no entry of the records that `encode` makes, and the scales by what the twin says."""
-    count = 64
+    count = 32
     plain = poisoned_cache(layout, 2 + count // layout.block_tokens, atoms=atoms, dtype=dtype, device=device)
     raised = raised_cache(replace(plain, code_pages=plain.code_pages.clone()))
     tokens = fused_tokens(count, layout, dtype, device)

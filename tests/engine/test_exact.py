@@ -4,22 +4,20 @@ The model is tiny, with strong random weights, and computes in float32, so that 
 order of additions. On a GPU `benchmarks/exactness.py` runs the same scenarios on real models, against two backends.
 """
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from collections import defaultdict
 
 import pytest
 
 pytest.importorskip("vllm")
+from engines import run_scenarios
 from faults import FAULTS
 from oracle import Oracle
+from processes import in_a_process
 
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.dictionary.file import load_dictionary
 
-FOLDER = Path(__file__).parent
 # Log-probabilities in float32; bfloat16 would differ by 1e-2.
 MEAN_GAP, MAX_GAP = 2e-5, 5e-4
 TIE = 1e-3
@@ -37,21 +35,17 @@ def exactness(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def answers(root, strong_llama, strong_dictionary, tmp_path_factory):
-    """What each backend answers in every scenario, and LEXICO with faults, see `run_scenarios.answers`."""
-    folder, found = tmp_path_factory.mktemp("scenarios"), {}
-    for backend in BACKENDS:
-        job, said = folder / f"{backend}.json", folder / f"{backend}-answers.json"
-        job.write_text(
-            json.dumps(
-                {"model": str(strong_llama), "backend": backend, "lexico": {"dictionary": str(strong_dictionary)}}
-            )
-        )
-        command = [sys.executable, FOLDER / "run_scenarios.py", root / "benchmarks", job, said]
-        environment = os.environ | {"PYTHONPATH": str(FOLDER)}
-        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-        found[backend] = json.loads(said.read_text())
+def answers(root, exactness, strong_llama, strong_dictionary):
+    """What each backend answers in every scenario, and LEXICO with faults, see `run_scenarios`."""
+    lexico = {"dictionary": str(strong_dictionary)}
+    found = {backend: defaultdict(dict) for backend in BACKENDS}
+    for backend, said in found.items():
+        for name in exactness.ENGINES:
+            if name == "codes" and backend != "LEXICO":
+                continue
+            case = str(root / "benchmarks"), name, str(strong_llama), backend, lexico
+            for fault, scenarios in in_a_process(run_scenarios, *case).items():
+                said[fault] |= scenarios
     return found
 
 

@@ -1,32 +1,22 @@
 """The same request cold and from the prefix cache: answers differ, but for the setting "same"."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("vllm")
+from engines import answer_again
+from processes import in_a_process
 
-FOLDER = Path(__file__).parent
 SMALL_CHUNKS = {"max_num_batched_tokens": 96, "max_num_seqs": 4}
 CASES = {"codes": ("codes", {}), "same": ("same", {}), "same, chunks": ("same", SMALL_CHUNKS)}
 
 
 @pytest.fixture(scope="module")
-def answers(strong_llama, strong_dictionary, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("same")
-    asked, said = folder / "cases.json", folder / "answers.json"
+def answers(strong_llama, strong_dictionary):
     lexico = {"dictionary": str(strong_dictionary), "sparsity": 3}
-    cases = [
-        {"model": str(strong_llama), "lexico": lexico | {"prefix_hits": hits}, "settings": settings}
-        for hits, settings in CASES.values()
-    ]
-    asked.write_text(json.dumps(cases))
-    result = subprocess.run([sys.executable, FOLDER / "run_same.py", asked, said], capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return dict(zip(CASES, json.loads(said.read_text()), strict=True))
+    return {
+        name: in_a_process(answer_again, str(strong_llama), lexico | {"prefix_hits": hits}, settings)
+        for name, (hits, settings) in CASES.items()
+    }
 
 
 def test_answers_differ_after_hits_that_read_codes(answers):

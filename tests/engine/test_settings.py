@@ -4,23 +4,17 @@ A tiny model with strong random weights in float32; each engine starts in a seco
 with faults planted into its cache, and each of these answers must fail the check that the others pass.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("vllm")
+from engines import COLD_TOKENS, WARM_TOKENS, answer_thrice, make_irregular_prompts, make_prompts
 from faults import FAULTS
 from oracle import Oracle
-from run_engines import make_irregular_prompts, make_prompts
+from processes import in_a_process
 
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.dictionary.file import load_dictionary
 
-FOLDER = Path(__file__).parent
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 SMALL_CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
 EXACT = {
@@ -51,24 +45,14 @@ TIE, TIE_WITH_DRAFTS = 1e-3, 0.5
 
 
 @pytest.fixture(scope="module")
-def answers(strong_llama, strong_dictionary, tmp_path_factory):
+def answers(strong_llama, strong_dictionary):
     """What CPU_ATTN and every engine of the two tables answer, by name."""
-    base = {"model": str(strong_llama)}
-    cases = {"CPU_ATTN": base | {"backend": "CPU_ATTN", "lexico": {}, "settings": {"block_size": 128}}}
+    plain = {"backend": "CPU_ATTN", "lexico": {}, "settings": {"block_size": 128}}
+    found = {"CPU_ATTN": in_a_process(answer_thrice, str(strong_llama), **plain)}
     for table, always in ((EXACT, {"codec": "exact"}), (CODED, {"dictionary": str(strong_dictionary)})):
         for name, (lexico, settings) in table.items():
-            cases[name] = base | {"backend": "LEXICO", "lexico": always | lexico, "settings": settings}
-    with_drafts = [name for name, case in cases.items() if "speculative_config" in case["settings"]]
-    found = {}
-    for names in ([name for name in cases if name not in with_drafts], *([name] for name in with_drafts)):
-        folder = tmp_path_factory.mktemp("engines")
-        asked, said = folder / "cases.json", folder / "answers.json"
-        asked.write_text(json.dumps([cases[name] for name in names]))
-        environment = os.environ | {"PYTHONPATH": str(FOLDER)}
-        command = [sys.executable, FOLDER / "run_engines.py", asked, said]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{names}: {(result.stdout + result.stderr)[-4000:]}"
-        found |= dict(zip(names, json.loads(said.read_text()), strict=True))
+            case = {"backend": "LEXICO", "lexico": always | lexico, "settings": settings}
+            found[name] = in_a_process(answer_thrice, str(strong_llama), **case)
     return found
 
 
@@ -101,7 +85,8 @@ def test_exact_codec_answers_alike_whatever_the_settings(answers, name):
 @pytest.mark.parametrize("name", CODED)
 def test_codes_answer_as_the_oracle_does(answers, worst_regret, name):
     rounds = answers[name]["rounds"]
-    assert [len(reply) for said in rounds for reply in said] == [40] * 15
+    lengths = [len(reply) for said in rounds for reply in said]
+    assert lengths == [COLD_TOKENS] * 5 + [WARM_TOKENS] * 10
     # The last prompt begins as the one before it, whose blocks it hits, which the oracle does not follow.
     assert worst_regret(name, make_prompts()[:-1], rounds[0][:-1]) <= (TIE_WITH_DRAFTS if "drafts" in name else TIE)
 

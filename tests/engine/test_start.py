@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
+from engines import score_a_prompt
+from processes import in_a_process
 
 START = """
 import json, sys, vllm
@@ -15,32 +17,18 @@ if __name__ == "__main__":
     model, arguments = sys.argv[1], json.loads(sys.argv[2])
     vllm.LLM(model, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, **arguments)
 """
-ANSWER = """
-import json, sys, vllm
-llm = vllm.LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
-               max_model_len=512, max_num_batched_tokens=64, **json.loads(sys.argv[2]))
-prompt = [3 + at * at % 500 for at in range(300)]
-asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-(output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
-scores = [one[token].logprob for token, one in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-specs = [type(group.kv_cache_spec).__name__ for group in scheduler.kv_cache_config.kv_cache_groups]
-print(json.dumps({"scores": scores, "specs": specs, "dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype}))
-"""
 
 
 @pytest.fixture
 def run(tmp_path):
     """Run a script, or a module's command line, in a process of its own."""
 
-    def run(command, *, in_this_process=False):
+    def run(command):
         if not command[0].startswith("-"):
             script = tmp_path / "start.py"
             script.write_text(command[0])
             command = [str(script), *command[1:]]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        if in_this_process:
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
     return run
@@ -65,8 +53,8 @@ def last_line(result):
     return result.stderr.strip().splitlines()[-1]
 
 
-def arguments(backend="LEXICO", **others):
-    return json.dumps({"attention_backend": backend} | others)
+def arguments(**others):
+    return json.dumps({"attention_backend": "LEXICO"} | others)
 
 
 def test_a_misspelt_setting_is_the_last_line_and_nothing_was_spawned(run, tiny_llama):
@@ -93,19 +81,12 @@ def test_a_workers_refusal_is_repeated_last(run, write_model):
     assert "Engine core initialization failed" in result.stderr  # as vLLM ends by itself
 
 
-def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(run, write_model):
+def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(write_model):
     """Full attention in the model's dtype: the answers are those of the same model without window and scheme."""
     scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
     quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
     model = write_model(sliding_window=262144, quantization_config=quantization)
-    found = []
-    for command in (
-        [ANSWER, model, arguments(additional_config={"lexico": {"codec": "exact"}})],
-        [ANSWER, write_model(), arguments("CPU_ATTN")],
-    ):
-        result = run(command, in_this_process=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-        found.append(json.loads(result.stdout.strip().splitlines()[-1]))
-    ours, peer = found
+    ours = in_a_process(score_a_prompt, model, "LEXICO", {"codec": "exact"})
+    peer = in_a_process(score_a_prompt, write_model(), "CPU_ATTN", {})
     assert ours["specs"] == ["FullAttentionSpec", "LexicoTailSpec"] and ours["dtype"] == "bfloat16"
     assert max(abs(a - b) for a, b in zip(ours["scores"], peer["scores"], strict=True)) < 0.05

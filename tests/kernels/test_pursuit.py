@@ -102,10 +102,10 @@ def test_odd_vectors(quantized, device):
 
 
 def test_duplicates_of_atoms(device):
-    atoms, levels = random_books(2, 65, 64, torch.float32, device)
+    atoms, levels = random_books(1, 65, 64, torch.float32, device)
     atoms[:, 33:65] = atoms[:, 1:33]
     for given in (None, levels):
-        check(random_vectors(2, 20, 64, device), atoms, 16, given)
+        check(random_vectors(1, 20, 64, device), atoms, 16, given)
 
 
 def test_more_atoms_than_the_vector_needs(device):

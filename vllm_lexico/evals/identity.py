@@ -17,12 +17,12 @@ from vllm_lexico.evals.caches import LEXICO, Cache
 from vllm_lexico.evals.fields import Fields, Printable
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks import TASKS
+from vllm_lexico.train.identity import MODEL_SUFFIXES
 from vllm_lexico.versions import VLLM, version
 
 # Engine arguments that decide where and how fast it runs, not what comes out: a run may go on with others.
 FREE_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 SAMPLE_BYTES = 1 << 20
-MODEL_SUFFIXES = (".bin", ".gguf", ".jinja", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 # None where it was not known; then it is not compared.
 UNKNOWN_AT_FIRST = ("weights", "dictionary")
 

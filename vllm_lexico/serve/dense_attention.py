@@ -78,9 +78,10 @@ def paged_attention(
     Returns:
         As `dense_attention`.
     """
-    pages = [part.unflatten(0, (-1, keys.page_tokens)) for part in (key, value)]
-    attend = _flash_paged if query.is_cuda else _plain_paged
-    return attend(query, pages[0], pages[1], queries, keys, scale)
+    key, value = (part.unflatten(0, (-1, keys.page_tokens)) for part in (key, value))
+    if query.is_cuda:
+        return _flash_attention(query, key, value, queries, keys, scale, causal=False, out=None)
+    return _plain_paged(query, key, value, queries, keys, scale)
 
 
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
@@ -110,13 +111,17 @@ def _flash_attention(
     key: Tensor,
     value: Tensor,
     queries: Packed,
-    keys: Packed,
+    keys: Packed | Paged,
     scale: float,
     causal: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
+    if isinstance(keys, Paged):
+        where = {"seqused_k": keys.lengths, "block_table": keys.table}
+    else:
+        where = {"cu_seqlens_k": keys.starts}
     out, lse, *_ = flash_attn_varlen_func(
         query,
         key,
@@ -124,34 +129,12 @@ def _flash_attention(
         max_seqlen_q=queries.longest,
         cu_seqlens_q=queries.starts,
         max_seqlen_k=keys.longest,
-        cu_seqlens_k=keys.starts,
         softmax_scale=scale,
         causal=causal,
         return_softmax_lse=True,
         out=out,
         fa_version=_flash_version(query.shape[-1]),
-    )
-    return out, lse
-
-
-def _flash_paged(
-    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, scale: float
-) -> tuple[Tensor, Tensor]:
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    out, lse, *_ = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        max_seqlen_q=queries.longest,
-        cu_seqlens_q=queries.starts,
-        max_seqlen_k=keys.longest,
-        seqused_k=keys.lengths,
-        block_table=keys.table,
-        softmax_scale=scale,
-        causal=False,
-        return_softmax_lse=True,
-        fa_version=_flash_version(query.shape[-1]),
+        **where,
     )
     return out, lse
 

@@ -4,7 +4,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".gguf")
+# Files of a checkpoint that decide what its model says.
+MODEL_SUFFIXES = (".bin", ".gguf", ".jinja", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 
 
 def model_identity(model: str, revision: str | None) -> str:

@@ -1,0 +1,131 @@
+"""What engines answer, each in a process of its own: `in_a_process(answer_thrice, ...)`."""
+
+import random
+from typing import Any
+
+from faults import FAULTS
+
+SETTINGS = {"max_model_len": 768, "enforce_eager": True, "dtype": "float32", "seed": 0, "skip_tokenizer_init": True}
+COLD_TOKENS, WARM_TOKENS = 40, 16
+FAULTY_TOKENS = 8  # of answers with a fault planted: it shows soon or never
+TEXT_CHARACTERS = 1 << 17
+SHORT = {"ANSWER_TOKENS": 8, "PREEMPTED_TOKENS": 24}  # what scenarios with a fault are asked for
+
+
+def make_prompts() -> list[list[int]]:
+    """Repetitive prompts, so that drafts from the prompt are found and now and then accepted; the last two share."""
+    words = [make_tokens(i, 7) for i in range(4)]
+    rows = [(words[i] * 60)[:length] for i, length in enumerate((5, 130, 300, 411))]
+    return [*rows, rows[3][:300] + rows[1][:50]]
+
+
+def make_irregular_prompts() -> list[list[int]]:
+    """Prompts whose every part matters, so that a fault shows; the longest read codes whatever the window and pages."""
+    return [make_tokens(10, 420), make_tokens(11, 740)]
+
+
+def make_tokens(seed: int, count: int) -> list[int]:
+    """Random tokens of a vocabulary of 100, none of them special."""
+    draw = random.Random(seed)
+    return [draw.randrange(3, 100) for _ in range(count)]
+
+
+def start(model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """An engine in float32; one of LEXICO's can have faults planted."""
+    import vllm
+
+    settings = SETTINGS | settings
+    if backend == "LEXICO":
+        settings |= {"additional_config": {"lexico": lexico}, "worker_extension_cls": "faults.Faults"}
+    return vllm.LLM(model, attention_backend=backend, **settings)
+
+
+def ask(llm: Any, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[int]]:
+    """The first tokens of greedy answers, and how many tokens of each prompt the cache had."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    said = [list(output.outputs[0].token_ids) for output in outputs]
+    return said, [output.num_cached_tokens for output in outputs]
+
+
+def answer_thrice(model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What an engine answers to all prompts.
+
+    Returns:
+        rounds: tokens three times over: cold, with prefix hits, and continued.
+        sound: the first tokens of cold answers to the irregular prompts.
+        faults: the same with each fault planted, by its name.
+    """
+    llm, prompts = start(model, backend, lexico, settings), make_prompts()
+    rounds = [ask(llm, prompts, count)[0] for count in (COLD_TOKENS, WARM_TOKENS)]
+    continued = [prompt + reply for prompt, reply in zip(prompts, rounds[0], strict=True)]
+    rounds.append(ask(llm, continued, WARM_TOKENS)[0])
+    irregular = make_irregular_prompts()
+    sound, faults = ask(llm, irregular, FAULTY_TOKENS)[0], {}
+    for fault in FAULTS if backend == "LEXICO" else ():
+        llm.reset_prefix_cache()
+        llm.collective_rpc("plant_fault", args=(fault,))
+        faults[fault] = ask(llm, irregular, FAULTY_TOKENS)[0]
+    return {"rounds": rounds, "sound": sound, "faults": faults}
+
+
+def answer_again(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of answers cold and from the prefix cache, and how many tokens the second round found there."""
+    llm = start(model, "LEXICO", lexico, settings)
+    prompts = [make_tokens(length, length) for length in (300, 411, 640)]
+    cold, _ = ask(llm, prompts, WARM_TOKENS)
+    again, hits = ask(llm, prompts, WARM_TOKENS)
+    return {"cold": cold, "again": again, "hits": hits}
+
+
+def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept: `specs` and `dtype`."""
+    import vllm
+
+    settings = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 512, "max_num_batched_tokens": 64}
+    llm = start(model, backend, lexico, settings)
+    prompt = make_tokens(0, 300)
+    asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+    scores = [one[token].logprob for token, one in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    specs = [type(group.kv_cache_spec).__name__ for group in groups]
+    return {"scores": scores, "specs": specs, "dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype}
+
+
+def run_scenarios(
+    benchmarks: str, name: str, model: str, backend: str, lexico: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Run the scenarios of one engine of exactness.py, in LEXICO again with each fault planted, in short.
+
+    Returns:
+        Answers and counts by the scenario's name, under "whole" and under each fault's name.
+    """
+    import sys
+
+    sys.path.insert(0, benchmarks)
+    import exactness
+
+    settings = {"enforce_eager": True, "dtype": "float32"}
+    if backend == "LEXICO":
+        settings["worker_extension_cls"] = "faults.Faults"
+    engine, scenarios = exactness.start(name, model, backend, lexico, settings, characters=TEXT_CHARACTERS)
+    found = {"whole": _run(engine, scenarios)}
+    if backend == "LEXICO":
+        for setting, value in SHORT.items():
+            setattr(exactness, setting, value)
+        for fault in FAULTS:
+            engine.llm.collective_rpc("plant_fault", args=(fault,))
+            found[fault] = _run(engine, scenarios)
+    return found
+
+
+def _run(engine: Any, scenarios: list) -> dict[str, Any]:
+    found = {}
+    for scenario in scenarios:
+        engine.llm.reset_prefix_cache()
+        said, counts = scenario(engine, 1)
+        found[scenario.__name__] = {"answers": said, "counts": counts}
+    return found
