@@ -216,6 +216,11 @@ def test_out_has_to_be_a_file(tmp_path, name, monkeypatch):
             check_out(Path(given), name)
     with pytest.raises(ValueError, match=r"allowed: any suffix but \.png"):
         check_out(Path("picture.png"), name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    check_out(tmp_path / "model" / "d.lexico", name)
+    with pytest.raises(ValueError, match=r"beside a model's config\.json.* as in .*model/d\.lexico$"):
+        check_out(tmp_path / "model" / "d.safetensors", name)
     with pytest.raises(ValueError, match="text is no folder"):
         check_out(tmp_path / "text" / "d.safetensors", name)
     with pytest.raises(ValueError, match="the model's name was given as"):

@@ -2,10 +2,13 @@
 
 import logging
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.info import DictionaryInfo
+from vllm_lexico.dictionary.names import file_name
 from vllm_lexico.serve.setup import LexicoSetup, _checked_dictionary
 
 FINGERPRINT = ModelFingerprint("llama", 1, 2, 16, 64, "{}")
@@ -55,7 +59,7 @@ def trainer(addresses, monkeypatch):
     notes = addresses / "notes.txt"
     notes.touch()
 
-    def command(model_name, out):
+    def command(model_name, out, overrides):
         return [sys.executable, "-c", TRAINER, str(addresses / "made.safetensors"), str(out), str(notes)]
 
     monkeypatch.setattr(first_start, "_command", command)
@@ -81,10 +85,10 @@ def test_trained_once_and_found_by_the_next_start(trainer, addresses, caplog):
 
 
 def test_failure_stops_the_start_and_says_what_to_run(trainer, monkeypatch):
-    monkeypatch.setattr(first_start, "_command", lambda model_name, out: [sys.executable, "-c", "raise SystemExit(2)"])
+    monkeypatch.setattr(first_start, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(2)"])
     with pytest.raises(ValueError, match=r"some/model failed with status 2.*by hand: vllm-lexico train some/model$"):
         find_or_train("some/model", FINGERPRINT)
-    monkeypatch.setattr(first_start, "_command", lambda model_name, out: [sys.executable, "-c", ""])
+    monkeypatch.setattr(first_start, "_command", lambda *_: [sys.executable, "-c", ""])
     with pytest.raises(ValueError, match="failed with status 0"):  # a command that leaves no file
         find_or_train("some/model", FINGERPRINT)
 
@@ -152,19 +156,23 @@ def test_another_models_file_is_not_replaced(trainer, addresses):
     assert out.read_text() == "something else" and not trainer.read_text()
 
 
-def setup_of(model, config) -> LexicoSetup:
+def setup_of(model, config, hf_overrides=None) -> LexicoSetup:
     vllm_config = SimpleNamespace(
         additional_config={"lexico": {"dictionary": "train"}},
-        model_config=SimpleNamespace(hf_text_config=config, model=model),
+        model_config=SimpleNamespace(hf_text_config=config, model=model, hf_overrides=hf_overrides),
         num_speculative_tokens=0,
         max_concurrent_batches=1,
     )
     return LexicoSetup.of(vllm_config)
 
 
-def test_what_was_trained_is_checked_like_any_other(trainer):
+def config_of(**rope):
     shape = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = SimpleNamespace(**shape, hidden_size=64, head_dim=16)
+    return SimpleNamespace(**shape, hidden_size=64, head_dim=16, **rope)
+
+
+def test_what_was_trained_is_checked_like_any_other(trainer):
+    config = config_of()
     with pytest.raises(ValueError, match="the dictionary of some/model does not fit some/model: rope"):
         setup_of("some/model", config)
 
@@ -183,7 +191,7 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     small += ["--device", "cpu"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so small that threads only wait for each other
     command = first_start._command
-    monkeypatch.setattr(first_start, "_command", lambda name, out: command(name, out) + small)
+    monkeypatch.setattr(first_start, "_command", lambda *given: command(*given) + small)
     setup = setup_of(str(model), config)
     [trained] = (addresses / "cache" / "vllm-lexico").glob("tiny_model@*.safetensors")
     assert setup.dictionary_path == trained
@@ -191,3 +199,25 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     monkeypatch.setattr(first_start, "_command", None)  # not needed again
     _checked_dictionary.cache_clear()
     assert setup_of(str(model), config).dictionary_path == setup.dictionary_path
+
+
+def test_what_the_engine_overrides_is_trained_for(addresses, monkeypatch):
+    """The file has a name of its own, beside that of the model as it is."""
+    commands = []
+    monkeypatch.setattr(first_start, "_run", lambda command: commands.append(command) or 2)
+    yarn = replace(FINGERPRINT, rope='{"rope_type": "yarn"}')
+    overrides = '{"rope_parameters": {"rope_type": "yarn"}}'
+    with pytest.raises(
+        ValueError, match=re.escape(f"by hand: vllm-lexico train some/model --hf-overrides '{overrides}'")
+    ):
+        find_or_train("some/model", yarn, overrides)
+    (command,) = commands
+    assert command[command.index("--hf-overrides") + 1] == overrides
+    out = Path(command[command.index("--out") + 1])
+    assert out.name.startswith("some_model+") and out.name == file_name("some/model", yarn.rope)
+
+
+def test_overrides_by_a_function_are_not_trained_for(trainer):
+    with pytest.raises(ValueError, match="train some/model --hf-overrides JSON, where JSON says what your function"):
+        setup_of("some/model", config_of(rope_theta=5.0), hf_overrides=lambda config: config)
+    assert not trainer.read_text()

@@ -14,6 +14,7 @@ def test_file_names():
     assert file_name("org/name_with_underscores") == "org_name_with_underscores.safetensors"
     assert file_name("gpt2") == "gpt2.safetensors"
     assert file_name(SNAPSHOT) == "Qwen_Qwen2.5-7B.safetensors"
+    assert file_name("gpt2", "{}") == "gpt2+44136fa3.safetensors"
 
 
 def test_file_names_never_collide(tmp_path, monkeypatch):
@@ -69,4 +70,5 @@ def test_alike():
 def test_nothing_raw_reaches_the_terminal():
     assert printable("a\nb\x1b[31mç\ud800") == "a\\nb\\x1b[31mç\\ud800"
     assert train_command("a\nb") == "vllm-lexico train 'a\\nb'"
+    assert train_command("a", '{"b": 1}') == "vllm-lexico train a --hf-overrides '{\"b\": 1}'"
     assert train_command(SNAPSHOT) == "vllm-lexico train Qwen/Qwen2.5-7B"

@@ -169,18 +169,22 @@ def test_pushed_and_loaded_again(hub, in_process, dictionary, tmp_path):
     path, local = tmp_path / "mine.safetensors", tmp_path / "local.safetensors"
     dictionary.save(path)
     replace(dictionary, info=replace(dictionary.info, model_name="/home/me/tiny")).save(local)
-    hub.private["me/open"] = False
+    hub.private["me/open"] = hub.private["me/model"] = False
+    hub.files["me/model", "config.json"] = b"{}"
     refused = [["hf_wrong", str(path), "me/wrong"], [TOKEN, str(path), "me/open", "--private"]]
+    refused.append([TOKEN, str(path), "me/model"])
     repos = ["me/shared", "vllm-lexico/some_Model-1"]
     commands = [[TOKEN, str(path), repo] for repo in repos]
     commands += [[TOKEN, str(local), "me/tiny"], [TOKEN, str(path), "me/secret", "--private"]]
     pushed = in_process("-c", PUSH, json.dumps(refused + commands))  # in one process, whose start takes seconds
     assert pushed.returncode == 0 and "Traceback" not in pushed.stderr, pushed.stderr
-    assert re.findall(r"status (\d)", pushed.stdout) == ["2", "2", "0", "0", "0", "0"]
+    assert re.findall(r"status (\d)", pushed.stdout) == ["2", "2", "2", "0", "0", "0", "0"]
     errors = pushed.stderr.split("next\n")
     assert "could not be pushed to me/wrong" in errors[0] and "me/wrong" not in hub.private
     assert "me/open exists and is public, so nothing was pushed" in errors[1]
     assert not [repo for repo, _ in hub.files if repo == "me/open"]
+    assert "me/model holds a model" in errors[2] and "as in me/model-lexico" in errors[2]
+    assert [file for repo, file in hub.files if repo == "me/model"] == ["config.json"]
     assert f"pushed to {hub.address}/me/shared" in pushed.stdout
     for repo in repos:
         assert not hub.private[repo] and hub.files[repo, "README.md"].startswith(b"---\nlibrary_name: vllm-lexico\n")

@@ -38,7 +38,7 @@ def listed(addresses):
     (addresses.bundled / "hub.json").write_text(json.dumps({NAME: entry}))
 
 
-def test_search_prefers_the_same_model_then_its_twins(addresses, make_dictionary, fingerprint):
+def test_search_prefers_the_same_model_then_its_twins_and_the_users_own(addresses, make_dictionary, fingerprint):
     def find() -> Path:
         return find_dictionary(None, NAME, fingerprint)
 
@@ -46,10 +46,12 @@ def test_search_prefers_the_same_model_then_its_twins(addresses, make_dictionary
     make_dictionary(fingerprint=replace(fingerprint, model_type="gemma")).save(addresses.cache / "wrong.safetensors")
     (addresses.cache / "broken.safetensors").write_text("broken")
     assert find() == addresses.bundled / "a_twin.safetensors"
-    make_dictionary().save(addresses.cache / "mine.safetensors")
-    assert find() == addresses.cache / "mine.safetensors"
+    make_dictionary(name="a/twin").save(addresses.cache / "twin.safetensors")
+    assert find() == addresses.cache / "twin.safetensors"
     make_dictionary().save(addresses.bundled / "some-model.safetensors")
     assert find() == addresses.bundled / "some-model.safetensors"
+    make_dictionary().save(addresses.cache / "mine.safetensors")
+    assert find() == addresses.cache / "mine.safetensors"
     assert not addresses.calls  # nobody was asked who only happens to own a name on the hub
 
 
@@ -73,7 +75,20 @@ def test_none_of_several_is_taken_without_being_named(addresses, make_dictionary
     assert find_dictionary(str(twins[1]), NAME, fingerprint) == twins[1]
     make_dictionary(name="a/twin").save(addresses.bundled / "a_twin.safetensors")
     twins[1].unlink()
-    assert find_dictionary(None, NAME, fingerprint) == addresses.bundled / "a_twin.safetensors"  # two of one model
+    assert find_dictionary(None, NAME, fingerprint) == twins[0]  # two of one model
+
+
+def test_a_model_that_is_served_otherwise_is_told_how_it_differs(addresses, make_dictionary, fingerprint):
+    """Its rotary embedding was changed by --hf-overrides."""
+    make_dictionary().save(addresses.bundled / "its-own.safetensors")
+    overrides = '{"rope_parameters": {"rope_type": "yarn"}}'
+    with pytest.raises(DictionaryNotFoundError) as error:
+        find_dictionary(None, NAME, replace(fingerprint, rope='{"rope_type": "yarn"}'), overrides)
+    said = str(error.value)
+    own, path = fingerprint.rope, addresses.bundled / "its-own.safetensors"
+    differs = f'({path} differs; rope: {own} in the dictionary, {{"rope_type": "yarn"}} in the model)'
+    assert said.startswith(f"no dictionary for {NAME} as it is served {differs}. Searched: ")
+    assert said.endswith(f"vllm-lexico train {NAME} --hf-overrides '{overrides}'")
 
 
 def test_a_folder_with_the_models_name_comes_before_other_shapes(addresses, make_dictionary, fingerprint):

@@ -80,6 +80,28 @@ def answer_again(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -
     return {"cold": cold, "again": again, "hits": hits}
 
 
+def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple[str, list[str]]:
+    """The sentence with which an engine with codes does not start, or ""; then what it logs at its start.
+
+    cache: the user's, for dictionaries.
+    """
+    import logging
+    import os
+
+    os.environ["XDG_CACHE_HOME"] = cache
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm.lexico").addHandler(handler)
+    try:
+        llm = start(model, "LEXICO", {"sparsity": 7}, settings)
+    except ValueError as error:
+        return str(error), said
+    ((answer,), _) = ask(llm, [make_tokens(3, 300)], 8)
+    assert len(answer) == 8
+    return "", said
+
+
 def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept: `specs` and `dtype`."""
     import vllm

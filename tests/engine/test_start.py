@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 pytest.importorskip("vllm")
-from engines import score_a_prompt
+from engines import refusal_or_answer, score_a_prompt
 from processes import in_a_process
 
 START = """
@@ -90,3 +91,20 @@ def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(write_
     peer = in_a_process(score_a_prompt, write_model(), "CPU_ATTN", {})
     assert ours["specs"] == ["FullAttentionSpec", "LexicoTailSpec"] and ours["dtype"] == "bfloat16"
     assert max(abs(a - b) for a, b in zip(ours["scores"], peer["scores"], strict=True)) < 0.05
+
+
+def test_a_changed_rotary_embedding_from_the_refusal_to_an_answer(strong_llama, tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
+    settings = {"hf_overrides": {"rope_parameters": yarn}}
+    refusal, _ = in_a_process(refusal_or_answer, str(tmp_path), str(strong_llama), settings)
+    assert refusal.startswith("no dictionary for "), refusal
+    command = shlex.split(refusal.partition("GPU): ")[2])
+    command = [sys.executable, "-m", "vllm_lexico.cli", *command[1:], "--atoms", "32", "--vectors", "512"]
+    command += ["--sequence-tokens", "128", "--passes", "1", "--rounds", "1", "--device", "cpu"]
+    trained = subprocess.run(
+        command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    refusal, said = in_a_process(refusal_or_answer, str(tmp_path), str(strong_llama), settings)
+    (path,) = (tmp_path / "vllm-lexico").glob("*.safetensors")
+    assert refusal == "" and any(f"(32 atoms, {path})" in line for line in said), (refusal, said)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import pkgutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ import vllm_lexico
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.backend import LexicoBackend
 from vllm_lexico.serve.impl import LexicoImpl
+from vllm_lexico.serve.metadata import LexicoMetadataBuilder
 
 HEADS = {"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2}
 
@@ -98,3 +100,12 @@ def test_every_layer_of_this_vllm_has_words():
     for kind in kinds:
         (reason,) = refusals.attention_class_refusals(kind, Attention)
         assert any(described in reason for described in refusals.ATTENTION_CLASSES.values()), reason
+
+
+def test_a_step_or_a_cache_in_both_directions_is_refused():
+    """What vLLM says about the mask is obeyed or refused, whatever the class of the layer."""
+    builder = object.__new__(LexicoMetadataBuilder)
+    with pytest.raises(ValueError, match="attention in both directions"):
+        builder.build(0, SimpleNamespace(causal=False))
+    with pytest.raises(ValueError, match="attention in both directions"):
+        LexicoMetadataBuilder(SimpleNamespace(non_causal=True), [], None, torch.device("cpu"))

@@ -2,14 +2,20 @@
 
 import json
 import logging
+import shlex
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("vllm")
 import vllm_lexico
 from vllm_lexico import compat, last_word
+from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.train.model import read_facts
 
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
 BLOCKS = "--block-size {} is not supported; give 64, 128 or 256, or leave it out for 128"
 
 
@@ -75,7 +81,27 @@ def test_dictionaries(configure, root, tmp_path, monkeypatch):
     assert "does not fit" in said and "num_layers: 30 in the dictionary, 4 in the model" in said
 
 
+def test_a_rotary_embedding_that_was_changed(strong_llama, strong_dictionary, tmp_path, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_lexico.register()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "vllm-lexico").mkdir()
+    dictionary, own = load_dictionary(strong_dictionary), tmp_path / "vllm-lexico" / "strong.safetensors"
+    replace(dictionary, info=replace(dictionary.info, model_name=str(strong_llama))).save(own)
+    overrides = {"rope_parameters": YARN}
+    arguments = EngineArgs(str(strong_llama), hf_overrides=overrides, attention_backend="LEXICO", max_model_len=512)
+    said = refused(arguments.create_engine_config)
+    assert f"no dictionary for {strong_llama} as it is served ({own} differs; rope: " in said
+    assert '"rope_type": "default"} in the dictionary' in said and '"rope_type": "yarn"} in the model' in said
+    command = shlex.split(said.partition("GPU): ")[2])
+    assert command[:3] == ["vllm-lexico", "train", str(strong_llama)] and json.loads(command[4]) == overrides
+    changed = ModelFingerprint.of(arguments.create_model_config().hf_text_config)
+    assert read_facts(str(strong_llama), command[4]).fingerprint == changed  # what training makes is what is looked for
+
+
 def test_engines_and_models(configure):
+    assert "start without --kv-offloading-size" in refused(configure, kv_offloading_size=1.0)
     said = refused(configure, disable_hybrid_kv_cache_manager=True)
     assert "hybrid KV cache manager is off" in said
     assert "head size 96 is not supported, only 64 or 128" in refused(configure, {"head_dim": 96})

@@ -66,6 +66,18 @@ ENGINES = [
         ["LMCacheConnectorV1 turns the hybrid KV cache manager off", "without --kv-transfer-config"],
     ),
     ({"kv_transfer_config": A_CONNECTOR}, ["LMCacheConnectorV1 is not supported", "without --kv-transfer-config"]),
+    (
+        {"kv_transfer_config": A_CONNECTOR, "cache_config__kv_offloading_size": 4.0},
+        ["LMCacheConnectorV1 is not supported", "start without --kv-offloading-size"],
+    ),
+    (
+        {
+            "scheduler_config__disable_hybrid_kv_cache_manager": True,
+            "kv_transfer_config": A_CONNECTOR,
+            "cache_config__kv_offloading_size": 4.0,
+        },
+        ["turns the hybrid KV cache manager off", "start without --kv-offloading-size"],
+    ),
     ({"parallel_config__decode_context_parallel_size": 2}, ["decode context parallelism", "at 1"]),
     ({"parallel_config__prefill_context_parallel_size": 2}, ["prefill context parallelism", "at 1"]),
     ({"parallel_config__use_ubatching": True}, ["dual batch overlap", "--enable-dbo"]),
@@ -222,7 +234,7 @@ def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatc
     monkeypatch.setattr(setup.ModelFingerprint, "of", lambda _: None)
     engine = types.SimpleNamespace(
         additional_config={"lexico": {"codec": codec}},
-        model_config=types.SimpleNamespace(hf_text_config=None, model="some/model"),
+        model_config=types.SimpleNamespace(hf_text_config=None, model="some/model", hf_overrides={}),
         num_speculative_tokens=0,
         max_concurrent_batches=1,
     )
@@ -231,3 +243,9 @@ def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatc
             setup.LexicoSetup.of(engine)
     else:
         assert setup.LexicoSetup.of(engine).config.codec == codec
+
+
+@pytest.mark.parametrize("mask", [(False,), (torch.tensor([True, True]),), (True, True)])
+def test_a_mask_that_is_not_causal_is_refused(mask):
+    check(refusals.mask_refusals(*mask), ["attention in both directions", "another --attention-backend"])
+    assert refusals.mask_refusals(True) == []

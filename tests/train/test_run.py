@@ -1,5 +1,6 @@
 """Training on the CPU: rounds of a tiny random model from text to file, interrupted and not, and the command line."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -172,6 +173,25 @@ def test_two_processes(tiny_model, tmp_path, texts, monkeypatch):
     assert made.tensors["key_atoms"].shape[0] == 2 and len(made.info.errors["key"]["7"]) == 2
     monkeypatch.setattr(run, "checked_devices", lambda device: ["cpu"])
     assert same(made, train(tiny_model, given, tmp_path / "one.safetensors"))
+
+
+def test_what_is_overridden_is_trained_for(tiny_model, tmp_path, texts, monkeypatch):
+    """Keys turn otherwise, the first layer's values are the same, and the file has a name of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    paths = [
+        train_dictionary(str(tiny_model), settings_for(texts, rounds=1, **more), name="me/tiny", device="cpu")
+        for more in (
+            {},
+            {"hf_overrides": json.dumps({"rope_parameters": yarn})},
+            {"hf_overrides": '{"bos_token_id": 0}'},
+        )
+    ]
+    assert paths[0].name == paths[2].name == "me_tiny.safetensors" and paths[1].name.startswith("me_tiny+")
+    own, other = map(load_dictionary, paths[:2])
+    assert json.loads(other.info.fingerprint.rope) == yarn and own.info.fingerprint.rope != other.info.fingerprint.rope
+    assert torch.equal(own.tensors["value_atoms"][0], other.tensors["value_atoms"][0])
+    assert not torch.equal(own.tensors["key_atoms"][0], other.tensors["key_atoms"][0])
 
 
 def test_command_line(tiny_model, tmp_path, capsys):

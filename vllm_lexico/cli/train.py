@@ -63,6 +63,12 @@ def add(commands: Any) -> None:
         choices=("auto", "bfloat16", "float16", "float32"),
         help="dtype of the model (default: the checkpoint's own)",
     )
+    parser.add_argument(
+        "--hf-overrides",
+        default=default.hf_overrides,
+        metavar="JSON",
+        help="changes of the model's configuration, those that it is served with: an object, as vLLM's flag takes it",
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of everything random (%(default)s)")
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # for a first start
     parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
@@ -145,6 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
         sequence_tokens=arguments.sequence_tokens,
         dtype=arguments.dtype,
         seed=arguments.seed,
+        hf_overrides=arguments.hf_overrides,
     )
     path = train_dictionary(arguments.model, settings, name=arguments.name, out=arguments.out, device=arguments.device)
     size, words = path.stat().st_size / 2**20, printable(str(path))

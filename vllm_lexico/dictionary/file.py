@@ -103,8 +103,10 @@ class Dictionary:
             gain=GAINS[kv],
         )
 
-    def check(self, fingerprint: ModelFingerprint, model_name: str) -> None:
+    def check(self, fingerprint: ModelFingerprint, model_name: str, overrides: str | None = "") -> None:
         """Check that it can serve a model; log a warning when it may have been trained on another one.
+
+        overrides: of the model's configuration, see `train_command`.
 
         Raises:
             ValueError: it was made for another kind of model.
@@ -114,7 +116,7 @@ class Dictionary:
         if differences:
             raise ValueError(
                 f"the dictionary of {own} does not fit {name}: {'; '.join(differences)}. "
-                f"Name a dictionary of this model, or make one: {train_command(model_name)}"
+                f"Name a dictionary of this model, or make one: {train_command(model_name, overrides)}"
             )
         if same_model(own, model_name):
             return
@@ -124,7 +126,7 @@ class Dictionary:
             words = "same shape, so it works, but"
         logger.warning(
             "the dictionary was trained on %s, the model is %s: %s one of its own loses less: %s",
-            *(own, name, words, train_command(model_name)),
+            *(own, name, words, train_command(model_name, overrides)),
         )
 
     def save(self, path: Path) -> None:
@@ -195,8 +197,8 @@ def check_out(path: Path, model_name: str) -> None:
     """Check, before any work is done, that the dictionary of a model may be written to a file.
 
     Raises:
-        ValueError: no model can be called that, `path` cannot be a dictionary file, or what stands there is not an
-            earlier dictionary of the same model.
+        ValueError: no model can be called that, `path` cannot be a dictionary file or would be taken for weights, or
+            what stands there is not an earlier dictionary of the same model.
     """
     check_name(model_name)
     remedy = "give the name of a file, as in my-dictionary.safetensors"
@@ -204,6 +206,11 @@ def check_out(path: Path, model_name: str) -> None:
         raise ValueError(refusal("the file to write", str(path), "any suffix but .png", remedy))
     if path.exists() and not path.is_file():
         raise ValueError(f"the file to write, {path}, is there and no file; {remedy}")
+    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+        raise ValueError(
+            f"the file to write, {path}, would lie beside a model's config.json, where vLLM takes every .safetensors "
+            f"for weights; name another folder, or another suffix, as in {path.with_suffix('.lexico')}"
+        )
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise ValueError(f"the file to write, {path}, cannot be: {folder} is no folder; {remedy}")

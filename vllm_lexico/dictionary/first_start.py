@@ -21,28 +21,37 @@ logger = logging.getLogger("vllm.lexico")
 END_SECONDS = 40.0  # in which a training that is told to end has ended by itself
 
 
-def find_or_train(model_name: str, fingerprint: ModelFingerprint) -> Path:
+def find_or_train(model_name: str, fingerprint: ModelFingerprint, overrides: str | None = "") -> Path:
     """Path of a model's dictionary, found as without a setting, else trained into the user's cache.
 
     Ranks and engines that start together train once: the others wait for it. Training is a process of its own, so that
-    its GPU memory is free again when vLLM measures what there is. ValueError when training fails, with the command to
-    run by hand.
+    its GPU memory is free again when vLLM measures what there is.
+
+    Args:
+        model_name: as vLLM was given it.
+        fingerprint: the model's.
+        overrides: of its configuration, see `train_command`.
+
+    Raises:
+        ValueError: training failed, or cannot be told the overrides; the command to run by hand is named.
     """
     try:
-        return find_dictionary(None, model_name, fingerprint)
+        return find_dictionary(None, model_name, fingerprint, overrides)
     except DictionaryNotFoundError as missing:
+        if overrides is None:
+            raise
         reason = missing
-    out = cache_folder() / file_name(model_name)
+    out = cache_folder() / file_name(model_name, fingerprint.rope if overrides else "")
     with _alone(out, model_name):
         try:
-            return find_dictionary(None, model_name, fingerprint)
+            return find_dictionary(None, model_name, fingerprint, overrides)
         except DictionaryNotFoundError:
             if out.exists():
                 raise ValueError(
                     f"{reason}. It was not trained now because {out} is there and of no use to this model; move it "
                     f"away, or name the dictionary that you want"
                 ) from None
-            _train(model_name, out)
+            _train(model_name, out, overrides)
     return out
 
 
@@ -65,18 +74,18 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
         lock.release()
 
 
-def _train(model_name: str, out: Path) -> None:
+def _train(model_name: str, out: Path, overrides: str) -> None:
     logger.info(
         "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). If interrupted, "
         "start again: finished rounds are kept",
         model_name,
     )
     started = time.monotonic()
-    status = _run(_command(model_name, out))
+    status = _run(_command(model_name, out, overrides))
     if status or not out.is_file():
         raise ValueError(
             f"training a dictionary for {model_name} failed with status {status}; the reason is above. Start again "
-            f"when it is fixed, name a dictionary that exists, or train by hand: {train_command(model_name)}"
+            f"when it is fixed, name a dictionary that exists, or train by hand: {train_command(model_name, overrides)}"
         )
     logger.info("trained the dictionary of %s in %.0f s: %s", model_name, time.monotonic() - started, out)
 
@@ -112,7 +121,9 @@ def _check_wanted() -> None:
         raise ValueError("vLLM was ended while a dictionary was trained; start it again to go on")
 
 
-def _command(model_name: str, out: Path) -> list[str]:
+def _command(model_name: str, out: Path, overrides: str) -> list[str]:
     """-P: the current folder stays off the path of Python, lest a `kernels` or `vllm_lexico` there be imported."""
     command = [sys.executable, "-P", "-m", "vllm_lexico.cli", "train", model_name, "--out", str(out)]
+    if overrides:
+        command += ["--hf-overrides", overrides]
     return [*command, "--end-with-parent"]

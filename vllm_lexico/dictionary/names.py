@@ -79,25 +79,43 @@ def alike(one: str, other: str) -> bool:
     return not two_folders and Path(one).name.casefold() == Path(other).name.casefold()
 
 
-def file_name(model_name: str) -> str:
+def file_name(model_name: str, rope: str = "") -> str:
     """Name of a model's dictionary file; two models never have the same.
 
     "Qwen/Qwen2.5-7B" -> "Qwen_Qwen2.5-7B.safetensors". A hash of the whole name follows where that can be read in two
     ways, and for a folder: "checkpoint@1a2b3c4d.safetensors".
+
+    Args:
+        model_name: of any kind.
+        rope: the rotary embedding, as in `ModelFingerprint`, where it is not the model's own; a hash of it follows:
+            "Qwen_Qwen2.5-7B+5e6f7a8b.safetensors".
 
     Raises:
         ValueError: no model can be called that.
     """
     check_name(model_name)
     plain = plain_name(model_name)
-    org = plain.partition("/")[0]
+    org, suffix = plain.partition("/")[0], (f"+{_short_hash(rope)}" if rope else "") + ".safetensors"
     if re.fullmatch(f"(?:{HUB_PART}/)?{HUB_PART}", plain) and "_" not in org and len(plain) <= LONGEST_ID:
-        return plain.replace("/", "_") + ".safetensors"
+        return plain.replace("/", "_") + suffix
     readable = Path(plain).name if _is_path(plain) else plain
     stem = re.sub(r"[^A-Za-z0-9.-]+", "_", readable)[:LONGEST_ID] or "model"
-    return f"{stem}@{hashlib.sha256(plain.encode()).hexdigest()[:8]}.safetensors"
+    return f"{stem}@{_short_hash(plain)}{suffix}"
 
 
-def train_command(model_name: str) -> str:
-    """The shell command that makes a dictionary of this model."""
-    return f"vllm-lexico train {shlex.quote(printable(plain_name(model_name)))}"
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def train_command(model_name: str, overrides: str | None = "") -> str:
+    """The shell command that makes a dictionary of this model.
+
+    Args:
+        model_name: of any kind.
+        overrides: what is changed in its configuration, a JSON object; "" for nothing, None where it is a function's
+            doing, which cannot be written down.
+    """
+    command = f"vllm-lexico train {shlex.quote(printable(plain_name(model_name)))}"
+    if overrides is None:
+        return f"{command} --hf-overrides JSON, where JSON says what your function hf_overrides changes"
+    return f"{command} --hf-overrides {shlex.quote(overrides)}" if overrides else command

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.info import DictionaryInfo
@@ -86,8 +87,8 @@ def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
         private: the repository must be private.
 
     Raises:
-        ValueError: the file is damaged, `repo` is no repository's name, there is no token, a private upload would go
-            into a public repository, or the hub refuses.
+        ValueError: the file is damaged, `repo` is no repository's name or holds a model, there is no token, a private
+            upload would go into a public repository, or the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -101,8 +102,8 @@ def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
         info, upload = _without_folders(dictionary, path, Path(folder))
         try:
             url = api.create_repo(repo, private=private or None, exist_ok=True)
-            open_to_all = private and not api.model_info(repo).private
-            if not open_to_all:
+            refused = _refusal(api, repo, private)
+            if not refused:
                 card = model_card(info, repo).encode()
                 additions = [CommitOperationAdd(HUB_FILE, str(upload)), CommitOperationAdd("README.md", card)]
                 api.create_commit(repo, additions, commit_message=f"Add the Lexico dictionary of {info.model_name}")
@@ -111,9 +112,21 @@ def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
                 f"{path} could not be pushed to {repo} ({type(error).__name__}: {' '.join(str(error).split())}); check "
                 f"the name, the network, and that your token may write there"
             ) from error
-    if open_to_all:
-        raise ValueError(f"{repo} exists and is public, so nothing was pushed; make it private, or leave out --private")
+    if refused:
+        raise ValueError(refused)
     return str(url)
+
+
+def _refusal(api: Any, repo: str, private: bool) -> str:
+    """Why nothing may be pushed to a repository that is there; "" if it may."""
+    if api.file_exists(repo, "config.json"):
+        return (
+            f"{repo} holds a model, whose card would be replaced and whose weights vLLM would take the dictionary for, "
+            f"so nothing was pushed; name a repository for the dictionary alone, as in {repo}-lexico"
+        )
+    if private and not api.model_info(repo).private:
+        return f"{repo} exists and is public, so nothing was pushed; make it private, or leave out --private"
+    return ""
 
 
 def _without_folders(dictionary: Dictionary, path: Path, folder: Path) -> tuple[DictionaryInfo, Path]:

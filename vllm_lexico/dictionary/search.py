@@ -1,4 +1,4 @@
-"""Where dictionaries are looked for: a file or hub id that the user names, the package, the user's cache, the hub."""
+"""Where dictionaries are looked for: a file or hub id that the user names, the user's cache, the package, the hub."""
 
 import json
 import logging
@@ -36,16 +36,20 @@ def bundled_folder() -> Path:
     return Path(__file__).resolve().parents[2] / "dictionaries"
 
 
-def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFingerprint) -> Path:
+def find_dictionary(
+    setting: str | None, model_name: str, fingerprint: ModelFingerprint, overrides: str | None = ""
+) -> Path:
     """Path of the dictionary file for a model; only headers are read.
 
     Args:
         setting: a file, or a hub id "org/name" or "org/name/file.safetensors"; with it nothing else is looked at.
-            Without: a dictionary of this very model that is bundled, in the user's cache, or on the hub where the
-            package lists it; then one that is bundled or in the cache and has the same fingerprint: first of a model
-            whose name ends alike, then of any (a fine-tune's original, say). Of several models' none is taken.
+            Without: a dictionary of this very model that is in the user's cache, bundled, or on the hub where the
+            package lists it; then one that is in the cache or bundled and has the same fingerprint: first of a model
+            whose name ends alike, then of any (a fine-tune's original, say). Of several models' none is taken. What
+            the user made comes before what is bundled.
         model_name: as vLLM was given it.
         fingerprint: the model's.
+        overrides: of its configuration, see `train_command`.
 
     Raises:
         DictionaryNotFoundError: there is none, or several of other models fit.
@@ -54,7 +58,8 @@ def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFing
     if setting is not None:
         return _from_setting(setting)
     bundled, cached = bundled_folder(), cache_folder()
-    fitting = [found for found in _dictionaries_in(bundled, cached) if found[1].fingerprint == fingerprint]
+    there = list(_dictionaries_in(cached, bundled))
+    fitting = [found for found in there if found[1].fingerprint == fingerprint]
     for path, info in fitting:
         if same_model(info.model_name, model_name):
             return path
@@ -65,21 +70,28 @@ def find_dictionary(setting: str | None, model_name: str, fingerprint: ModelFing
     if len({plain_name(info.model_name).casefold() for _, info in likely}) == 1:
         return likely[0][0]
     if likely:
-        raise DictionaryNotFoundError(_several(likely, model_name))
+        raise DictionaryNotFoundError(_several(likely, model_name, overrides))
+    own = [found for found in there if same_model(found[1].model_name, model_name)]
     raise DictionaryNotFoundError(
-        f"no dictionary for {printable(model_name)}. Searched: bundled ({bundled}); the user's cache ({cached}); "
-        f"{hub_note}. Name one that you have, a file or org/name on the hub, or make one (some minutes on a GPU): "
-        f"{train_command(model_name)}"
+        f"no dictionary for {printable(model_name)}{_as_it_is_served(own, fingerprint)}. Searched: the user's cache "
+        f"({cached}); bundled ({bundled}); {hub_note}. Name one that you have, a file or org/name on the hub, or make "
+        f"one (some minutes on a GPU): {train_command(model_name, overrides)}"
     )
 
 
-def _several(fitting: list[Found], model_name: str) -> str:
+def _as_it_is_served(own: list[Found], fingerprint: ModelFingerprint) -> str:
+    """In words, how the model as it is served differs from what its own dictionaries are for."""
+    differences = ["; ".join([f"{path} differs", *info.fingerprint.differences(fingerprint)]) for path, info in own]
+    return f" as it is served ({'. '.join(differences)})" if own else ""
+
+
+def _several(fitting: list[Found], model_name: str, overrides: str | None) -> str:
     listed = ", ".join(f"{info.model_name} ({path})" for path, info in fitting)
     setting = json.dumps({"lexico": {"dictionary": str(fitting[0][0])}})
     return (
         f"no dictionary for {printable(model_name)}, and those of several other models fit its shape: {listed}. Name "
         f"one, as in --additional-config '{setting}', or make its own (some minutes on a GPU): "
-        f"{train_command(model_name)}"
+        f"{train_command(model_name, overrides)}"
     )
 
 

@@ -19,10 +19,10 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_lexico.serve import coding_plan, start_line
+from vllm_lexico.serve import coding_plan, refusals, start_line
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
 from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
@@ -98,9 +98,10 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
+        self, kv_cache_spec: FullAttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refusals.refuse(refusals.mask_refusals(True, kv_cache_spec.non_causal))
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.setup = LexicoSetup.of(vllm_config)
         self.layout = self.setup.layout(
@@ -121,6 +122,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     ) -> LexicoMetadata:
         """Derive where this step's codes go and what each token sees."""
         common = common_attn_metadata
+        refusals.refuse(refusals.mask_refusals(common.causal))
         if not self._reported:
             start_line.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config, self.layer_names)
             self._reported = True

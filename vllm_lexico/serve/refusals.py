@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_lexico import NAME
-from vllm_lexico.errors import either
+from vllm_lexico.errors import either, shown
 
 SUPPORTED_HEAD_SIZES = (64, 128)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
@@ -41,11 +41,11 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     if model.is_encoder_decoder:
         reasons.append(_encoder())
     if scheduler.disable_hybrid_kv_cache_manager:
-        reasons.append(_hybrid_manager_off(connector))
+        reasons.append(_hybrid_manager_off(connector, cache))
     elif connector is not None:
         reasons.append(
             f"KV connector {connector.kv_connector} is not supported: it would bring codes without their first "
-            "full-precision tokens; start without --kv-transfer-config"
+            f"full-precision tokens; start without {_asks_for_connector(cache)}"
         )
     if parallel.decode_context_parallel_size > 1:
         reasons.append(_dcp())
@@ -162,6 +162,18 @@ def attention_class_refusals(kind: type, served: type, layer_name: str = "") -> 
     return [f"attention{where} is a {called}{what}, which is not supported, only plain Attention is; {OTHER_BACKEND}"]
 
 
+def mask_refusals(causal: Any, non_causal: bool = False) -> list[str]:
+    """Reasons that lie in who sees whom: tokens see what came before them, no more.
+
+    Args:
+        causal: of a step, as vLLM says it: a flag, or a tensor of one for each request.
+        non_causal: of a layer's cache, as vLLM says it.
+    """
+    if causal is True and not non_causal:
+        return []
+    return [f"attention in both directions (causal is {shown(causal)} here) is not supported; {OTHER_BACKEND}"]
+
+
 def as_sentence(reasons: list[str]) -> str:
     """All reasons, one after another."""
     return "LEXICO cannot serve this: " + "; ".join(reasons)
@@ -239,11 +251,16 @@ def _dcp() -> str:
     return "decode context parallelism is not supported; leave --decode-context-parallel-size at 1"
 
 
-def _hybrid_manager_off(connector: Any) -> str:
+def _asks_for_connector(cache: Any) -> str:
+    """The flag that the user gave: vLLM makes a connector of its own for offloading."""
+    return "--kv-transfer-config" if getattr(cache, "kv_offloading_size", None) is None else "--kv-offloading-size"
+
+
+def _hybrid_manager_off(connector: Any, cache: Any) -> str:
     if connector is not None:
         return (
             f"KV connector {connector.kv_connector} turns the hybrid KV cache manager off, which the full-precision "
-            "tokens need; start without --kv-transfer-config"
+            f"tokens need; start without {_asks_for_connector(cache)}"
         )
     return (
         "the hybrid KV cache manager is off, which the full-precision tokens need; start without "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class LexicoSetup:
         path = None
         if config.codec != "exact":
             fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)
-            path = _checked_dictionary(config.dictionary, vllm_config.model_config.model, fingerprint)
+            model = vllm_config.model_config
+            path = _checked_dictionary(config.dictionary, model.model, fingerprint, _overrides(model.hf_overrides))
         return cls(config, path, vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches)
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
@@ -95,7 +97,16 @@ def _loaded(path: Path) -> Dictionary:
 
 
 @functools.cache
-def _checked_dictionary(setting: str | None, model: str, fingerprint: ModelFingerprint) -> Path:
-    path = find_or_train(model, fingerprint) if setting == TRAIN else find_dictionary(setting, model, fingerprint)
-    _loaded(path).check(fingerprint, model)
+def _checked_dictionary(setting: str | None, model: str, fingerprint: ModelFingerprint, overrides: str | None) -> Path:
+    wanted = model, fingerprint, overrides
+    path = find_or_train(*wanted) if setting == TRAIN else find_dictionary(setting, *wanted)
+    _loaded(path).check(fingerprint, model, overrides)
     return path
+
+
+def _overrides(given: Any) -> str | None:
+    """What the user overrides in the model's configuration, as `train_command` takes it."""
+    try:
+        return json.dumps(given, sort_keys=True) if given else ""
+    except TypeError:  # a function
+        return None

@@ -26,7 +26,11 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
         f"sparsity {sparsity.key}" if sparsity.key == sparsity.value else f"sparsity {sparsity.key}/{sparsity.value}"
     )
     what = f"{layout.codec}, {atoms}" if dictionary else "the exact codec (for tests)"
-    source = f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms)" if dictionary else ""
+    source = (
+        f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms, {setup.dictionary_path})"
+        if dictionary
+        else ""
+    )
     num_heads = layout.num_kv_heads * num_layers
     return (
         f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes per token instead of "

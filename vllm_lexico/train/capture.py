@@ -9,17 +9,20 @@ import torch
 from lexico_kernels.memory.layout import KV
 from tqdm.auto import tqdm
 
+from vllm_lexico.train.model import read_config
+
 ATTENTION_NAME = "lexico_capture"
 SKIPPED_TOKENS = 16  # the first tokens of a sequence stay exact in the cache and look like no others
 
 
-def load_model(model: str, device: str, dtype: str) -> Any:
+def load_model(model: str, device: str, dtype: str, overrides: str = "") -> Any:
     """The causal language model in eval mode, with the attention that `capture` listens to.
 
     Args:
         model: hub id or folder.
         device: where its weights go.
         dtype: "auto" for the checkpoint's own, or a name.
+        overrides: of its configuration, a JSON object, or "".
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,7 +31,8 @@ def load_model(model: str, device: str, dtype: str) -> Any:
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    config = {"config": read_config(model, overrides)} if overrides else {}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION_NAME, **config)
     return loaded.to(device).eval()
 
 

@@ -83,7 +83,7 @@ class _Share:
         if kept is not None:
             self.learners.load_state(kept.tensors)
             self.done = kept.facts["rounds_done"]
-        self.reader = _Reader(load_model(job.model, device, job.settings.dtype), job, layers)
+        self.reader = _Reader(load_model(job.model, device, job.settings.dtype, job.settings.hf_overrides), job, layers)
 
     def train(self) -> None:
         """Go on from the last finished round to the end."""

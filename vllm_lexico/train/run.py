@@ -59,9 +59,12 @@ def train_dictionary(
     devices = checked_devices(device)
     check_name(model if name is None else name)
     name = plain_name(model if name is None else name)
-    out = cache_folder() / file_name(name) if out is None else out
-    check_out(out, name)
-    facts = read_facts(model)
+    if out is not None:
+        check_out(out, name)
+    facts = read_facts(model, settings.hf_overrides)
+    if out is None:
+        out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
+        check_out(out, name)
     longest = facts.longest or settings.length
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     plan = Plan.of(settings, facts.fingerprint, longest, torch.device(devices[0]).type)

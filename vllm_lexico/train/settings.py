@@ -11,6 +11,7 @@ from vllm_lexico.dictionary.atoms import ATOM_BITS
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import SKIPPED_TOKENS
 from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.model import check_overrides
 from vllm_lexico.train.texts import check_source
 
 ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
@@ -33,6 +34,7 @@ class TrainSettings:
             short texts in the time of a few long ones.
         dtype: of the model; "auto" for its own.
         seed: of everything random, 0 to 2**32 - 1.
+        hf_overrides: of the model's configuration, a JSON object as vLLM's --hf-overrides takes it; "" for none.
 
     Raises:
         ValueError: a setting is out of range, or a source of data is neither a path nor a dataset.
@@ -46,6 +48,7 @@ class TrainSettings:
     sequence_tokens: int | None = None
     dtype: str = "auto"
     seed: int = 0
+    hf_overrides: str = ""
 
     def __post_init__(self) -> None:
         learn, least = self.learn, 2 * self.learn.atoms
@@ -59,6 +62,8 @@ class TrainSettings:
         given, shortest = self.sequence_tokens, 4 * SKIPPED_TOKENS
         check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
         check("--seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
+        if self.hf_overrides:
+            check_overrides(self.hf_overrides)
         for name in self.data:
             check_source(name)
 

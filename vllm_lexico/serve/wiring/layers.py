@@ -85,7 +85,7 @@ ROWS = (
     Wire(
         backend.CommonAttentionMetadata,
         "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs num_actual_tokens "
-        "max_query_len block_table_tensor slot_mapping",
+        "max_query_len block_table_tensor slot_mapping causal",
         "a step would not know its tokens or pages",
     ),
     Wire(
@@ -110,8 +110,14 @@ ROWS = (
         "max_concurrent_batches max_in_flight_tokens",
         "settings or drafts would be ignored",
     ),
-    Wire(config.ModelConfig, "use_mla is_hybrid is_encoder_decoder", "such models would be served wrongly"),
-    Wire(config.CacheConfig, "cache_dtype block_size user_specified_block_size", "they would be ignored"),
+    Wire(
+        config.ModelConfig, "use_mla is_hybrid is_encoder_decoder hf_overrides", "such models would be served wrongly"
+    ),
+    Wire(
+        config.CacheConfig,
+        "cache_dtype block_size user_specified_block_size kv_offloading_size",
+        "they would be ignored",
+    ),
     Wire(
         config.ParallelConfig,
         "decode_context_parallel_size prefill_context_parallel_size use_ubatching",

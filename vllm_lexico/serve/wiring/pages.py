@@ -7,7 +7,7 @@ import sys
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_lexico import compat
@@ -33,6 +33,7 @@ def _steps_announced() -> str | None:
 
 
 ROWS = (
+    Wire(FullAttentionSpec, "non_causal", "attention in both directions would be made causal"),
     Wire(AttentionSpec, "state_content_bytes page_size_padded page_size_bytes", "pages would have other bytes"),
     Wire(
         SlidingWindowSpec,
