@@ -81,6 +81,17 @@ def full_disk() -> Callable[[], AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For shapes so small that threads only wait for each other, very long when the machine is shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
     """Import a file of benchmarks/ that imports its neighbours; the folder is on sys.path for one module of tests."""
     with pytest.MonkeyPatch.context() as patch:

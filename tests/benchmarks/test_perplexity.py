@@ -14,14 +14,7 @@ from vllm_lexico.dictionary.file import GAINS, load_dictionary
 
 SINKS, WINDOW, SKIP, LENGTH = 4, 8, 6, 48
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Shapes here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What engines answer, each in a process of its own: `in_a_process(answer_thrice, ...)`."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from faults import FAULTS
@@ -50,6 +51,14 @@ def ask(llm: Any, prompts: list[list[int]], count: int) -> tuple[list[list[int]]
     return said, [output.num_cached_tokens for output in outputs]
 
 
+def plant_each(llm: Any) -> Iterator[str]:
+    """Faults, each planted while the caller has its name."""
+    for fault in FAULTS:
+        llm.collective_rpc("plant_fault", args=(fault,))
+        yield fault
+    llm.collective_rpc("plant_fault", args=(None,))
+
+
 def answer_thrice(model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """What an engine answers to all prompts.
 
@@ -64,20 +73,26 @@ def answer_thrice(model: str, backend: str, lexico: dict[str, Any], settings: di
     rounds.append(ask(llm, continued, WARM_TOKENS)[0])
     irregular = make_irregular_prompts()
     sound, faults = ask(llm, irregular, FAULTY_TOKENS)[0], {}
-    for fault in FAULTS if backend == "LEXICO" else ():
+    for fault in plant_each(llm) if backend == "LEXICO" else ():
         llm.reset_prefix_cache()
-        llm.collective_rpc("plant_fault", args=(fault,))
         faults[fault] = ask(llm, irregular, FAULTY_TOKENS)[0]
     return {"rounds": rounds, "sound": sound, "faults": faults}
 
 
 def answer_again(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of answers cold and from the prefix cache, and how many tokens the second round found there."""
+    """Answers cold and again.
+
+    Returns:
+        cold, again: tokens of answers.
+        hits: tokens that the second round found in the prefix cache.
+        faults: tokens of answers from the cache with each fault planted, by its name.
+    """
     llm = start(model, "LEXICO", lexico, settings)
     prompts = [make_tokens(length, length) for length in (300, 411, 640)]
     cold, _ = ask(llm, prompts, WARM_TOKENS)
     again, hits = ask(llm, prompts, WARM_TOKENS)
-    return {"cold": cold, "again": again, "hits": hits}
+    faults = {fault: ask(llm, prompts, WARM_TOKENS)[0] for fault in plant_each(llm)}
+    return {"cold": cold, "again": again, "hits": hits, "faults": faults}
 
 
 def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple[str, list[str]]:
@@ -103,18 +118,30 @@ def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple
 
 
 def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept: `specs` and `dtype`."""
+    """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept.
+
+    Returns:
+        scores: of the tokens but the first.
+        specs, dtype: of the cache's groups, and as the user would name it.
+        faults: scores with each fault planted, by its name.
+    """
     import vllm
 
     settings = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 512, "max_num_batched_tokens": 64}
     llm = start(model, backend, lexico, settings)
     prompt = make_tokens(0, 300)
     asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
-    scores = [one[token].logprob for token, one in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+
+    def scores() -> list[float]:
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        return [one[token].logprob for token, one in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+
+    sound = scores()
+    faults = {fault: scores() for fault in plant_each(llm)} if backend == "LEXICO" else {}
     groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
     specs = [type(group.kv_cache_spec).__name__ for group in groups]
-    return {"scores": scores, "specs": specs, "dtype": llm.llm_engine.vllm_config.cache_config.cache_dtype}
+    dtype = llm.llm_engine.vllm_config.cache_config.cache_dtype
+    return {"scores": sound, "specs": specs, "dtype": dtype, "faults": faults}
 
 
 def run_scenarios(
@@ -138,8 +165,7 @@ def run_scenarios(
     if backend == "LEXICO":
         for setting, value in SHORT.items():
             setattr(exactness, setting, value)
-        for fault in FAULTS:
-            engine.llm.collective_rpc("plant_fault", args=(fault,))
+        for fault in plant_each(engine.llm):
             found[fault] = _run(engine, scenarios)
     return found
 

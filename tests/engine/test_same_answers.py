@@ -33,3 +33,8 @@ def test_answers_do_not_depend_on_chunks(answers):
     """But for rounding, which may now and then choose another atom."""
     pairs = zip(answers["same"]["cold"], answers["same, chunks"]["cold"], strict=True)
     assert sum(whole == chunked for whole, chunked in pairs) >= 2
+
+
+@pytest.mark.parametrize("case", ["same", "same, chunks"])
+def test_planted_faults_are_seen(answers, case):
+    assert [fault for fault, said in answers[case]["faults"].items() if said == answers[case]["cold"]] == []

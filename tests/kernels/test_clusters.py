@@ -241,6 +241,7 @@ def test_what_it_does_not_support(device):
         (128, 15, 4096, False),  # the default of a model in bfloat16
         (128, 31, 4096, False),  # the least of a tile's vectors per block
         (64, 15, 1024, True),
+        (128, 7, 4096, True),
     ],
 )
 def test_compiles_for_an_h100(D, S, atoms, half, monkeypatch, tmp_path):

@@ -8,12 +8,8 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Shapes here are so small that threads only wait for each other, very long when the machine is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_shapes(one_thread):
+    """Everything that is trained here is small."""
 
 
 @pytest.fixture(scope="session")
