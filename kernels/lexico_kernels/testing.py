@@ -274,7 +274,7 @@ def check_encode(
     count: int,
     device: str,
     dtype: torch.dtype = torch.float16,
-    atoms: int = 200,
+    atoms: int = 130,
     relative_error: float = 0.0,
     with_fp8_atoms: bool = False,
 ) -> list[LayerCache]:

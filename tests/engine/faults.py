@@ -57,6 +57,9 @@ FAULTS: dict[str, dict[str, Callable]] = {
 }
 
 
+WRITTEN = {"stale tail"}  # these are in what is written; the others, in what is read
+
+
 def plant(name: str | None) -> None:
     """Put a fault of FAULTS into this process's operations, or with None take all out."""
     for operation, function in (ORIGINAL | FAULTS.get(name or "", {})).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-from faults import FAULTS
+from faults import FAULTS, WRITTEN
 
 START_SECONDS = 240
 # Without it the model nearly ties between two languages, and bfloat16's rounding decides.
@@ -65,8 +65,7 @@ def chat(port, question):
 
 
 def about_the_lighthouse(port, root):
-    """An answer that stands far back in a text, where only codes have it."""
-    ask(port, "/reset_prefix_cache", {})
+    """An answer that stands far back in a text, where only codes have it; asked again, those in the prefix cache."""
     text = (root / "examples" / "lighthouse.txt").read_text(encoding="utf-8")
     return chat(port, f"{text}\nWho built the lighthouse on Gull Island?")
 
@@ -78,12 +77,15 @@ def test_a_chat_is_answered(server):
 
 def test_a_question_about_a_text_is_answered_from_codes(server, root):
     port, _ = server
-    assert "Margaret Holloway" in about_the_lighthouse(port, root)
+    for _ in range(2):  # cold, and from the prefix cache
+        assert "Margaret Holloway" in about_the_lighthouse(port, root)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_seen(server, root, fault):
     port, _ = server
+    if fault in WRITTEN:
+        ask(port, "/reset_prefix_cache", {})
     ask(port, "/collective_rpc", {"method": "plant_fault", "args": [fault]})
     try:
         assert "Margaret Holloway" not in about_the_lighthouse(port, root)

@@ -51,8 +51,8 @@ def check(vectors, atoms, S, levels=None, relative_error=0.0):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("count", [1, 63, 64, 65])
 def test_sizes(count, quantized, device):
-    atoms, levels = random_books(2, 200, 64, device=device)
-    check(random_vectors(2, count, 64, device), atoms, 7, levels if quantized else None)
+    atoms, levels = random_books(2, 130, 64, device=device)
+    check(random_vectors(2, count, 64, device), atoms, 5, levels if quantized else None)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
