@@ -6,6 +6,7 @@
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses 2 --dist loadfile
 SHELL := bash
 comma := ,
 
@@ -18,21 +19,18 @@ export PYTHONSAFEPATH := 1
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-# Two lanes side by side, each with one thread of torch: engines take as long as everything else together. A step runs
-# even when one before it failed, and each failure counts. The kernels' tests come in a run of their own because
-# Triton's interpreter is switched on for a whole process, and the engine's tests must run without it.
+# Two processes at a time, each with one thread of torch. A step runs even when one before it failed, and each failure
+# counts. The kernels' tests come in a run of their own because Triton's interpreter is switched on for a whole process,
+# and the engine's tests must run without it.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
-	@step() { echo "+ $$*"; "$$@" || status=1; }; log=$$(mktemp); \
-	( status=0; step $(BIN)/mypy; step $(BIN)/pytest tests/engine $(ARGS); exit $$status ) >$$log 2>&1 & \
-	status=0; \
+	@status=0; step() { echo "+ $$*"; "$$@" || status=1; }; \
 	step $(BIN)/ruff check .; \
 	step $(BIN)/ruff format --check .; \
 	step $(BIN)/lint-imports; \
-	step $(BIN)/pytest tests/kernels; \
-	step $(BIN)/pytest tests --ignore=tests/kernels --ignore=tests/engine; \
-	echo "+ the other lane: types and engines"; \
-	wait $$! || status=1; cat $$log; rm $$log; \
+	step $(BIN)/mypy; \
+	step $(BIN)/pytest tests/kernels $(PARALLEL); \
+	step $(BIN)/pytest tests --ignore=tests/kernels $(PARALLEL) $(ARGS); \
 	exit $$status
 
 format: $(VENV)/.installed-dev

@@ -105,9 +105,8 @@ def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple
 
     os.environ["XDG_CACHE_HOME"] = cache
     said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vllm.lexico").addHandler(handler)
+    # Not a handler: vLLM's engines take those away.
+    logging.getLogger("vllm.lexico").info = lambda form, *given: said.append(form % given if given else form)
     try:
         llm = start(model, "LEXICO", {"sparsity": 7}, settings)
     except ValueError as error:
@@ -127,9 +126,9 @@ def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str
     """
     import vllm
 
-    settings = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 512, "max_num_batched_tokens": 64}
+    settings = {"dtype": "bfloat16", "max_model_len": 512, "max_num_batched_tokens": 64}
     llm = start(model, backend, lexico, settings)
-    prompt = make_tokens(0, 300)
+    prompt = make_tokens(0, 500)
     asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
     def scores() -> list[float]:

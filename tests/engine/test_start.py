@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ pytest.importorskip("vllm")
 from engines import refusal_or_answer, score_a_prompt
 from processes import in_a_process
 
+ROUNDING = 0.1  # nats, mean over a prompt: what bfloat16 leaves with weights so large
 START = """
 import json, sys, vllm
 if __name__ == "__main__":
@@ -36,13 +38,12 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def write_model(tiny_llama, tmp_path):
-    """Write a Llama with other settings in its config.json."""
+def write_model(tmp_path):
+    """Copy a model with other settings in its config.json."""
 
-    def write(**changes):
-        folder = tmp_path / f"model-{len(changes)}"
-        folder.mkdir()
-        config = json.loads((tiny_llama / "config.json").read_text()) | changes
+    def write(model, **changes):
+        folder = shutil.copytree(model, tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps(config))
         return str(folder)
 
@@ -73,9 +74,9 @@ def test_the_server_ends_with_the_sentence_too(run, tiny_llama):
     assert "EngineCore" not in result.stdout + result.stderr
 
 
-def test_a_workers_refusal_is_repeated_last(run, write_model):
+def test_a_workers_refusal_is_repeated_last(run, write_model, tiny_llama):
     """Only a layer's own arguments show that it is an encoder's."""
-    model = write_model(is_causal=False)
+    model = write_model(tiny_llama, is_causal=False)
     result = run([START, model, arguments(additional_config={"lexico": {"codec": "exact"}})])
     said = last_line(result)
     assert said.startswith("ValueError: LEXICO cannot serve this: encoder"), result.stderr[-3000:]
@@ -83,20 +84,20 @@ def test_a_workers_refusal_is_repeated_last(run, write_model):
 
 
 def distance(one, other):
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(write_model):
+def test_a_window_that_never_binds_and_a_checkpoints_scheme_for_its_cache(write_model, strong_llama):
     """Full attention in the model's dtype: the answers are those of the same model without window and scheme."""
     scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
     quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
-    model = write_model(sliding_window=262144, quantization_config=quantization)
+    model = write_model(strong_llama, sliding_window=262144, quantization_config=quantization)
     ours = in_a_process(score_a_prompt, model, "LEXICO", {"codec": "exact"})
-    peer = in_a_process(score_a_prompt, write_model(), "CPU_ATTN", {})
+    peer = in_a_process(score_a_prompt, str(strong_llama), "CPU_ATTN", {})
     assert ours["specs"] == ["FullAttentionSpec", "LexicoTailSpec"] and ours["dtype"] == "bfloat16"
-    assert distance(ours["scores"], peer["scores"]) < 0.05
-    # No answer's token but the first is asked for, so zeros of decode are not seen.
-    unseen = {fault for fault, scores in ours["faults"].items() if distance(scores, peer["scores"]) < 0.05}
+    assert distance(ours["scores"], peer["scores"]) < ROUNDING
+    # No step of decode is asked for, so that zeros there are not seen.
+    unseen = {fault for fault, scores in ours["faults"].items() if distance(scores, peer["scores"]) < ROUNDING}
     assert unseen == {"zeros"}
 
 
