@@ -116,8 +116,10 @@ def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple
     return "", said
 
 
-def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept.
+def score_a_prompt(
+    model: str, backend: str, lexico: dict[str, Any], more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Log-probabilities of a prompt's tokens in bfloat16, and how the cache is kept. more: settings of vLLM's.
 
     Returns:
         scores: of the tokens but the first.
@@ -127,7 +129,7 @@ def score_a_prompt(model: str, backend: str, lexico: dict[str, Any]) -> dict[str
     import vllm
 
     settings = {"dtype": "bfloat16", "max_model_len": 512, "max_num_batched_tokens": 64}
-    llm = start(model, backend, lexico, settings)
+    llm = start(model, backend, lexico, settings | (more or {}))
     prompt = make_tokens(0, 500)
     asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 

@@ -83,6 +83,19 @@ def test_a_workers_refusal_is_repeated_last(run, write_model, tiny_llama):
     assert "Engine core initialization failed" in result.stderr  # as vLLM ends by itself
 
 
+def test_a_prefix_language_model_is_refused(tmp_path):
+    """HRM-Text was made causal in silence, and so answered otherwise from the second token of a prompt on."""
+    from transformers import HrmTextConfig
+
+    config = HrmTextConfig(
+        vocab_size=100, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, head_dim=64,
+        H_cycles=1, L_cycles=1, architectures=["HrmTextForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LEXICO cannot serve this: attention is a EncoderOnlyAttention"):
+        in_a_process(score_a_prompt, str(tmp_path), "LEXICO", {"codec": "exact"}, {"load_format": "dummy"})
+
+
 def distance(one, other):
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
