@@ -25,9 +25,9 @@ class CapturedLayer:
 
     Attributes:
         vectors: [2, T, Hk, D] in the model's dtype: K after RoPE, and V.
-        atoms: [H, N, D] in the same dtype, by part; H is Hk, or 1 for shared ones.
-        means, stretches: float32 [Hk, D] by part.
-        levels: float32 [32, 16] by part; row s serves sparsity s.
+        atoms: of "key" and "value", [H, N, D] in the same dtype; H is Hk, or 1 for shared ones.
+        means, stretches: of both, float32 [Hk, D].
+        levels: of both, float32 [32, 16]; row s serves sparsity s.
         words: where they come from, for the rows of results.
     """
 
