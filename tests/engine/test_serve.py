@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from faults import FAULTS, WRITTEN
 
 START_SECONDS = 240
+LETTERS = 1300  # of the text, in whose first line the answer stands: so many that it has left the window
 # Without it the model nearly ties between two languages, and bfloat16's rounding decides.
 SYSTEM = "Answer truthfully in one short sentence."
 
@@ -66,7 +67,7 @@ def chat(port, question):
 
 def about_the_lighthouse(port, root):
     """An answer that stands far back in a text, where only codes have it; asked again, those in the prefix cache."""
-    text = (root / "examples" / "lighthouse.txt").read_text(encoding="utf-8")
+    text = (root / "examples" / "lighthouse.txt").read_text(encoding="utf-8")[:LETTERS]
     return chat(port, f"{text}\nWho built the lighthouse on Gull Island?")
 
 
