@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 import msgspec
 import zmq
+from engines import make_tokens
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -19,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 MAX_MODEL_LEN, BLOCK = 700, 128
 # 6 of codes; 1 of sinks and 18 for two windows, each of 128 + 128 tokens in pages of 32; the null page
 POOL_PAGES = 6 + 1 + 18 + 1
-PROMPT = [(7 * i * i + 11 * i) % 40000 + 100 for i in range(640)]
+PROMPT = make_tokens(0, 640)
 SECONDS = 300
 
 
@@ -42,7 +43,7 @@ async def pieces():
         yield StreamingInput({"prompt_token_ids": PROMPT[piece * 150 : piece * 150 + 150]})
 
 
-async def drive(model, port):
+async def drive(model, dictionary, port):
     """All requests, one after the other; returns what `ask` does, by name."""
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=f"tcp://*:{port}")
     args = AsyncEngineArgs(
@@ -53,7 +54,8 @@ async def drive(model, port):
         enforce_eager=True,
         skip_tokenizer_init=True,
         attention_backend="LEXICO",
-        additional_config={"lexico": {"prefix_hits": "window"}},
+        dtype="bfloat16",
+        additional_config={"lexico": {"prefix_hits": "window", "dictionary": str(dictionary)}},
         kv_events_config=events,
     )
     llm = AsyncLLM.from_engine_args(args)
@@ -70,7 +72,7 @@ async def drive(model, port):
 
 
 @pytest.fixture(scope="module")
-def run(smollm2):
+def run(strong_llama, strong_dictionary):
     """What requests saw, and the batches of events that a router was sent with their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,7 +80,7 @@ def run(smollm2):
     with zmq.Context() as context, context.socket(zmq.SUB) as router:
         router.connect(f"tcp://127.0.0.1:{port}")
         router.subscribe("")
-        seen = asyncio.run(drive(smollm2, port))
+        seen = asyncio.run(drive(strong_llama, strong_dictionary, port))
         batches = []
         while router.poll(1000):
             _, number, batch = router.recv_multipart()
