@@ -97,7 +97,7 @@ def print_memory(llm: Any) -> None:
         element_bytes=model.dtype.itemsize,
     )
     plain, coded = (layers * kv_heads * size for size in (layout.raw_token_bytes, layout.cell_bytes))
-    print(f"\nKV cache of {layers} layers, {kv_heads} KV heads of size {layout.head_dim}, bytes a token")
+    print(f"\nKV cache of {layers} layers, {kv_heads} KV heads of size {layout.head_dim}, bytes per token")
     print(f"  {str(model.dtype).removeprefix('torch.'):10}{plain:>10,}")
     print(f"  {BACKEND:10}{coded:>10,}   {layout.ratio:.1%}, {plain - coded:,} bytes saved with every token")
     sinks = -(-settings.sinks // layout.tail_tokens) * layout.tail_tokens
