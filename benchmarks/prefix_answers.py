@@ -134,17 +134,20 @@ def main() -> None:
     parser.add_argument("--values", nargs="+", choices=VALUES, default=list(VALUES))
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    results = {hits: measure(hits, options) for hits in options.values}
     case = {"model": Path(options.model).name, "sparsity": options.sparsity, "prompts": options.prompts}
     case |= {"longest": options.tokens, "answer_tokens": options.answer_tokens, "long": options.long}
     case |= {"enforce_eager": options.enforce_eager}
-    peer = results.get("codes")
-    for hits, figures in results.items():
+    peer: dict[str, float] = {}
+    for hits in options.values:
+        figures = measure(hits, options)
         for metric, value in figures.items():
-            baseline = peer[metric] if peer and hits != "codes" else None
-            name = None if baseline is None else "codes"
-            record("prefix_answers", case | {"prefix_hits": hits}, metric, value, peer=name, peer_value=baseline)
-            print(f"{hits}: {metric} {value:.4g}", file=sys.stderr)
+            named = "codes" if peer else None
+            record(
+                "prefix_answers", case | {"prefix_hits": hits}, metric, value, peer=named, peer_value=peer.get(metric)
+            )
+            print(f"{hits}: {metric} {value:.4g}", file=sys.stderr, flush=True)
+        if hits == "codes":
+            peer = figures
 
 
 if __name__ == "__main__":
