@@ -8,7 +8,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 SHELL := bash
-comma := ,
 
 # The repository root must stay off sys.path: its folder `kernels` would hide Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
@@ -50,15 +49,9 @@ $(VENV)/bin/python:
 # Without --no-compile pip compiles every file of every package, of which most are never imported.
 # vLLM for CPUs asks for torchvision, torchaudio and torchcodec, which come in builds that do not fit its torch and
 # break its imports. Nothing here needs them, and pip has no way to leave a dependency out, so they go again.
-define install
-$(BIN)/pip install --no-compile --editable '.[$(DEVICE),examples,train$(1)]'
-test $(DEVICE) = gpu || $(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
-touch $@
-endef
-
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(call install)
-
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(call install,$(comma)dev$(comma)eval)
-	touch $(VENV)/.installed
+$(VENV)/.installed: EXTRAS := examples,train
+$(VENV)/.installed-dev: EXTRAS := examples,train,dev,eval
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --no-compile --editable '.[$(DEVICE),$(EXTRAS)]'
+	test $(DEVICE) = gpu || $(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@ $(VENV)/.installed

@@ -17,7 +17,7 @@ from vllm_lexico.evals.caches import LEXICO, Cache
 from vllm_lexico.evals.fields import Fields, Printable
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks import TASKS
-from vllm_lexico.train.identity import MODEL_SUFFIXES
+from vllm_lexico.train.identity import MODEL_SUFFIXES, file_checksum
 from vllm_lexico.versions import VLLM, version
 
 # Engine arguments that decide where and how fast it runs, not what comes out: a run may go on with others.
@@ -127,12 +127,6 @@ def dictionary_of(cache: Cache) -> str | None:
     named = cache.engine.get("additional_config", {}).get(LEXICO, {}).get("dictionary", TRAIN)
     path = Path(named).expanduser()
     return file_checksum(path) if named != TRAIN and path.is_file() else None
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

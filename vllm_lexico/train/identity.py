@@ -37,5 +37,10 @@ def _file_digest(path: Path) -> str:
     target = path.resolve()
     if path.is_symlink() and target.parent.name == "blobs":  # the hub's cache, which names files by their content
         return target.name
+    return file_checksum(path)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -110,14 +110,10 @@ ROWS = (
         "max_concurrent_batches max_in_flight_tokens",
         "settings or drafts would be ignored",
     ),
-    Wire(
-        config.ModelConfig, "use_mla is_hybrid is_encoder_decoder hf_overrides", "such models would be served wrongly"
-    ),
-    Wire(
-        config.CacheConfig,
-        "cache_dtype block_size user_specified_block_size kv_offloading_size",
-        "they would be ignored",
-    ),
+    Wire(config.ModelConfig, "use_mla is_hybrid is_encoder_decoder", "such models would be served wrongly"),
+    Wire(config.ModelConfig, "hf_overrides", "a dictionary would be trained for the model without them"),
+    Wire(config.CacheConfig, "cache_dtype block_size user_specified_block_size", "they would be ignored"),
+    Wire(config.CacheConfig, "kv_offloading_size", "a refusal would name a flag that was not given"),
     Wire(
         config.ParallelConfig,
         "decode_context_parallel_size prefill_context_parallel_size use_ubatching",
