@@ -64,13 +64,17 @@ def default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments"), [(ChunkedLocalAttention, {"attention_chunk_size": 64}), (PrefillPrefixLMAttention, {})]
-)
-def test_layers_that_wrap_the_backend_are_refused_when_they_are_made(engine_config, default_dtype, kind, arguments):
+def test_layers_that_wrap_the_backend_are_refused_when_they_are_made(engine_config, default_dtype):
+    with pytest.raises(ValueError, match=r"LEXICO cannot serve this: attention is a EncoderOnly\w+Lexico"):
+        PrefillPrefixLMAttention(**HEADS, cache_config=engine_config.cache_config, prefix="model.layers.0.attn")
+
+
+def test_chunked_layers_have_vllms_own_backend(engine_config, default_dtype):
     """Llama 4's were accepted, and attended to all tokens instead of a chunk's."""
-    with pytest.raises(ValueError, match=r"LEXICO cannot serve this: attention is a (Chunked|EncoderOnly)\w+Lexico"):
-        kind(**HEADS, **arguments, cache_config=engine_config.cache_config, prefix="model.layers.0.attn")
+    of_engine = {"cache_config": engine_config.cache_config, "prefix": "model.layers.0.attn"}
+    layer = ChunkedLocalAttention(**HEADS, attention_chunk_size=64, **of_engine)
+    assert layer.get_attn_backend().__name__ == "ChunkedLocalAttention_64_CPUAttentionBackend"
+    assert engine_config.attention_config.backend.name == "LEXICO"
 
 
 def test_layers_with_another_cache_are_refused_when_weights_are_loaded(engine_config, default_dtype):

@@ -104,7 +104,8 @@ def test_engines_and_models(configure):
     assert "start without --kv-offloading-size" in refused(configure, kv_offloading_size=1.0)
     said = refused(configure, disable_hybrid_kv_cache_manager=True)
     assert "hybrid KV cache manager is off" in said
-    assert "head size 96 is not supported, only 64 or 128" in refused(configure, {"head_dim": 96})
+    said = refused(configure, {"head_dim": 72})
+    assert "head size 72 is not supported, only 64, 80, 96, 112, 128, 192 or 256" in said
 
 
 def test_cache_dtypes(configure):
@@ -133,17 +134,24 @@ def test_a_checkpoints_scheme_for_its_cache_is_not_followed(configure, caplog, q
     assert "a KV cache in fp8 is not supported" in refused(configure, model, kv_cache_dtype="fp8")
 
 
-@pytest.mark.parametrize("layers", [None, ["sliding_attention", "full_attention"] * 2])
-def test_windows(configure, layers):
-    """All layers have the window, or every second one."""
-    model = {"layer_types": layers} if layers else {}
+def test_windows_of_all_layers(configure):
     for window in (262144, 512):  # as in Phi-4-mini, and the shortest that never binds
-        assert compat.serves_lexico(configure(model | {"sliding_window": window}))
-    said = refused(configure, model | {"sliding_window": 511})
+        assert compat.serves_lexico(configure({"sliding_window": window}))
+    said = refused(configure, {"sliding_window": 511})
     assert "a sliding window of 511 tokens" in said and "a sequence may have 512" in said
     assert "start with --disable-sliding-window, which limits sequences to the window" in said
-    off = configure(model | {"sliding_window": 511}, disable_sliding_window=True, max_model_len=None)
+    off = configure({"sliding_window": 511}, disable_sliding_window=True, max_model_len=None)
     assert off.model_config.max_model_len == 511 and off.cache_config.sliding_window is None
+
+
+EVERY_SECOND = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("window", [262144, 100])
+def test_windows_of_some_layers_are_left_to_vllm(configure, window):
+    config = configure(EVERY_SECOND | {"sliding_window": window})
+    assert config.attention_config.backend_per_kind == {"sliding_window": None}
+    assert config.attention_config.backend.name == "LEXICO" and config.cache_config.block_size == 128
 
 
 def test_windows_of_another_backend(configure):

@@ -128,12 +128,13 @@ def test_requests_in_step_are_coded_apart():
 def test_a_plan_is_handed_over_once_and_in_order():
     handover = plan.PlanHandover()
     with pytest.raises(AssertionError, match="not planned before its tail"):
-        handover.take()
-    made = plan.CodingPlan(*torch.zeros(3, 32, dtype=torch.int64))
-    handover.put(made)
-    assert handover.take() is made
+        handover.take(["a", "b"])
+    made, other = (plan.CodingPlan(*torch.full((3, 32), number)) for number in (0, 1))
+    handover.put(["a", "b"], made)
+    handover.put(["c"], other)  # a second group of codes has pages of its own
+    assert handover.take(["a", "b"]) is made and handover.take(["c"]) is other
     with pytest.raises(AssertionError, match="not planned before its tail"):
-        handover.take()
+        handover.take(["a", "b"])
 
 
 def test_bound_is_never_too_small():

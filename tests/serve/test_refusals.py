@@ -16,6 +16,7 @@ def an_engine(**changes):
             use_mla=False,
             is_hybrid=False,
             is_encoder_decoder=False,
+            is_mm_prefix_lm=False,
             dtype=torch.bfloat16,
             max_model_len=4096,
             hf_text_config=types.SimpleNamespace(),
@@ -58,6 +59,10 @@ ENGINES = [
     ({"model_config__is_hybrid": True}, ["Mamba", "another --attention-backend"]),
     ({"model_config__is_encoder_decoder": True}, ["encoder", "only decoders"]),
     (
+        {"model_config__is_mm_prefix_lm": True},
+        ["images are seen in both directions", """start with --limit-mm-per-prompt '{"image": 0}'"""],
+    ),
+    (
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},
         ["hybrid KV cache manager is off", "full-precision tokens", "without --disable-hybrid-kv-cache-manager"],
     ),
@@ -89,11 +94,11 @@ ENGINES = [
 ]
 SELECTED = {"head_size": 128, "kv_cache_dtype": "auto", "attn_type": "decoder", "dtype": torch.bfloat16}
 MODELS = [
-    ({"model_config__get_head_size": lambda: 96}, ["head size 96", "only 64 or 128", "another --attention-backend"]),
+    ({"model_config__get_head_size": lambda: 72}, ["head size 72", "only 64, 80, 96", "another --attention-backend"]),
     ({"cache_config__sliding_window": 4095}, ["window of 4095 tokens", "may have 4096", "--disable-sliding-window"]),
     (
         {
-            "model_config__hf_text_config": types.SimpleNamespace(layer_types=["sliding_attention", "full_attention"]),
+            "model_config__hf_text_config": types.SimpleNamespace(layer_types=["sliding_attention"] * 2),
             "model_config__get_sliding_window": lambda: 512,
         },
         ["window of 512 tokens", "--disable-sliding-window, which limits sequences", "another --attention-backend"],
@@ -103,8 +108,7 @@ LAYERS_BY_SELECTOR = [
     ({"kv_cache_dtype": "turboquant_3bit_nc"}, ["KV cache in turboquant_3bit_nc", "--kv-cache-dtype bfloat16"]),
     ({"block_size": 96}, ["--block-size 96", "give 64, 128 or 256"]),
     ({"use_mla": True, "head_size": 576}, ["MLA", "another --attention-backend"]),
-    ({"head_size": 96}, ["head size 96", "only 64 or 128", "another --attention-backend"]),
-    ({"has_sink": True}, ["learned attention sinks", "gpt-oss"]),
+    ({"head_size": 72}, ["head size 72", "only 64, 80, 96", "another --attention-backend"]),
     ({"attn_type": "encoder_only"}, ["encoder", "only decoders"]),
     ({"use_dcp": True}, ["decode context parallelism", "--decode-context-parallel-size"]),
 ]
@@ -114,7 +118,6 @@ LAYERS_BY_ARGUMENTS = [
     ({"logits_soft_cap": 50.0}, ["soft cap", "50.0"]),
     ({"attn_type": "encoder_decoder"}, ["encoder"]),
     ({"kv_sharing_target": "model.layers.3.attn"}, ["share the cache", "model.layers.3.attn"]),
-    ({"sinks": object()}, ["learned attention sinks"]),
 ]
 
 
@@ -138,6 +141,17 @@ def test_a_window_that_no_sequence_outgrows_is_none(window):
     assert refusals.layer_refusals(max_model_len=4096, sliding_window=window) == []
     assert refusals.selector_refusals(SELECTED | {"has_sliding_window": True}) == []
     assert refusals.model_refusals(an_engine(cache_config__sliding_window=window)) == []
+
+
+def test_windows_of_other_layers_are_no_reason():
+    kinds = types.SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    changes = {"model_config__hf_text_config": kinds, "model_config__get_sliding_window": lambda: 512}
+    assert refusals.model_refusals(an_engine(**changes)) == []
+
+
+def test_values_of_another_size():
+    assert refusals.value_size_refusals(128, 128, "layers.3.attn") == []
+    check(refusals.value_size_refusals(192, 128, "layers.3.attn"), ["layers.3.attn", "192", "128", "equal sizes"])
 
 
 def test_windows_that_another_backend_serves():

@@ -21,8 +21,6 @@ from vllm_lexico.serve.impl import LexicoImpl
 from vllm_lexico.serve.metadata import PAGE_LAYOUTS, LexicoMetadataBuilder
 from vllm_lexico.serve.setup import LexicoSetup
 
-DEFAULT_BLOCK_TOKENS = 128
-
 
 class LexicoBackend(AttentionBackend):
     """Attention over a sparsely coded KV cache (Lexico, arXiv 2412.08890)."""
@@ -58,7 +56,7 @@ class LexicoBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """What vLLM chooses a default from; once there is a spec, its blocks are never split."""
-        return [MultipleOf(DEFAULT_BLOCK_TOKENS if kv_cache_spec is None else 1)]
+        return [MultipleOf(refusals.DEFAULT_BLOCK_SIZE if kv_cache_spec is None else 1)]
 
     @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
@@ -70,13 +68,17 @@ class LexicoBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
         """A checkpoint may bring them for a cache of its own kind; codes have no use for them."""
         return True
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return DEFAULT_BLOCK_TOKENS
+        return refusals.DEFAULT_BLOCK_SIZE
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_lexico import compat, last_word
 from vllm_lexico.config import without_backend
-from vllm_lexico.serve import refusals
+from vllm_lexico.serve import other_layers, refusals
 from vllm_lexico.serve.setup import LexicoSetup
 
 logger = logging.getLogger("vllm.lexico")
@@ -37,6 +37,7 @@ def check(vllm_config: Any, given_cache_dtype: str) -> None:
     refusals.refuse(refusals.engine_refusals(vllm_config))
     refusals.refuse(refusals.model_refusals(vllm_config))
     LexicoSetup.of(vllm_config).dictionary()
+    other_layers.leave(vllm_config)
     last_word.prepare()
     compat.repeat_refusals_last()
 

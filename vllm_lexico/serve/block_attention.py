@@ -22,7 +22,7 @@ def attend_blocks(
     *,
     scale: float,
     out: Tensor,
-) -> None:
+) -> Tensor:
     """Attend a step's tokens in prefill, once they are in tail pages and coded.
 
     Args:
@@ -33,6 +33,9 @@ def attend_blocks(
         plan: of the step.
         scale: factor of the scores.
         out: [T, Hq, D], filled.
+
+    Returns:
+        The log-sum-exp, float32 [Hq, T].
     """
     most = max((len(tile.key_row) for tile in plan.raw), default=0)
     most = max(most, max((len(tile.token_request) for tile in plan.coded), default=0))
@@ -50,6 +53,7 @@ def attend_blocks(
         ops.reconstruct(cache, coded, part.token_request, part.token_position, keys, values)
         seen = paged_attention(query[part.rows], keys, values, part.queries, part.keys, scale=scale)
         merge_into(out[part.rows], lse[:, part.rows], *seen)
+    return lse
 
 
 def _gather(

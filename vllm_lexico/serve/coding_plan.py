@@ -5,6 +5,7 @@ B requests, T tokens of the batch (both may be padded), P tokens a code page, R 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,24 +109,25 @@ class CodingPlan(NamedTuple):
 
 
 class PlanHandover:
-    """Hands a step's coding plan from the codes group's builder to the tail group's.
+    """Hands a step's coding plan from the builder of a group of codes to that of the group of the same layers' tails.
 
     The plan depends on the pages of codes, and the tail's builder needs it too. vLLM builds its groups in the order of
-    their layers, so the codes group, whose layers the model has, comes first.
+    their layers, so groups of codes, whose layers the model has, come first. There are several of each kind where
+    other layers are fewer than those that are coded, and vLLM cuts both kinds alike.
     """
 
     def __init__(self) -> None:
-        self._plan: CodingPlan | None = None
+        self._plans: dict[str, CodingPlan] = {}
 
-    def put(self, plan: CodingPlan) -> None:
-        """Leave the plan of the step that is being built."""
-        self._plan = plan
+    def put(self, layer_names: Sequence[str], plan: CodingPlan) -> None:
+        """Leave the plan of the step that is being built, for these layers."""
+        self._plans.update(dict.fromkeys(layer_names, plan))
 
-    def take(self) -> CodingPlan:
-        """The plan of the step that is being built; it can be taken once."""
-        plan, self._plan = self._plan, None
-        assert plan is not None, "a step's codes were not planned before its tail"
-        return plan
+    def take(self, layer_names: Sequence[str]) -> CodingPlan:
+        """The plan of the step that is being built, for these layers; it can be taken once."""
+        plans = [self._plans.pop(name, None) for name in layer_names]
+        assert plans[0] is not None, "a step's codes were not planned before its tail"
+        return plans[0]
 
 
 def plan_coding(request: Tensor, position: Tensor, block_table: Tensor, block_tokens: int) -> CodingPlan:

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
-from vllm_lexico.serve import refusals
+from vllm_lexico.serve import other_layers, refusals
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
@@ -67,12 +67,12 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 logits_soft_cap=logits_soft_cap,
                 attn_type=attn_type,
                 kv_sharing_target=kv_sharing_target_layer_name,
-                sinks=sinks,
             )
         )
         compat.warn_of_untested_version()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
+        self.sinks = sinks  # the layer's parameter, [Hq]; its numbers come with the weights
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
@@ -90,11 +90,13 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         layers = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         refusals.refuse(refusals.attention_class_refusals(type(layer), Attention, name))
+        refusals.refuse(refusals.value_size_refusals(layer.head_size, layer.head_size_v, name))
         layer.attn_backend = layer.attn_backend.bound_to(self.setup)
         allocation.check_backend_taken(layer, name, layer.attn_backend)
         index = self._take_index(name, layers)
         layer.sliding_window = None  # one that binds was refused, and any makes vLLM give the layer a window's pages
         self.tail_name = add_tail_layer(name, layer, self.setup, layers)
+        other_layers.share_pages(layers, layers[self.tail_name])
         if not hasattr(layer, CODEBOOKS):
             layer.add_module(CODEBOOKS, LayerCodebooks())
         books = layer_books(
@@ -152,7 +154,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
-            ops.sparse_decode(
+            _, lse = ops.sparse_decode(
                 query[rows],
                 cache,
                 tables,
@@ -161,14 +163,26 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 scale=self.scale,
                 out=output[rows],
             )
+            self._weigh_against_sinks(output[rows], lse)
         if step.prefill is not None:
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
             batch, plan = (query[rows], key[rows], value[rows], cache, tables), step.prefill
             if isinstance(plan, BlockPlan):
-                attend_blocks(*batch, plan, scale=self.scale, out=output[rows])
+                lse = attend_blocks(*batch, plan, scale=self.scale, out=output[rows])
             else:
-                self._attend_chunks(*batch, plan, output[rows])
+                lse = self._attend_chunks(*batch, plan, output[rows])
+            self._weigh_against_sinks(output[rows], lse.T)
         return output
+
+    def _weigh_against_sinks(self, output: Tensor, lse: Tensor) -> None:
+        """Give each head's learned sink its share of the weight: a score like a token's whose value is nothing.
+
+        Args:
+            output: [T, Hq, D], over all tokens; scaled in place.
+            lse: float32 [T, Hq], natural log-sum-exp of the scores.
+        """
+        if self.sinks is not None:
+            output.mul_((lse - self.sinks.float()).sigmoid()[..., None])
 
     def _attend_chunks(
         self,
@@ -179,8 +193,11 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         tables: RequestTables,
         prefill: PrefillPlan,
         output: Tensor,
-    ) -> None:
-        """Attention of the requests in prefill: raw within the chunk, codes and tail for what came before."""
+    ) -> Tensor:
+        """Attention of the requests in prefill: raw within the chunk, codes and tail for what came before.
+
+        Returns the log-sum-exp, float32 [Hq, T].
+        """
         chunks = prefill.chunks
         _, lse = dense_attention(query, key, value, chunks, chunks, scale=self.scale, causal=True, out=output)
         for tile in prefill.tiles:
@@ -190,6 +207,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 query[tile.rows], keys, values, tile.queries, tile.keys, scale=self.scale, causal=False
             )
             merge_into(output[tile.rows], lse[:, tile.rows], *seen)
+        return lse
 
     def _workspace(self, query: Tensor) -> Tensor:
         tokens = history_tokens(self.num_kv_heads, self.head_size, query.dtype)

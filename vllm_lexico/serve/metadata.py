@@ -131,7 +131,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         request, position = coding_plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
         block_table = common.block_table_tensor[: common.num_reqs]
         plan = coding_plan.plan_coding(request, position, block_table, self.layout.block_tokens)
-        self._handover.put(plan)
+        self._handover.put(self.layer_names, plan)
         return LexicoMetadata(
             layout=self.layout,
             num_tokens=common.num_actual_tokens,
@@ -171,6 +171,7 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         assert isinstance(kv_cache_spec, LexicoTailSpec)
         self.spec, self._handover = kv_cache_spec, layer.handover
+        self._coded_names = [name.removesuffix(TAIL_SUFFIX) for name in layer_names]
         # The window is counted from the start of a token's block where answers are the same cold and after a hit.
         self._block_tokens = layer.block_tokens if layer.setup.same_answers else 1
         buffers = _StepBuffers(vllm_config, device)
@@ -184,7 +185,7 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
     ) -> LexicoTailMetadata:
         """Derive where this step reads full-precision tokens."""
         common, tail_tokens = common_attn_metadata, self.spec.block_size
-        plan = self._handover.take()
+        plan = self._handover.take(self._coded_names)
         assert self.reorder_batch_threshold is not None
         # A launch that codes all layers has no layer's batch.
         from_batch = not _only_decodes(common, self.reorder_batch_threshold)

@@ -7,8 +7,9 @@ from typing import Any
 from vllm_lexico import NAME
 from vllm_lexico.errors import either, shown
 
-SUPPORTED_HEAD_SIZES = (64, 128)
+SUPPORTED_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
+DEFAULT_BLOCK_SIZE = 128
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
 OTHER_BACKEND = "choose another --attention-backend for this model"
@@ -40,6 +41,11 @@ def engine_refusals(vllm_config: Any) -> list[str]:
         reasons.append(f"models that mix Mamba or linear attention with attention are not supported; {OTHER_BACKEND}")
     if model.is_encoder_decoder:
         reasons.append(_encoder())
+    if model.is_mm_prefix_lm:
+        reasons.append(
+            "prompts whose images are seen in both directions (as in Gemma 3) are not supported; to serve text alone "
+            """start with --limit-mm-per-prompt '{"image": 0}'"""
+        )
     if scheduler.disable_hybrid_kv_cache_manager:
         reasons.append(_hybrid_manager_off(connector, cache))
     elif connector is not None:
@@ -101,8 +107,6 @@ def selector_refusals(selected: dict[str, Any]) -> list[str]:
         reasons += _head_size(selected.get("head_size"))
     if selected.get("block_size") is not None:
         reasons += _block_size(selected["block_size"])
-    if selected.get("has_sink"):
-        reasons.append(f"learned attention sinks (as in gpt-oss) are not supported; {OTHER_BACKEND}")
     if selected.get("attn_type", "decoder") != "decoder":
         reasons.append(_encoder())
     if selected.get("use_dcp"):
@@ -118,7 +122,6 @@ def layer_refusals(
     logits_soft_cap: float | None = None,
     attn_type: str = "decoder",
     kv_sharing_target: str | None = None,
-    sinks: Any = None,
 ) -> list[str]:
     """Reasons that only the arguments of a layer's implementation show.
 
@@ -136,9 +139,15 @@ def layer_refusals(
         reasons.append(
             f"layers that share the cache of another ({kv_sharing_target}) are not supported; {OTHER_BACKEND}"
         )
-    if sinks is not None:
-        reasons.append(f"learned attention sinks (as in gpt-oss) are not supported; {OTHER_BACKEND}")
     return reasons
+
+
+def value_size_refusals(head_size: int, value_size: int, layer_name: str) -> list[str]:
+    """Reasons that lie in the size of a layer's values, which a code has in common with keys."""
+    if value_size == head_size:
+        return []
+    sizes = f"keys of {head_size} numbers and values of {value_size}"
+    return [f"layer {layer_name} has {sizes}, which is not supported, only equal sizes are; {OTHER_BACKEND}"]
 
 
 def attention_class_refusals(kind: type, served: type, layer_name: str = "") -> list[str]:
@@ -238,9 +247,11 @@ def _sliding_window(sliding_window: int | None, max_model_len: int) -> list[str]
 
 
 def _window_of_layers(model: Any, cache: Any) -> int | None:
-    """The window that some or all layers of a model will have; None where its configuration names none."""
+    """The window of the layers that are coded; None where these have none, as beside others that have one."""
     layer_types = getattr(model.hf_text_config, "layer_types", None) or []
-    return model.get_sliding_window() if "sliding_attention" in layer_types else cache.sliding_window
+    if "sliding_attention" not in layer_types:
+        return cache.sliding_window
+    return None if "full_attention" in layer_types else model.get_sliding_window()
 
 
 def _encoder() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from lexico_kernels import CodeLayout
 from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
@@ -60,11 +61,14 @@ class LexicoTail(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LexicoTailSpec:
         """Raw pages of exactly the bytes of a code page, so that both groups draw from one pool."""
+        return tail_spec(self.setup, self.layout(vllm_config), self.dtype)
+
+    def layout(self, vllm_config: Any) -> CodeLayout:
+        """The layout of the layer's codes."""
         # vLLM 0.33 puts the smallest group's block size into the configuration once pages are planned.
         if self.block_tokens is None:
             self.block_tokens = vllm_config.cache_config.block_size
-        layout = self.setup.layout(self.head_size, self.num_kv_heads, self.block_tokens, self.dtype)
-        return tail_spec(self.setup, layout, self.dtype)
+        return self.setup.layout(self.head_size, self.num_kv_heads, self.block_tokens, self.dtype)
 
 
 def add_tail_layer(name: str, layer: Any, setup: LexicoSetup, layers: dict[str, Any]) -> str:

@@ -1,0 +1,86 @@
+"""Layers that are left to vLLM: the pages that they share with codes, and the blocks that make room for them."""
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
+
+from vllm_lexico import compat
+from vllm_lexico.config import LexicoConfig
+from vllm_lexico.serve import other_layers
+from vllm_lexico.serve.setup import LexicoSetup
+
+HEADS = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}  # 512 bytes a token
+PAGE = 16 * 512
+
+
+def a_backend(*blocks):
+    return types.SimpleNamespace(get_supported_kernel_block_sizes=lambda spec: blocks, get_name=lambda: "SOME_ATTN")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(**HEADS, block_size=128, sliding_window=100),
+        ChunkedLocalAttentionSpec(**HEADS, block_size=128, attention_chunk_size=64),
+        FullAttentionSpec(**HEADS, block_size=64),
+    ],
+)
+@pytest.mark.parametrize(("page", "tokens", "padded"), [(PAGE, 16, None), (3 * PAGE, 32, 3 * PAGE), (7000, 8, 7000)])
+def test_pages_have_the_bytes_of_code_pages(spec, page, tokens, padded):
+    fitted = other_layers.fitted(spec, a_backend(MultipleOf(8)), page, "layers.0.attn")
+    assert (type(fitted), fitted.block_size, fitted.page_size_padded) == (type(spec), tokens, padded)
+    assert fitted.page_size_bytes == page
+    assert getattr(fitted, "sliding_window", None) == getattr(spec, "sliding_window", None)
+
+
+def test_a_backend_reads_its_own_blocks_only():
+    spec = SlidingWindowSpec(**HEADS, block_size=128, sliding_window=100)
+    assert other_layers.fitted(spec, a_backend(16, 64), 5 * PAGE, "layers.0.attn").block_size == 64
+    with pytest.raises(ValueError, match=r"16 raw tokens of layer layers\.0\.attn, too few for SOME_ATTN; raise"):
+        other_layers.fitted(spec, a_backend(MultipleOf(32)), PAGE, "layers.0.attn")
+
+
+def test_what_keeps_something_else_than_tokens_is_refused():
+    state = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=64)
+    with pytest.raises(ValueError, match=r"layer layers\.0\.mixer keeps a MambaSpec, which is not supported"):
+        other_layers.fitted(state, a_backend(16), PAGE, "layers.0.mixer")
+
+
+def a_model(dtype=torch.bfloat16):
+    return types.SimpleNamespace(get_head_size=lambda: 128, dtype=dtype)
+
+
+def a_setup(sparsity):
+    config = LexicoConfig.from_additional_config({"lexico": {"sparsity": sparsity}})
+    return LexicoSetup(config, None, num_draft_tokens=0, concurrent_batches=1)
+
+
+@pytest.mark.parametrize(("on_cpu", "sparsity", "tokens"), [(False, 15, 128), (False, 7, 256), (True, 15, 256)])
+def test_blocks_of_codes_have_room_for_raw_ones(monkeypatch, on_cpu, sparsity, tokens):
+    """FlashAttention reads blocks of 16 tokens, CPU_ATTN of 32."""
+    monkeypatch.setattr(other_layers, "current_platform", types.SimpleNamespace(is_cpu=lambda: on_cpu))
+    setup = a_setup(sparsity)
+    assert other_layers.fitting_block(setup, a_model(), None) == tokens
+    assert setup.layout(128, 1, tokens, torch.bfloat16).tail_tokens == (32 if on_cpu else 16)
+    with pytest.raises(
+        ValueError, match=r"blocks of 64 tokens, coded in .*raise the sparsity, or leave --block-size out"
+    ):
+        other_layers.fitting_block(setup, a_model(), 64)
+
+
+def test_too_few_atoms_for_other_layers(monkeypatch):
+    monkeypatch.setattr(other_layers, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(ValueError, match=r"blocks of 128 or 256 tokens, coded in 3\.12%.*raise the sparsity$"):
+        other_layers.fitting_block(a_setup(3), a_model(), None)
+
+
+def test_a_spec_is_changed_once():
+    layer = types.SimpleNamespace(get_kv_cache_spec=lambda config: [config])
+    for _ in range(2):
+        compat.change_cache_spec(layer, lambda spec, config: [*spec, "changed", config])
+    assert layer.get_kv_cache_spec("asked") == ["asked", "changed", "asked"]

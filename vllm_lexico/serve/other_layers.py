@@ -1,0 +1,138 @@
+"""The layers that LEXICO leaves to vLLM: those whose cache does not grow with the context.
+
+Layers with a sliding window, or with attention within chunks, keep the backend that vLLM takes for them without
+LEXICO, and raw tokens. Their pages come out of the same pool as code pages, so they have as many bytes as these: a page
+holds as many raw tokens as fit. Left to itself vLLM would enlarge blocks of codes to the bytes of the others' pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_lexico import NAME, compat
+from vllm_lexico.dictionary.coded_layers import coded_layers
+from vllm_lexico.errors import either
+from vllm_lexico.serve import refusals
+from vllm_lexico.serve.setup import LexicoSetup
+from vllm_lexico.serve.tail_layer import LexicoTail
+
+SLIDING_WINDOW = "sliding_window"  # what vLLM calls the kind of a layer with one
+# Tokens of the smallest pages that vLLM's own backends read.
+SMALLEST_PAGE_ON_CPU, SMALLEST_PAGE = 32, 16
+
+
+def some_are_left(model: Any) -> bool:
+    """Whether a model (vLLM's `ModelConfig`) has attention of other kinds than the one whose cache grows."""
+    text = model.hf_text_config
+    return len(coded_layers(text)) < text.num_hidden_layers
+
+
+def leave(vllm_config: Any) -> None:
+    """Have vLLM choose the backend of the layers that are not coded, and code pages large enough for their tokens.
+
+    Args:
+        vllm_config: of an engine whose backend is LEXICO; changed.
+
+    Raises:
+        ValueError: no page of codes would hold a page of theirs.
+    """
+    attention, cache = vllm_config.attention_config, vllm_config.cache_config
+    compat.let_chunked_layers_choose()
+    if not some_are_left(vllm_config.model_config):
+        return
+    if getattr(attention.backend, "name", None) == NAME:
+        attention.backend_per_kind.setdefault(SLIDING_WINDOW, None)
+    given = cache.block_size if getattr(cache, "user_specified_block_size", False) else None
+    block_tokens = fitting_block(LexicoSetup.of(vllm_config), vllm_config.model_config, given)
+    if block_tokens != given:
+        cache.block_size, cache.user_specified_block_size = block_tokens, True
+
+
+def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
+    """Tokens of a code page with room for the smallest page of other layers, whose heads are as large and as many.
+
+    Args:
+        setup: of the engine.
+        model: vLLM's `ModelConfig`.
+        given: by the user, or None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    least = SMALLEST_PAGE_ON_CPU if current_platform.is_cpu() else SMALLEST_PAGE
+    sizes = [size for size in refusals.SUPPORTED_BLOCK_SIZES if size >= refusals.DEFAULT_BLOCK_SIZE]
+    sizes = sizes if given is None else [given]
+    for block_tokens in sizes:
+        layout = setup.layout(model.get_head_size(), 1, block_tokens, model.dtype)
+        if layout.tail_tokens >= least:
+            return block_tokens
+    reason = (
+        f"blocks of {either(sizes)} tokens, coded in {layout.ratio:.2%} of their bytes, have no room for {least} raw "
+        "tokens, which this model's layers with windows or chunks ask for; raise the sparsity"
+    )
+    raise ValueError(refusals.as_sentence([reason if given is None else f"{reason}, or leave --block-size out"]))
+
+
+def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:
+    """Have every layer that is not LEXICO's ask for pages of the bytes of a code page.
+
+    Args:
+        layers: vLLM's `static_forward_context`: attention layers and others, by name.
+        tail: the shadow of any layer that is coded.
+    """
+    for name, layer in layers.items():
+        keeps = isinstance(layer, AttentionLayerBase) and not isinstance(layer, LexicoTail)
+        if keeps and layer.get_attn_backend().get_name() != NAME:
+            compat.change_cache_spec(layer, functools.partial(_shared, name, layer, tail))
+
+
+def _shared(name: str, layer: Any, tail: LexicoTail, spec: Any, vllm_config: Any) -> Any:
+    """A layer's cache spec with pages of the bytes of a code page; None where it keeps nothing."""
+    if spec is None:
+        return None
+    return fitted(spec, layer.get_attn_backend(), tail.layout(vllm_config).page_bytes, name)
+
+
+def fitted(spec: Any, backend: Any, page_bytes: int, name: str) -> Any:
+    """A cache spec of raw tokens with pages of `page_bytes`, as full as can be.
+
+    Args:
+        spec: vLLM's, of any size of block.
+        backend: the layer's, which says what blocks it reads.
+        page_bytes: of a code page.
+        name: of the layer.
+
+    Raises:
+        ValueError: not even the backend's smallest block fits, or the layer keeps something else than tokens.
+    """
+    if not isinstance(spec, AttentionSpec):
+        reason = f"layer {name} keeps a {type(spec).__name__}, which is not supported; {refusals.OTHER_BACKEND}"
+        raise ValueError(refusals.as_sentence([reason]))
+    token_bytes = dataclasses.replace(spec, block_size=1, page_size_padded=None).page_size_bytes
+    room = page_bytes // token_bytes
+    sizes = [size for size in _powers_of_two(room) if _reads(backend, spec, size)]
+    if not sizes:
+        reason = (
+            f"a page of codes has room for {room} raw tokens of layer {name}, too few for {backend.get_name()}; "
+            f"raise the sparsity, or start with --block-size {refusals.SUPPORTED_BLOCK_SIZES[-1]}"
+        )
+        raise ValueError(refusals.as_sentence([reason]))
+    padded = page_bytes if sizes[-1] * token_bytes < page_bytes else None
+    return dataclasses.replace(spec, block_size=sizes[-1], page_size_padded=padded)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]
+
+
+def _reads(backend: Any, spec: Any, size: int) -> bool:
+    """Whether a backend reads blocks of this size whole."""
+    allowed = backend.get_supported_kernel_block_sizes(spec)
+    return any(size % one.base == 0 if isinstance(one, MultipleOf) else size == one for one in allowed)
