@@ -18,7 +18,7 @@ def test_version(capsys):
     assert end.value.code == 0 and capsys.readouterr().out == f"vllm-lexico {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["inspect"], ["eval"], ["push"]])
+@pytest.mark.parametrize("command", [[], ["check"], ["train"], ["inspect"], ["eval"], ["push"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
@@ -30,6 +30,7 @@ def test_help_has_examples(command, capsys):
     ("command", "words"),
     [
         (["train", "some/model"], "interrupted; the same command goes on from the last finished round"),
+        (["check", "some/model"], "interrupted; nothing was changed"),
         (["inspect", "file"], "interrupted; nothing was changed"),
         (["eval", "m", "--data", "d", "--out", "o"], "interrupted; the same command goes on with what is not finished"),
         (["push", "file", "org/name"], "interrupted; the same command starts the upload again"),
@@ -42,6 +43,7 @@ def test_interrupted(command, words, capsys, monkeypatch):
     for place in ("train.train_dictionary", "inspect.load_dictionary", "push.push_dictionary"):
         monkeypatch.setattr(f"vllm_lexico.cli.{place}", interrupt)
     monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", interrupt)
+    monkeypatch.setattr("vllm_lexico.check.report.make_report", interrupt)
     assert cli.main(command) == 130
     assert words in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
 """The command `vllm-lexico`: make dictionaries, look at them and share them, and evaluate what caches cost.
 
-A subcommand is a module here whose `add(commands)` adds its parser and names its `run(arguments) -> None`; COMMANDS
-lists them.
+A subcommand is a module here whose `add(commands)` adds its parser and names its `run(arguments) -> int | None`, an
+exit status or None for 0; COMMANDS lists them.
 """
 
 import argparse
@@ -14,13 +14,20 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from vllm_lexico import __version__
+from vllm_lexico.cli import check, inspect, push, train
 from vllm_lexico.cli import eval as evaluate
-from vllm_lexico.cli import inspect, push, train
 from vllm_lexico.dictionary.names import printable
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (train.add, inspect.add, evaluate.add, push.add)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    check.add,
+    train.add,
+    inspect.add,
+    evaluate.add,
+    push.add,
+)
 
 EXAMPLES = """examples:
+  vllm-lexico check Qwen/Qwen2.5-7B-Instruct
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct
   vllm-lexico inspect ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors
   vllm-lexico eval Qwen/Qwen2.5-7B-Instruct --data data --out results
@@ -44,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        The exit status: 0; 2 when the user has to change something; 130 when interrupted, 143 when terminated.
+        The exit status: 0; 1 where `check` says no; 2 when the user has to change something; 130 when interrupted, 143
+        when terminated.
     """
     parser = _Parser(
         prog="vllm-lexico",
@@ -62,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         with _sigterm_raises():
-            arguments.run(arguments)
+            return arguments.run(arguments) or 0
     except BrokenPipeError:  # the reader of our output has seen enough, as in `vllm-lexico inspect FILE | head`
         sys.stdout = None
         return 0
@@ -75,7 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     except _Terminated:
         print(f"vllm-lexico: terminated; {arguments.after_interrupt}", file=sys.stderr)
         return 128 + signal.SIGTERM
-    return 0
 
 
 @contextmanager

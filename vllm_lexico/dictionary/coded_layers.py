@@ -33,7 +33,7 @@ def coded_layers(config: Any) -> tuple[int, ...]:
     Raises:
         ValueError: no layer's cache grows with the context, or the config names a kind of layer that is not known.
     """
-    kinds = _layer_kinds(config)
+    kinds = layer_kinds(config)
     if unknown := sorted(set(map(str, kinds)) - FULL - WINDOWED - WITHOUT_GROWTH):
         known = ", ".join(sorted(FULL | WINDOWED | WITHOUT_GROWTH))
         raise ValueError(refusal(f"a layer of the {_model(config)}", unknown[0], known, _REMEDY))
@@ -47,7 +47,7 @@ def coded_layers(config: Any) -> tuple[int, ...]:
     )
 
 
-def _layer_kinds(config: Any) -> Kinds:
+def layer_kinds(config: Any) -> Kinds:
     """The kind of every layer, in the words of FULL, WINDOWED and WITHOUT_GROWTH where they are known."""
     count = _value(config, "num_hidden_layers")
     for read in (_llama4, _named, _listed, _periodic):

@@ -1,0 +1,121 @@
+"""What is said of families of models, by their configuration alone."""
+
+import json
+
+import pytest
+from families import FAMILIES
+
+from vllm_lexico import cli
+
+# Family, layers that are coded, layers that are not, KV heads and their size, tokens of the longest context and those
+# that vLLM takes by itself.
+SERVED = [
+    ("Llama-3.1-8B", range(32), [], (8, 128), 131072, 131072),
+    ("Qwen3-8B", range(36), [], (8, 128), 40960, 40960),
+    ("Qwen2.5-7B", range(28), [], (4, 128), 131072, 131072),
+    ("Gemma-3-27B", range(5, 62, 6), [("with a window of 1,024 tokens", 52)], (16, 128), 131072, 131072),
+    ("gpt-oss-20b", range(1, 24, 2), [("with a window of 128 tokens", 12)], (8, 64), 131072, 131072),
+    ("Phi-4-mini", range(32), [], (8, 128), 131072, 4096),
+    ("Llama-4-Scout", range(3, 48, 4), [("with attention in chunks of 8,192 tokens", 36)], (8, 128), 262144, 262144),
+    ("Falcon-7B", range(32), [], (1, 64), 2048, 2048),
+]
+REFUSED = [
+    (
+        "Mistral-7B-v0.1",
+        "layers with a sliding window of 4096 tokens are not supported where a",
+    ),
+    ("DeepSeek-V3", "multi-head latent attention (MLA) is not supported"),
+    ("Gemma-2-9B", "a soft cap on attention logits (50.0) is not supported"),
+    ("BLOOM-7B", "ALiBi position biases are not supported"),
+    ("T5", "encoder and encoder-decoder attention is not supported"),
+]
+
+
+def check(capsys, *arguments, status=0):
+    assert cli.main(["check", "--gpu-memory", "80GiB", "--json", *arguments]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "coded", "others", "heads", "longest", "usual"), SERVED, ids=[row[0] for row in SERVED]
+)
+def test_what_is_served(row, write_family, capsys):
+    name, coded, others, heads, longest, usual = row
+    found = check(capsys, write_family(name))
+    assert found["supported"] and found["reasons"] == []
+    assert found["coded_layers"] == list(coded)
+    assert [(one["kind"], len(one["layers"])) for one in found["other_layers"]] == others
+    assert found["layers"] == len(coded) + sum(count for _, count in others)
+    assert (found["kv_heads"], found["head_size"]) == heads
+    assert (found["longest_context"], found["max_model_len"]) == (longest, usual)
+    caches = {row["sparsity"]: row for row in found["caches"]}
+    number, size = heads
+    assert caches[None]["bytes_per_token"] == len(coded) * number * 2 * size * 2
+    assert caches[15]["bytes_per_token"] == len(coded) * number * 2 * 2 * (15 + 1)  # a record has 2 (S + 1) bytes
+    assert caches[15]["default"] and set(caches) == {None, 23, 15, 11, 7} | ({31} if size == 128 else set())
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_what_is_refused_in_the_words_of_serving(name, reason, write_family, capsys):
+    found = check(capsys, write_family(name), status=1)
+    assert not found["supported"] and len(found["reasons"]) == 1
+    assert found["reasons"][0].startswith(reason), found["reasons"]
+    assert "caches" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "coded", "others"),
+    [
+        ("Qwen3-Next-80B", range(3, 48, 4), [("with linear attention or Mamba", 36)]),
+        ("LFM2-1.2B", (2, 5, 8, 10, 12, 14), [("with short convolutions", 10)]),
+        (
+            "Nemotron-3-Nano",
+            (5, 12, 19, 26, 33, 42),
+            [("with linear attention or Mamba", 23), ("without attention", 23)],
+        ),
+    ],
+)
+def test_layers_of_hybrids(name, coded, others, write_family, tmp_path):
+    """Whether they are served is a matter of `serve.refusals`; what their layers are is known anyhow."""
+    from vllm_lexico.check.model import read_shape
+
+    shape = read_shape(name, write_family(name))
+    assert shape.coded == tuple(coded)
+    assert [(one.kind, len(one.layers)) for one in shape.others] == others
+    assert [one.keeps_state for one in shape.others] == [True, False][: len(others)]
+
+
+def test_a_window_that_never_binds_is_full_attention(write_family, capsys):
+    found = check(capsys, write_family("Mistral-7B-v0.1"), "--max-model-len", "4096")
+    assert found["supported"] and found["coded_layers"] == list(range(32))
+
+
+def test_heads_of_256_have_sparsities_that_were_measured(write_family, capsys):
+    """A sixteenth of bf16 is the least, half of it what fp8 takes."""
+    found = check(capsys, write_family("Qwen3-8B", head_dim=256))
+    shares = {row["sparsity"]: row["share_of_bf16"] for row in found["caches"]}
+    assert shares == {None: 1, 31: 0.125, 23: 0.0938, 15: 0.0625}
+
+
+def test_yarn_by_overrides(write_family, capsys):
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    overrides = json.dumps({"rope_parameters": rope})
+    found = check(capsys, write_family("Qwen3-8B"), "--hf-overrides", overrides, "--max-model-len", "131072")
+    assert found["longest_context"] == 131072
+    assert "--hf-overrides" in found["serve_command"] and "--hf-overrides" in found["dictionary"]["train_command"]
+
+
+def test_gpus_share_heads_and_weights(write_family, capsys):
+    folder = write_family("Llama-3.1-8B")
+    one, two = check(capsys, folder), check(capsys, folder, "--tensor-parallel-size", "2")
+    sixteen = check(capsys, folder, "--tensor-parallel-size", "16")
+    bytes_per_token = [found["caches"][1]["bytes_per_token"] for found in (one, two, sixteen)]
+    assert bytes_per_token == [32768, 16384, 4096]  # at least one head each
+    assert two["memory"]["weight_bytes"] * 2 == one["memory"]["weight_bytes"]
+    assert cli.main(["check", folder, "--tensor-parallel-size", "3"]) == 2
+    assert "a divisor or a multiple of the model's 8 KV heads" in capsys.readouterr().err
+
+
+def test_every_family_has_a_row():
+    named = {row[0] for row in SERVED} | {name for name, _ in REFUSED}
+    assert named | {"Qwen3-Next-80B", "LFM2-1.2B", "Nemotron-3-Nano"} == set(FAMILIES)
