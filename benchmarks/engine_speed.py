@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,10 +140,18 @@ def serve(options: argparse.Namespace) -> None:
 class EngineProcess:
     """A process that imports vLLM at once and serves when it is told to."""
 
-    def __init__(self, run: Run, settings: dict[str, Any], options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        run: Run,
+        settings: dict[str, Any],
+        options: argparse.Namespace,
+        script: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it. script: another command that serves as this one does; environment: more of it."""
         self.run, self._settings, self._stopped = run, settings, False
-        self.log = options.logs / f"{run.engine}-{'-'.join(run.measures)}.log"
-        command = [sys.executable, __file__, "--serve", "--measure", *run.measures]
+        self.log = options.logs / f"{run.engine.replace(' ', '-')}-{'-'.join(run.measures)}.log"
+        command = [sys.executable, script or __file__, "--serve", "--measure", *run.measures]
         for name in PASSED_ON:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         # An engine's worker imports `bench.uncoded` by its name.
@@ -155,7 +163,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | {"PYTHONPATH": path},
+                env=os.environ | {"PYTHONPATH": path} | dict(environment or {}),
                 start_new_session=True,  # so that an engine's own processes end with it
             )
 

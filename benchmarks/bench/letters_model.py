@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
-def write_letters_model(folder: Path, layers: int, kv_heads: int = 1) -> Path:
-    """Write the model, two query heads per KV head, and its tokenizer; returns the folder."""
+def write_letters_model(folder: Path, layers: int, kv_heads: int = 1, **changes: Any) -> Path:
+    """Write the model, two query heads per KV head, and its tokenizer; returns the folder.
+
+    changes: of the configuration; with heads of another size, the model is one that LEXICO serves.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32 * kv_heads,
-        intermediate_size=32 * kv_heads,
-        num_hidden_layers=layers,
-        num_attention_heads=2 * kv_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32 * kv_heads,
+        "intermediate_size": 32 * kv_heads,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    LlamaForCausalLM(LlamaConfig(**config | changes)).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({chr(97 + at): at + 2 for at in range(26)} | {"?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
