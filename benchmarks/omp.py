@@ -2,6 +2,7 @@
 
     python benchmarks/omp.py --model DIR --data DIR --dictionary FILE --save VECTORS   # capture, then measure
     python benchmarks/omp.py --vectors VECTORS --authors DIR --omp-gpu DIR             # needs no model
+    python benchmarks/omp.py --planted 256 --sparsities 31 15 --count 65536            # head sizes without a dictionary
 
 Through `omp_encode` into real pages, and `pursue`. Quality comes first and a run that fails it stops: residual energy
 over that of OMP in float64 with as many atoms, ours quantized and not against theirs quantized and not. Then rates
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 import torch
 from bench.omp_latency import record_latencies
 from bench.omp_peers import Authors, OmpGpu, float64_energies
-from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors
+from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors, planted_layer
 from bench.record import RESULTS, record
 from lexico_kernels import KV
 from lexico_kernels.memory.pages import LayerCache
@@ -145,7 +146,9 @@ def measure_peer(peer: Any, layer: CapturedLayer, sparsity: int, case: dict[str,
 
 def run(args: argparse.Namespace) -> None:
     """All of it."""
-    if args.vectors:
+    if args.planted:
+        layer = planted_layer(args.planted, args.count, "cuda")
+    elif args.vectors:
         layer = load_vectors(args.vectors)
     else:
         files = [args.data / f"train_{name}.jsonl.xz" for name in SOURCES]
@@ -180,6 +183,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--vectors", type=Path, help="a file that --save wrote; instead of the next three")
+    parser.add_argument("--planted", type=int, metavar="D", help="vectors of this size made of random atoms, instead")
     parser.add_argument("--model", help="a checkpoint's folder or hub id")
     parser.add_argument("--data", type=Path, help=f"folder of train_*.jsonl.xz: {', '.join(SOURCES)}")
     parser.add_argument("--dictionary", type=Path, help="the model's, from `vllm-lexico train`")
@@ -192,8 +196,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peer-vectors", type=int, default=131_072, help="for the peers (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="of results (default: %(default)s)")
     args = parser.parse_args()
-    if not args.vectors and not (args.model and args.data and args.dictionary):
-        parser.error("give --vectors, or --model, --data and --dictionary")
+    if not args.vectors and not args.planted and not (args.model and args.data and args.dictionary):
+        parser.error("give --vectors, --planted, or --model, --data and --dictionary")
     return args
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 
 SEQUENCE_TOKENS = 2048
 KEPT_TOKENS = 1024  # of a sequence, as in training
+PLANTED_ATOMS, PLANTED_HEADS = 4096, 2
+PLANTED_SHARE = 5  # dimensions for each atom of a planted vector
+PLANTED_FALL = 0.02  # of the first atom's size is the last one's
+PLANTED_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,38 @@ def load_vectors(path: Path) -> CapturedLayer:
         {kv: tensors[f"{kv}_{name}"] for kv in KV} for name in ("atoms", "mean", "stretch", "levels")
     )
     return CapturedLayer(tensors["vectors"], atoms, means, stretches, levels, words)
+
+
+def planted_layer(head_dim: int, count: int, device: str) -> CapturedLayer:
+    """`count` vectors of two heads, half of them K: sums of random atoms of falling size and noise.
+
+    For speed with heads of sizes that no captured vectors have; what they say about quality is that coding is right.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    heads, tokens, few = PLANTED_HEADS, count // (2 * PLANTED_HEADS), head_dim // PLANTED_SHARE
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    atoms, vectors = {}, []
+    for kv in KV:
+        book = torch.nn.functional.normalize(normal(heads, PLANTED_ATOMS, head_dim), dim=-1)
+        book[:, 0] = 0
+        atoms[kv], rows = book.bfloat16(), PLANTED_NOISE * normal(heads, tokens, head_dim)
+        for at in range(few):
+            index = torch.randint(1, PLANTED_ATOMS, (heads, tokens), generator=generator, device=device)
+            chosen = torch.stack([own[picked] for own, picked in zip(book, index, strict=True)])
+            rows += PLANTED_FALL ** (at / few) * normal(heads, tokens, 1) * chosen
+        vectors.append(rows.transpose(0, 1).bfloat16())
+    zeros, levels = torch.zeros(heads, head_dim, device=device), torch.linspace(-1, 1, 16, device=device)
+    return CapturedLayer(
+        torch.stack(vectors),
+        atoms,
+        dict.fromkeys(KV, zeros),
+        dict.fromkeys(KV, zeros + 1),
+        {kv: levels.repeat(32, 1) for kv in KV},
+        {"model": "planted", "layer": "0", "dictionary": "random", "data": "sums of random atoms"},
+    )
 
 
 def capture_vectors(

@@ -7,7 +7,7 @@ arguments mean is said in `reference.py`, which has the same names and signature
 from torch import Tensor, cuda
 
 from lexico_kernels import reference
-from lexico_kernels.device.launch import DECODE_SPLITS, FP8_CAPABILITY, FP8_MAX_SPARSITY, FP8_MIN_DIM, LAYERS
+from lexico_kernels.device.launch import DECODE_SPLITS, FP8_CAPABILITY, LAYERS, fp8_fits
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KERNEL_CODECS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
@@ -16,7 +16,7 @@ from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
 
 def with_fp8_atoms(book: Codebook, sparsity: int) -> Codebook:
     """The same with atoms in fp8 (see `Codebook`) where `omp_encode` on its device gains by them, else as it is."""
-    device, fine = book.atoms.device, book.atoms.shape[2] >= FP8_MIN_DIM and sparsity <= FP8_MAX_SPARSITY
+    device, fine = book.atoms.device, fp8_fits(book.atoms.shape[2], sparsity)
     capable = device.type == "cuda" and cuda.get_device_capability(device) >= FP8_CAPABILITY
     return book.with_fp8_atoms() if capable and fine else book
 

@@ -229,6 +229,21 @@ def fused_tokens(
     return wide[:, :heads], wide[:, heads : 2 * heads]
 
 
+def vectors_like_the_dictionary(count: int, cache: LayerCache, seed: int = 0) -> list[Tensor]:
+    """K and V [count, Hk, D]: sums of atoms of falling size and noise around their head's mean, as real ones are."""
+    device, out = cache.code_pages.device, []
+    generator = torch.Generator(device).manual_seed(seed)
+    for book in (cache.key, cache.value):
+        shape = (count, cache.layout.num_kv_heads, 24)
+        heads = torch.arange(shape[1], device=device)[:, None] % len(book.atoms)
+        index = torch.randint(1, book.num_atoms, shape, generator=generator, device=device)
+        weight = torch.randn(shape, generator=generator, device=device) * 0.85 ** torch.arange(24, device=device)
+        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[heads, index].float()) * book.stretch + book.mean
+        x += 0.02 * torch.randn(x.shape, generator=generator, device=device)
+        out.append(x.to(cache.tail_pages.dtype))
+    return out
+
+
 def records_at(cache: LayerCache, slots: Tensor, kv: str) -> Tensor:
     """Records uint8 [M, Hk, vector_bytes] at slots int64 [M]."""
     pages, slots_in_page = slots // cache.layout.block_tokens, slots % cache.layout.block_tokens

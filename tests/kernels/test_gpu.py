@@ -4,7 +4,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, ops, reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import FP8_MAX_SPARSITY
+from lexico_kernels.device.launch import fp8_fits
 from lexico_kernels.omp_encode import clusters as cluster
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
@@ -17,6 +17,7 @@ from lexico_kernels.testing import (
     poisoned_cache,
     random_problem,
     residual_energy,
+    vectors_like_the_dictionary,
 )
 
 pytestmark = pytest.mark.gpu
@@ -35,21 +36,6 @@ def cuda(values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype, device="cuda")
 
 
-def vectors_like_the_dictionary(count, cache, seed=0):
-    """K and V that are sums of atoms of falling size and noise around their head's mean, as real ones are."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    out = []
-    for book in (cache.key, cache.value):
-        shape = (count, cache.layout.num_kv_heads, 24)
-        heads = torch.arange(shape[1], device="cuda")[:, None] % len(book.atoms)
-        index = torch.randint(1, book.num_atoms, shape, generator=generator, device="cuda")
-        weight = torch.randn(shape, generator=generator, device="cuda") * 0.85 ** torch.arange(24, device="cuda")
-        x = torch.einsum("mhs,mhsd->mhd", weight, book.atoms[heads, index].float()) * book.stretch + book.mean
-        x += 0.02 * torch.randn(x.shape, generator=generator, device="cuda")
-        out.append(x.to(cache.tail_pages.dtype))
-    return out
-
-
 def energies(cache, destination, key, value):
     """Residual energy of K and V records, over all vectors, stretch taken off."""
     vectors_of = (("key", key), ("value", value))
@@ -60,7 +46,7 @@ def energies(cache, destination, key, value):
 @pytest.mark.parametrize(("codec", "S"), CODES)
 @pytest.mark.parametrize("encode", ["product", "triton", "fp8"])  # the product's may be the cluster kernel
 def test_omp_encode(encode, codec, S, count):
-    if encode == "fp8" and S > FP8_MAX_SPARSITY:
+    if encode == "fp8" and not fp8_fits(D, S):
         pytest.skip("codes of so many atoms are made without fp8 atoms")
     it = layout(codec, S)
     source = torch.arange(count, device="cuda", dtype=torch.int32)
@@ -90,6 +76,13 @@ def test_omp_encode(encode, codec, S, count):
         (128, 1024, 1, torch.bfloat16),
         (128, 3000, 7, torch.bfloat16),  # a cluster of six
         (64, 4096, 31, torch.bfloat16),
+        (80, 4096, 9, torch.bfloat16),
+        (96, 4096, 11, torch.bfloat16),
+        (112, 4096, 13, torch.float16),
+        (192, 4096, 23, torch.bfloat16),
+        (256, 4096, 15, torch.float16),
+        (256, 4096, 31, torch.bfloat16),
+        (256, 1024, 31, torch.float32),
     ],
 )
 def test_omp_encode_shapes(head_dim, atoms, S, dtype):
@@ -144,21 +137,22 @@ def test_omp_encode_from_the_tail_is_the_same_code():
     assert torch.equal(caches[0].code_pages[9], caches[1].code_pages[9])
 
 
+@pytest.mark.parametrize(("head_dim", "S"), [(D, 15), (96, 11), (256, 31)])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_pursue(quantized):
+def test_pursue(quantized, head_dim, S):
     """A training step's pursuit: K and V of a layer, whose residual is the vector minus the code, and no worse."""
-    cache = poisoned_cache(layout(Hk=1), 2, atoms=N, dtype=torch.bfloat16, device="cuda")
+    cache = poisoned_cache(layout(S=S, Hk=1, head_dim=head_dim), 2, atoms=N, dtype=torch.bfloat16, device="cuda")
     pairs = zip(vectors_like_the_dictionary(4096, cache), (cache.key, cache.value), strict=True)
     vectors = torch.stack([((x.float() - book.mean) / book.stretch).squeeze(1) for x, book in pairs])
     atoms = torch.cat((cache.key.atoms, cache.value.atoms))
     levels = torch.stack((cache.key.levels, cache.value.levels)) if quantized else None
-    _, _, want = reference.pursue(vectors, atoms, 15, levels)
-    indices, coefficients, residual = ops.pursue(vectors, atoms, 15, levels)
+    _, _, want = reference.pursue(vectors, atoms, S, levels)
+    indices, coefficients, residual = ops.pursue(vectors, atoms, S, levels)
     for group in range(2):
         code = torch.einsum("ms,msd->md", coefficients[group], atoms[group, indices[group].long()].float())
         assert (residual[group] - (vectors[group] - code)).abs().max() < 1e-4 * vectors[group].norm(dim=1).max()
         assert residual[group].square().sum() <= OMP_ENERGY_RATIO["many"] * want[group].square().sum()
-    again = ops.pursue(vectors, atoms, 15, levels)
+    again = ops.pursue(vectors, atoms, S, levels)
     assert all(torch.equal(*pair) for pair in zip(again, (indices, coefficients, residual), strict=True))
 
 
@@ -190,6 +184,13 @@ def test_sparse_decode(codec, S, dtype):
         (7, 64, (15, 15), 4096, 128),
         (8, 128, (23, 31), 4096, 256),
         (12, 128, (15, 15), 4096, 128),  # more heads than one pass serves
+        (16, 128, (15, 15), 4096, 128),  # Nemotron 3 Nano
+        (4, 80, (9, 9), 4096, 128),
+        (2, 112, (13, 13), 4096, 128),
+        (8, 192, (23, 23), 4096, 128),
+        (4, 256, (15, 15), 4096, 128),  # Gemma 3 270M
+        (6, 256, (31, 15), 4096, 128),  # Qwen3.5-27B
+        (8, 256, (31, 31), 4096, 128),  # Qwen3-Next
     ],
 )
 def test_decode_through_lookups(group, head_dim, S, atoms, block_tokens):

@@ -141,10 +141,13 @@ def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
     assert len(bins) == 1 and not bins[0].any()
 
 
-@pytest.mark.parametrize(("D", "S"), [(128, (7, 3)), (96, (4, 15))])
-def test_shapes(D, S, device, on_any_device):
-    problem = random_problem(layout(D, 1, S), [70], atoms=100, device=device)
-    check(problem, [0], [70], 2, device)
+@pytest.mark.parametrize(
+    ("D", "S", "group"),
+    [(128, (7, 3), 2), (96, (4, 15), 2), (80, (9, 9), 6), (112, (13, 13), 2), (192, (11, 23), 4), (256, (31, 31), 8)],
+)
+def test_shapes(D, S, group, device, on_any_device):
+    problem = random_problem(layout(D, 1, S), [130], atoms=100, device=device, raw_tokens=40)
+    check(problem, [0], [130], group, device)
 
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):
@@ -187,6 +190,7 @@ def test_query_heads_of_a_pass_fit_shared_memory():
     assert lookup_sizes.passes_for(4, 4096, 4096, SHARED_BYTES) == 1
     assert lookup_sizes.passes_for(8, 4096, 4096, SHARED_BYTES) == 1
     assert lookup_sizes.passes_for(8, 4096, 4096, 163 << 10) == 2
+    assert lookup_sizes.passes_for(6, 4096, 4096, SHARED_BYTES) == 1
     assert lookup_sizes.passes_for(16, 4096, 4096, SHARED_BYTES) == 2
     assert lookup_sizes.passes_for(1, 4096, 4096, 1 << 10) == 0
 
@@ -202,6 +206,7 @@ CASES = [  # query heads per KV head, D, sparsities, atoms, page alignment
     (6, 128, (15, 15), (4096, 4096), 16),
     (7, 64, (15, 15), (4096, 4096), 16),
     (8, 128, (3, 1), (1, 40), 4),
+    (8, 256, (31, 31), (4096, 4096), 16),  # Qwen3-Next at an eighth of its bytes
 ]
 
 

@@ -63,6 +63,8 @@ def test_sizes(count, quantized, device):
         (96, 15, 17, 130, torch.float16),
         (128, 31, 1, 200, torch.float16),
         (128, 15, 17, 256, torch.float32),
+        (112, 7, 3, 130, torch.float16),
+        (256, 9, 3, 200, torch.float16),
         (64, 3, 5, 1, torch.float16),
         (64, 2, 20, 2, torch.float32),
     ],

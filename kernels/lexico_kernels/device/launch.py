@@ -48,7 +48,7 @@ PURSUIT = (
 )
 FP8_CAPABILITY = (8, 9)  # of GPUs that multiply e4m3
 FP8_MIN_DIM = 128  # with fewer dimensions too much energy is lost (docs/log.md)
-FP8_MAX_SPARSITY = 16  # with more atoms too: late residuals are so small that near ties decide
+FP8_DIMS_PER_ATOM = 8  # at least: where atoms are more, late residuals are so small that near ties decide
 
 CLUSTER = (ClusterLaunch(16, 16), ClusterLaunch(31, 8))
 # Blocks that run at once where a cluster of 8 needs as many multiprocessors of one part of the device (H100: 132).
@@ -77,10 +77,21 @@ def fitting_atoms(atoms: int, padded_dim: int, element_bytes: int) -> int:
     return min(atoms, 128 * 256 // (padded_dim * element_bytes))
 
 
+def fitting_warps(num_warps: int, tile: int, padded_dim: int) -> int:
+    """Warps of a tile of residuals: that many, or more if a thread had over 64 of its numbers, to fit registers."""
+    return max(num_warps, tile * padded_dim // (32 * 64))
+
+
 def pursuit_launch(vectors: int, padded_dim: int, element_bytes: int) -> PursuitLaunch:
     """The row for that many vectors; element_bytes: of what vectors are correlated with."""
     row = next(row for row in PURSUIT if vectors <= row.max_vectors)
-    return row._replace(atoms=fitting_atoms(row.atoms, padded_dim, element_bytes))
+    warps = fitting_warps(row.num_warps, row.tile, padded_dim)
+    return row._replace(atoms=fitting_atoms(row.atoms, padded_dim, element_bytes), num_warps=warps)
+
+
+def fp8_fits(head_dim: int, sparsity: int) -> bool:
+    """Whether codes lose hardly anything by atoms that are chosen by their copies in fp8."""
+    return head_dim >= FP8_MIN_DIM and sparsity * FP8_DIMS_PER_ATOM <= head_dim
 
 
 class LookupSplits(NamedTuple):

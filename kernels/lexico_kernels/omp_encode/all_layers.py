@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lexico_kernels import reference
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes
-from lexico_kernels.device.launch import LAYERS, fitting_atoms
+from lexico_kernels.device.launch import LAYERS, fitting_atoms, fitting_warps
 from lexico_kernels.memory.layout import KV
 from lexico_kernels.memory.pages import LayerStack
 from lexico_kernels.omp_encode import tiles
@@ -141,6 +141,6 @@ def omp_encode_layers(
         S_PAD=S_PAD,
         CHUNK=fitting_atoms(LAYERS.atoms, SIZES.D_PAD, cache.key.atoms.element_size()),
         TILE=LAYERS.tile,
-        num_warps=LAYERS.num_warps,
+        num_warps=fitting_warps(LAYERS.num_warps, LAYERS.tile, SIZES.D_PAD),
         num_stages=LAYERS.num_stages,
     )

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
-from lexico_kernels.device.launch import LOOKUP_MATMUL, LOOKUP_SPLITS, LOOKUP_TAIL, lookup_launch
+from lexico_kernels.device.launch import LOOKUP_MATMUL, LOOKUP_SPLITS, LOOKUP_TAIL, fitting_atoms, lookup_launch
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_triton
-from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, shape_for, shared_bytes
+from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, power_of_two, shape_for, shared_bytes
 from lexico_kernels.sparse_decode.lookup_triton import BinTiles, Heads, Lookups, LookupTiles, Partial
 from lexico_kernels.sparse_decode.softmax import LOG2_E
 
@@ -97,7 +97,7 @@ def _heads(shape: Shape) -> Heads:
 def _lookup_tiles(shape: Shape) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
-        ATOMS=LOOKUP_MATMUL.lookup_tile,
+        ATOMS=fitting_atoms(LOOKUP_MATMUL.lookup_tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
         SPLIT=LOOKUP_SPLITS.tokens,
         SHORT_SPLIT=LOOKUP_SPLITS.short_tokens,
         SHORT_CONTEXT=LOOKUP_SPLITS.short_context,
