@@ -42,7 +42,7 @@ def make_dictionary() -> Callable[..., Dictionary]:
         usage: bool = False,
     ) -> Dictionary:
         generator = torch.Generator().manual_seed(0)
-        layers, heads, dim = fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim
+        layers, heads, dim = len(fingerprint.layers), fingerprint.num_kv_heads, fingerprint.head_dim
         top, tensors = 2 ** (atom_bits - 1) - 1, {}
         for kv in ("key", "value"):
             size = (layers, 20, dim) if shared else (layers, heads, 20, dim)

@@ -59,7 +59,7 @@ def trainer(addresses, monkeypatch):
     notes = addresses / "notes.txt"
     notes.touch()
 
-    def command(model_name, out, overrides):
+    def command(model_name, out, overrides, max_model_len):
         return [sys.executable, "-c", TRAINER, str(addresses / "made.safetensors"), str(out), str(notes)]
 
     monkeypatch.setattr(first_start, "_command", command)

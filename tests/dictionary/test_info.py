@@ -13,7 +13,7 @@ from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 
 DEEP = "[" * 100_000 + "]" * 100_000
 BROKEN = [
-    ({"format_version": "7"}, r"format version '7', this release reads 2 or 3.*train the dictionary again"),
+    ({"format_version": "7"}, r"format version '7', this release reads 2, 3 or 4.*train the dictionary again"),
     ({"format": "weights"}, r"not a Lexico dictionary.*vllm-lexico train"),
     ({"atoms": "999"}, r"tensor key_atoms is uint8 \(2, 20, 8\), its metadata asks for uint8 \(2, 999, 8\)"),
     ({"atom_bits": "5"}, r"atom_bits was given as 5; allowed: 4 or 8"),

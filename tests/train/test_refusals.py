@@ -38,6 +38,8 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--sequence-tokens", "0"], "--sequence-tokens is 0; allowed: 64 or more"),
         (["--sequence-tokens", "4096"], "--sequence-tokens is 4096; allowed: up to 2048, the model's longest"),
         (["--seed", str(2**70)], f"--seed is {2**70}; allowed: 0 to 4294967295"),
+        (["--max-model-len", "0"], "--max-model-len is 0; allowed: 1 or more"),
+        (["--max-model-len", "4096"], "--max-model-len was given as 4096; allowed: up to 2048, the model's longest"),
         (["--seed", "-1"], "--seed is -1; allowed: 0 to 4294967295"),
         (["--hf-overrides", "yarn"], "--hf-overrides was given as 'yarn'; allowed: a JSON object, as in"),
         (["--hf-overrides", "[1]"], "--hf-overrides was given as '[1]'; allowed: a JSON object, as in"),
@@ -104,11 +106,20 @@ def test_too_little_text_for_one_sequence(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "qwen2_vl"}, "is of type qwen2_vl, which transformers has no causal language model for"),
         ({"model_type": "falcon"}, "is of type falcon, whose keys and values cannot be captured"),
-        ({"model_type": "mamba"}, "is of type mamba, whose keys and values cannot be captured"),
-        ({"model_type": "t5"}, "is of type t5, which transformers has no causal language model for"),
+        ({"model_type": "gptj"}, "is of type gptj, whose keys and values cannot be captured"),
+        (
+            {"model_type": "mamba"},
+            "the model of type 'mamba' has no attention layer whose cache grows with the context",
+        ),
+        (
+            {"model_type": "t5"},
+            "is of type t5, of which transformers has no decoder that reads text alone; allowed are",
+        ),
+        ({"model_type": "clip"}, "is of type clip, of which transformers has no decoder that reads text alone"),
+        ({"model_type": "bart"}, "is of type bart, of which transformers has no decoder that reads text alone"),
         ({"model_type": "no-such-model"}, "cannot be read"),
+        ({"model_type": "no-such-model"}, "allowed are decoders with transformers' common attention, such as Llama"),
         ({}, "cannot be read"),
         ([], "cannot be read"),
         (None, "config.json"),

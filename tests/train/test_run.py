@@ -71,13 +71,19 @@ def test_rounds_grow_with_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "devices", "expected"),
-    [(5, 1, [[0, 1, 2, 3, 4]]), (5, 2, [[0, 1], [2, 3, 4]]), (5, 3, [[0], [1, 2], [3, 4]]), (2, 3, [[0], [1]])],
+    ("layers", "devices", "expected"),
+    [
+        (range(5), 1, [[0, 1, 2, 3, 4]]),
+        (range(5), 2, [[0, 1], [2, 3, 4]]),
+        (range(5), 3, [[0], [1, 2], [3, 4]]),
+        (range(2), 3, [[0], [1]]),
+        ((5, 11, 17), 2, [[5], [11, 17]]),
+    ],
 )
-def test_devices_share_layers(num_layers, devices, expected):
+def test_devices_share_layers(layers, devices, expected):
     names = [f"cuda:{at}" for at in range(devices)]
-    shares = share_layers(num_layers, names)
-    assert [layers for _, layers in shares] == expected
+    shares = share_layers(layers, names)
+    assert [own for _, own in shares] == expected
     assert [device for device, _ in shares] == names[: len(expected)]
 
 

@@ -68,8 +68,7 @@ def _print_facts(dictionary: Dictionary) -> None:
     shape = info.fingerprint
     whose = "layer" if dictionary.shared else "KV head"
     print(f"dictionary of {info.model_name}")
-    heads = f"{shape.num_kv_heads} KV heads of {shape.head_dim}"
-    print(f"  model      {shape.model_type}, {shape.num_layers} layers, {heads}")
+    print(f"  model      {shape.words()}")
     print(f"  rope       {shape.rope}")
     print(f"  atoms      {info.atoms} per {whose} for keys and as many for values, {info.atom_bits} bits per number")
     seen = f"{info.vectors_seen:,} vectors per layer, of {info.tokens_seen:,} tokens"
@@ -104,6 +103,6 @@ def _print_layers(dictionary: Dictionary) -> None:
         return
     print(f"\n{'; '.join(headings)}")
     print("layer  " + "  ".join(f"{title:>10}" for title, _, _ in columns))
-    for layer in range(dictionary.info.fingerprint.num_layers):
-        print(f"{layer:5d}  " + "  ".join(f"{values[layer]:10.{digits}f}" for _, values, digits in columns))
+    for row, layer in enumerate(dictionary.info.fingerprint.layers):
+        print(f"{layer:5d}  " + "  ".join(f"{values[row]:10.{digits}f}" for _, values, digits in columns))
     print(" mean  " + "  ".join(f"{sum(values) / len(values):10.{digits}f}" for _, values, digits in columns))

@@ -69,6 +69,13 @@ def add(commands: Any) -> None:
         metavar="JSON",
         help="changes of the model's configuration, those that it is served with: an object, as vLLM's flag takes it",
     )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="longest sequence that is served, as vLLM's flag takes it; it matters to models with two sets of rotary "
+        "factors, for short and for long contexts (default: the model's longest)",
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of everything random (%(default)s)")
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # for a first start
     parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
@@ -152,6 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         seed=arguments.seed,
         hf_overrides=arguments.hf_overrides,
+        max_model_len=arguments.max_model_len,
     )
     path = train_dictionary(arguments.model, settings, name=arguments.name, out=arguments.out, device=arguments.device)
     size, words = path.stat().st_size / 2**20, printable(str(path))

@@ -12,7 +12,8 @@ key_levels, value_levels [layers, 32, 16]           float32      coefficient lev
 key_usage, value_usage   [layers, Hk, N]            float16      optional; share of all chosen atoms that are this one
 ======================== ========================== ============ =====================================================
 
-Each KV head has atoms of its own, or all of a layer share them; then the axis Hk is missing.
+The layers are those that are coded, `coded_layers`, in ascending order: in many models not all of them. Each KV head
+has atoms of its own, or all of a layer share them; then the axis Hk is missing.
 An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros. Usage is
 only there to be looked at; a layer's row of it sums to 1. `tensors.py` has the rules for types and numbers.
 Everything else (fingerprint, data, errors) is strings in the safetensors metadata, see `DictionaryInfo`; so is the
@@ -31,7 +32,7 @@ from lexico_kernels.memory.codebook import Codebook
 from safetensors import safe_open
 
 from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
-from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint, ranges
 from vllm_lexico.dictionary.info import REMEDY, DictionaryInfo
 from vllm_lexico.dictionary.names import alike, check_name, printable, same_model, train_command
 from vllm_lexico.dictionary.tensors import check_numbers, check_types, is_shared
@@ -66,7 +67,7 @@ class Dictionary:
         return is_shared(self.tensors)
 
     def usage(self, kv: str) -> torch.Tensor | None:
-        """float32 [layers, 1 + H (N - 1)]: share of all chosen atoms that are this one; None where the file is silent.
+        """Share of all chosen atoms that are this one: float32 [coded layers, 1 + H (N - 1)]; None where it is unknown.
 
         The null atom comes first, then the atoms of all H dictionaries of a layer. kv: "key" or "value".
         """
@@ -88,13 +89,23 @@ class Dictionary:
     ) -> Codebook:
         """What codes and decodes the keys or the values of one layer.
 
-        kv: "key" or "value". sparsity: 1..31, picks the levels. dtype: of the atoms. heads: this rank's KV heads.
+        Args:
+            layer: the model's number of it, as in vLLM's layer names.
+            kv: "key" or "value".
+            sparsity: 1..31, picks the levels.
+            device: where it goes.
+            dtype: of the atoms.
+            heads: this rank's KV heads.
+
+        Raises:
+            ValueError: the dictionary does not code this layer.
         """
-        stored = self.tensors[f"{kv}_atoms"][layer]
+        row = self._row(layer)
+        stored = self.tensors[f"{kv}_atoms"][row]
         own = stored if self.shared else stored[heads or slice(None)]
         integers = unpack_atoms(own.to(device), self.info.atom_bits)
-        mean, stretch = (self.tensors[f"{kv}_{kind}"][layer, heads or slice(None)] for kind in ("mean", "stretch"))
-        levels = self.tensors[f"{kv}_levels"][layer, sparsity]
+        mean, stretch = (self.tensors[f"{kv}_{kind}"][row, heads or slice(None)] for kind in ("mean", "stretch"))
+        levels = self.tensors[f"{kv}_levels"][row, sparsity]
         return Codebook(
             atoms=unit_atoms(integers).to(dtype).contiguous(),
             levels=levels.to(device, torch.float32),
@@ -102,6 +113,16 @@ class Dictionary:
             stretch=stretch.to(device, torch.float32).contiguous(),
             gain=GAINS[kv],
         )
+
+    def _row(self, layer: int) -> int:
+        """A layer's place in the tensors."""
+        layers = self.info.fingerprint.layers
+        if layer not in layers:
+            remedy = f"make one that does: {train_command(self.info.model_name)}"
+            raise ValueError(
+                refusal(f"a layer of the dictionary of {self.info.model_name}", layer, ranges(layers), remedy)
+            )
+        return layers.index(layer)
 
     def check(self, fingerprint: ModelFingerprint, model_name: str, overrides: str | None = "") -> None:
         """Check that it can serve a model; log a warning when it may have been trained on another one.
@@ -113,10 +134,11 @@ class Dictionary:
         """
         own, name = self.info.model_name, printable(model_name)
         differences = self.info.fingerprint.differences(fingerprint)
+        command = train_command(model_name, overrides, fingerprint.short_context)
         if differences:
             raise ValueError(
                 f"the dictionary of {own} does not fit {name}: {'; '.join(differences)}. "
-                f"Name a dictionary of this model, or make one: {train_command(model_name, overrides)}"
+                f"Name a dictionary of this model, or make one: {command}"
             )
         if same_model(own, model_name):
             return
@@ -126,7 +148,7 @@ class Dictionary:
             words = "same shape, so it works, but"
         logger.warning(
             "the dictionary was trained on %s, the model is %s: %s one of its own loses less: %s",
-            *(own, name, words, train_command(model_name, overrides)),
+            *(own, name, words, command),
         )
 
     def save(self, path: Path) -> None:
@@ -136,7 +158,7 @@ class Dictionary:
             ValueError: a number cannot be right, as after a training that overflowed, or `path` is no file.
             OSError: the file cannot be written.
         """
-        check_numbers(self.tensors, self.info.atom_bits)
+        check_numbers(self.tensors, self.info.atom_bits, self.info.fingerprint.layers)
         metadata = self.info.to_metadata()
         save_tensors(path, self.tensors, metadata | {"sha256": _checksum(self.tensors, metadata)})
 
@@ -160,7 +182,7 @@ def load_dictionary(path: Path | str) -> Dictionary:
         raise ValueError(f"{path} is damaged: its checksum does not match what it holds; {REMEDY}")
     try:
         dictionary = Dictionary(info, tensors)
-        check_numbers(tensors, info.atom_bits)
+        check_numbers(tensors, info.atom_bits, info.fingerprint.layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return dictionary

@@ -41,7 +41,8 @@ def find_or_train(model_name: str, fingerprint: ModelFingerprint, overrides: str
         if overrides is None:
             raise
         reason = missing
-    out = cache_folder() / file_name(model_name, fingerprint.rope if overrides else "")
+    own_rope = not overrides and fingerprint.short_context is None
+    out = cache_folder() / file_name(model_name, "" if own_rope else fingerprint.rope)
     with _alone(out, model_name):
         try:
             return find_dictionary(None, model_name, fingerprint, overrides)
@@ -51,7 +52,7 @@ def find_or_train(model_name: str, fingerprint: ModelFingerprint, overrides: str
                     f"{reason}. It was not trained now because {out} is there and of no use to this model; move it "
                     f"away, or name the dictionary that you want"
                 ) from None
-            _train(model_name, out, overrides)
+            _train(model_name, out, overrides, fingerprint.short_context)
     return out
 
 
@@ -74,18 +75,19 @@ def _alone(out: Path, model_name: str) -> Iterator[None]:
         lock.release()
 
 
-def _train(model_name: str, out: Path, overrides: str) -> None:
+def _train(model_name: str, out: Path, overrides: str, max_model_len: int | None) -> None:
     logger.info(
         "there is no dictionary for %s, so one is trained now, once (some minutes on a GPU). If interrupted, "
         "start again: finished rounds are kept",
         model_name,
     )
     started = time.monotonic()
-    status = _run(_command(model_name, out, overrides))
+    status = _run(_command(model_name, out, overrides, max_model_len))
     if status or not out.is_file():
         raise ValueError(
             f"training a dictionary for {model_name} failed with status {status}; the reason is above. Start again "
-            f"when it is fixed, name a dictionary that exists, or train by hand: {train_command(model_name, overrides)}"
+            f"when it is fixed, name a dictionary that exists, or train by hand: "
+            f"{train_command(model_name, overrides, max_model_len)}"
         )
     logger.info("trained the dictionary of %s in %.0f s: %s", model_name, time.monotonic() - started, out)
 
@@ -121,9 +123,11 @@ def _check_wanted() -> None:
         raise ValueError("vLLM was ended while a dictionary was trained; start it again to go on")
 
 
-def _command(model_name: str, out: Path, overrides: str) -> list[str]:
+def _command(model_name: str, out: Path, overrides: str, max_model_len: int | None) -> list[str]:
     """-P: the current folder stays off the path of Python, lest a `kernels` or `vllm_lexico` there be imported."""
     command = [sys.executable, "-P", "-m", "vllm_lexico.cli", "train", model_name, "--out", str(out)]
     if overrides:
         command += ["--hf-overrides", overrides]
+    if max_model_len is not None:
+        command += ["--max-model-len", str(max_model_len)]
     return [*command, "--end-with-parent"]

@@ -8,13 +8,14 @@ from typing import Any
 from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
 
 from vllm_lexico.dictionary.atoms import ATOM_BITS
-from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.fingerprint import LAYERS, ModelFingerprint
 from vllm_lexico.dictionary.names import check_name
 from vllm_lexico.errors import check_whole_number, either, refusal, shown
 
 FORMAT = "lexico-dictionary"
 FORMAT_VERSION = "3"  # what is written: its checksum covers metadata, names, types, shapes and bytes
-READ_VERSIONS = ("2", FORMAT_VERSION)  # the checksum of version 2 covers names and bytes
+SOME_LAYERS_VERSION = "4"  # the same, where not all layers are coded; its metadata has the list of those that are
+READ_VERSIONS = ("2", FORMAT_VERSION, SOME_LAYERS_VERSION)  # the checksum of version 2 covers names and bytes
 REMEDY = "fetch it again, or make one with `vllm-lexico train MODEL`"
 MOST_LOST = 10  # of a vector's energy; more than any code that anybody would keep
 _CHANGE = "change it"
@@ -48,21 +49,26 @@ class DictionaryInfo:
         self._check_errors()
 
     def _check_errors(self) -> None:
-        allowed = f"a list of {self.fingerprint.num_layers} numbers from 0 to {MOST_LOST}, by key or value and sparsity"
+        coded = len(self.fingerprint.layers)
+        allowed = f"a list of {coded} numbers from 0 to {MOST_LOST}, by key or value and sparsity"
         sparsities = {str(sparsity) for sparsity in range(1, MAX_SPARSITY + 1)}
         known = isinstance(self.errors, dict) and set(self.errors) <= set(KV)
         for of_kv in self.errors.values() if known else ():
             known = known and isinstance(of_kv, dict) and set(of_kv) <= sparsities
             for lost in of_kv.values() if known else ():
-                known = known and isinstance(lost, list) and len(lost) == self.fingerprint.num_layers
+                known = known and isinstance(lost, list) and len(lost) == coded
                 known = known and all(type(share) in (float, int) and 0 <= share <= MOST_LOST for share in lost)
         if not known:
             raise ValueError(refusal("errors", self.errors, allowed, _CHANGE))
 
     def to_metadata(self) -> dict[str, str]:
         """Strings from which `from_metadata` makes the same."""
-        values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(self).items()}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION} | values
+        facts = asdict(self) | {"fingerprint": self.fingerprint.to_json()}
+        version = FORMAT_VERSION
+        if LAYERS in facts["fingerprint"]:
+            facts[LAYERS], version = facts["fingerprint"].pop(LAYERS), SOME_LAYERS_VERSION
+        values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+        return {"format": FORMAT, "format_version": version} | values
 
     @staticmethod
     def from_metadata(metadata: dict[str, str] | None, path: Path) -> "DictionaryInfo":
@@ -85,14 +91,20 @@ class DictionaryInfo:
             values: dict[str, Any] = {}
             for f in fields(DictionaryInfo):
                 values[f.name] = metadata[f.name] if f.type is str else json.loads(metadata[f.name])
-            values["fingerprint"] = _fingerprint(values["fingerprint"])
+            layers = json.loads(metadata[LAYERS]) if LAYERS in metadata else None
+            values["fingerprint"] = _fingerprint(values["fingerprint"], layers)
             return DictionaryInfo(**values)
         except (ValueError, RecursionError) as error:  # ValueError: also JSON, and numbers of thousands of digits
             raise ValueError(f"{path} is damaged: its metadata cannot be right ({error}); {REMEDY}") from error
 
 
-def _fingerprint(given: Any) -> ModelFingerprint:
-    names = [f.name for f in fields(ModelFingerprint)]
+def _fingerprint(given: Any, layers: Any) -> ModelFingerprint:
+    """From what metadata holds; layers: None where all are coded."""
+    names = [f.name for f in fields(ModelFingerprint) if f.name != "some_layers"]
     if not isinstance(given, dict) or sorted(given) != sorted(names):
         raise ValueError(refusal("fingerprint", given, f"an object of {', '.join(names)}", _CHANGE))
-    return ModelFingerprint(**given)
+    if layers is None:
+        return ModelFingerprint(**given)
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(refusal("the coded layers", layers, "a list of numbers", _CHANGE))
+    return ModelFingerprint(**given, some_layers=tuple(layers))

@@ -107,15 +107,19 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def train_command(model_name: str, overrides: str | None = "") -> str:
+def train_command(model_name: str, overrides: str | None = "", max_model_len: int | None = None) -> str:
     """The shell command that makes a dictionary of this model.
 
     Args:
         model_name: of any kind.
         overrides: what is changed in its configuration, a JSON object; "" for nothing, None where it is a function's
             doing, which cannot be written down.
+        max_model_len: tokens of the longest sequence that is served, where it decides how keys are turned, see
+            `ModelFingerprint.short_context`; else None.
     """
     command = f"vllm-lexico train {shlex.quote(printable(plain_name(model_name)))}"
+    if max_model_len is not None:
+        command += f" --max-model-len {max_model_len}"
     if overrides is None:
         return f"{command} --hf-overrides JSON, where JSON says what your function hf_overrides changes"
     return f"{command} --hf-overrides {shlex.quote(overrides)}" if overrides else command

@@ -63,7 +63,7 @@ def _draw_losses(axes: Any, dictionary: Dictionary) -> None:
     for kv, of_kv in errors.items():
         for sparsity, lost in sorted(of_kv.items(), key=lambda item: int(item[0])):
             axes.plot(
-                range(len(lost)),
+                dictionary.info.fingerprint.layers,
                 [100 * share for share in lost],
                 color=COLOURS[kv],
                 markersize=4,

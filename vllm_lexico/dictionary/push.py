@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.dictionary.fingerprint import ranges
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import is_hub_id, printable
 from vllm_lexico.dictionary.search import HUB_FILE
@@ -24,8 +25,8 @@ library_name: vllm-lexico
 # Lexico dictionary of {model}
 
 With this file [vLLM](https://github.com/vllm-project/vllm) keeps the KV cache of {model} as sparse codes, in a fraction
-of the usual memory per token. It holds {atoms} atoms for the keys and as many for the values of each of the
-{num_layers} layers, learned for the package `vllm-lexico` after the paper [Lexico](https://arxiv.org/abs/2412.08890).
+of the usual memory per token. It holds {atoms} atoms for the keys and as many for the values of each of {coded},
+learned for the package `vllm-lexico` after the paper [Lexico](https://arxiv.org/abs/2412.08890).
 It contains no weights of the model.
 
 ## Usage
@@ -33,7 +34,7 @@ It contains no weights of the model.
     pip install vllm-lexico
     vllm serve {model} --attention-backend LEXICO{setting}
 
-It fits only models of this shape: {model_type}, {num_layers} layers, {num_kv_heads} KV heads of {head_dim}, rotary
+It fits only models of this shape: {shape}, rotary
 embedding `{rope}`. Another model is refused when vLLM starts.
 
 ## Loss
@@ -53,8 +54,13 @@ def model_card(info: DictionaryInfo, repo: str) -> str:
     known = is_hub_id(info.model_name)
     setting = f' \\\n        --additional-config \'{{"lexico": {{"dictionary": "{repo}"}}}}\''
     texts = {"data": printable(info.data), "version": printable(info.version)}
+    shape = info.fingerprint
+    all_layers, some_layers = f"the {shape.num_layers} layers", f"the layers {ranges(shape.layers)}"
     return CARD.format(
-        **vars(info) | vars(info.fingerprint) | texts,
+        **vars(info) | texts,
+        shape=shape.words(),
+        rope=shape.rope,
+        coded=all_layers if shape.all_layers else some_layers,
         model=Path(info.model_name).name if Path(info.model_name).is_absolute() else info.model_name,
         base_model=f"base_model: {info.model_name}\n" if known else "",
         setting=setting,

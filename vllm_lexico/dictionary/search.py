@@ -70,12 +70,14 @@ def find_dictionary(
     if len({plain_name(info.model_name).casefold() for _, info in likely}) == 1:
         return likely[0][0]
     if likely:
-        raise DictionaryNotFoundError(_several(likely, model_name, overrides))
+        raise DictionaryNotFoundError(
+            _several(likely, train_command(model_name, overrides, fingerprint.short_context), model_name)
+        )
     own = [found for found in there if same_model(found[1].model_name, model_name)]
     raise DictionaryNotFoundError(
         f"no dictionary for {printable(model_name)}{_as_it_is_served(own, fingerprint)}. Searched: the user's cache "
         f"({cached}); bundled ({bundled}); {hub_note}. Name one that you have, a file or org/name on the hub, or make "
-        f"one (some minutes on a GPU): {train_command(model_name, overrides)}"
+        f"one (some minutes on a GPU): {train_command(model_name, overrides, fingerprint.short_context)}"
     )
 
 
@@ -85,13 +87,12 @@ def _as_it_is_served(own: list[Found], fingerprint: ModelFingerprint) -> str:
     return f" as it is served ({'. '.join(differences)})" if own else ""
 
 
-def _several(fitting: list[Found], model_name: str, overrides: str | None) -> str:
+def _several(fitting: list[Found], command: str, model_name: str) -> str:
     listed = ", ".join(f"{info.model_name} ({path})" for path, info in fitting)
     setting = json.dumps({"lexico": {"dictionary": str(fitting[0][0])}})
     return (
         f"no dictionary for {printable(model_name)}, and those of several other models fit its shape: {listed}. Name "
-        f"one, as in --additional-config '{setting}', or make its own (some minutes on a GPU): "
-        f"{train_command(model_name, overrides)}"
+        f"one, as in --additional-config '{setting}', or make its own (some minutes on a GPU): {command}"
     )
 
 

@@ -1,6 +1,6 @@
 """Which tensors a dictionary file may hold, and which numbers: checked when a file is written and when it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,14 +31,14 @@ def check_types(tensors: Mapping[str, torch.Tensor], info: DictionaryInfo) -> No
     shape = info.fingerprint
     if shape.head_dim * info.atom_bits % 8:
         raise ValueError(f"atoms of 4 bits ask for an even head_dim, the metadata says {shape.head_dim}; {REMEDY}")
-    heads = () if is_shared(tensors) else (shape.num_kv_heads,)
-    atoms = (shape.num_layers, *heads, info.atoms, shape.head_dim * info.atom_bits // 8)
-    rows = (shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    coded, heads = len(shape.layers), () if is_shared(tensors) else (shape.num_kv_heads,)
+    atoms = (coded, *heads, info.atoms, shape.head_dim * info.atom_bits // 8)
+    rows = (coded, shape.num_kv_heads, shape.head_dim)
     wanted = {
         "atoms": (torch.int8 if info.atom_bits == 8 else torch.uint8, atoms),
         "mean": (torch.float32, rows),
         "stretch": (torch.float32, rows),
-        "levels": (torch.float32, (shape.num_layers, MAX_SPARSITY + 1, NUM_LEVELS)),
+        "levels": (torch.float32, (coded, MAX_SPARSITY + 1, NUM_LEVELS)),
         "usage": (torch.float16, atoms[:-1]),
     }
     for kv in KV:
@@ -57,15 +57,15 @@ def check_types(tensors: Mapping[str, torch.Tensor], info: DictionaryInfo) -> No
         raise ValueError(f"the dictionary has a tensor {unknown[0]!a}, which its format does not know; {REMEDY}")
 
 
-def check_numbers(tensors: Mapping[str, torch.Tensor], atom_bits: int, first_layer: int = 0) -> None:
+def check_numbers(tensors: Mapping[str, torch.Tensor], atom_bits: int, layers: Sequence[int]) -> None:
     """Check that the numbers can be those of a dictionary; costs some 30 ms per 100 MB.
 
     An atom of zeros beside the null atom is allowed: it is what a head without anything to code leaves behind.
 
     Args:
-        tensors: of all layers or of some, on the CPU and of the types that `check_types` asks for.
+        tensors: of all coded layers or of some, on the CPU and of the types that `check_types` asks for.
         atom_bits: 4 or 8.
-        first_layer: the number of the first layer, for sentences.
+        layers: the model's number of each row, for sentences.
 
     Raises:
         ValueError: in one sentence, with the layer and whether it is keys or values.
@@ -74,9 +74,9 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], atom_bits: int, first_lay
         arrays = {kind: tensors[f"{kv}_{kind}"].numpy() for kind in ("mean", "stretch", "levels")}
         for words, where in (*_faults(**arrays), *_faults_of_usage(tensors.get(f"{kv}_usage"))):
             if where.any():
-                layer = first_layer + int(where.reshape(len(where), -1).any(1).argmax())
+                layer = layers[int(where.reshape(len(where), -1).any(1).argmax())]
                 raise ValueError(_sentence(layer, kv, words))
-        for layer, stored in enumerate(tensors[f"{kv}_atoms"], first_layer):
+        for layer, stored in zip(layers, tensors[f"{kv}_atoms"], strict=True):
             if has_lowest(stored, atom_bits):
                 most = largest_number(atom_bits)
                 words = f"an atom has the number {-most - 1}, allowed are {-most} to {most}"

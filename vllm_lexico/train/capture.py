@@ -9,31 +9,54 @@ import torch
 from lexico_kernels.memory.layout import KV
 from tqdm.auto import tqdm
 
-from vllm_lexico.train.model import read_config
+from vllm_lexico.train.attention import exact_attention
+from vllm_lexico.train.model import is_causal_lm, read_config
+from vllm_lexico.train.rotary import settle_rotary
 
 ATTENTION_NAME = "lexico_capture"
 SKIPPED_TOKENS = 16  # the first tokens of a sequence stay exact in the cache and look like no others
 
 
-def load_model(model: str, device: str, dtype: str, overrides: str = "") -> Any:
-    """The causal language model in eval mode, with the attention that `capture` listens to.
+def load_model(model: str, device: str, dtype: str, overrides: str = "", max_model_len: int | None = None) -> Any:
+    """The model in eval mode, with the attention that `capture` listens to and keys turned as vLLM turns them.
 
     Args:
         model: hub id or folder.
         device: where its weights go.
         dtype: "auto" for the checkpoint's own, or a name.
         overrides: of its configuration, a JSON object, or "".
+        max_model_len: see `settle_rotary`.
+
+    Raises:
+        ValueError: the checkpoint lacks weights.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_attention_forward)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, exact_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
-    config = {"config": read_config(model, overrides)} if overrides else {}
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=ATTENTION_NAME, **config)
+    config = read_config(model, overrides)
+    taken = AutoModelForCausalLM if is_causal_lm(config) else AutoModelForImageTextToText
+    given = {"config": config} if overrides else {}
+    loaded, report = taken.from_pretrained(
+        model, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True, **given
+    )
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{model} lacks {len(lacking)} of its weights, as {lacking[0]}; allowed are whole checkpoints; fetch it "
+            f"again"
+        )
+    settle_rotary(loaded, max_model_len)
     return loaded.to(device).eval()
+
+
+def text_model(model: Any) -> Any:
+    """The decoder of a model of `load_model`, without what reads images."""
+    base = model.base_model
+    if base is model:  # Llama 4's names no base
+        return model.model
+    return getattr(base, "language_model", base)
 
 
 @dataclass
@@ -65,21 +88,19 @@ class _Listener:
         mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' SDPA attention, query [batch, Hq, T, D], key and value [batch, Hk, T, D]."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        row = self.rows.get(module.layer_idx)
+        """See `exact_attention`."""
+        row = self.rows.get(getattr(module, "layer_idx", -1))
         if row is not None:
             self.heard.add(module.layer_idx)
             self._keep(row, module.layer_idx, query, key, value)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return exact_attention(module, query, key, value, mask, **kwargs)
 
     def _keep(self, row: int, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         batch, heads, _, dim = key.shape
         if value.shape != key.shape or self.store.shape[3:] != (heads, dim):
             raise ValueError(
                 f"layer {layer} has K {tuple(key.shape)} and V {tuple(value.shape)}; allowed are models with the same "
-                f"KV heads and head size in every layer, for K and V alike; use another model"
+                f"KV heads and head size in every coded layer, for K and V alike; use another model"
             )
         at = self.positions[:, None, :, None].expand(batch, heads, -1, dim)
         for kv, vectors in enumerate((key, value)):
@@ -93,14 +114,13 @@ class _Listener:
 @contextmanager
 def _listening(listener: _Listener) -> Iterator[None]:
     """Have models of `load_model` call the listener's attention."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, listener.attention)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_attention_forward)
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, exact_attention)
 
 
 @torch.no_grad()
@@ -141,6 +161,7 @@ def capture(
     size = (len(rows), 2, count * kept, *shape)
     listener = _Listener(torch.zeros(size, dtype=model.dtype, device=model.device), rows, queries)
     generator = torch.Generator().manual_seed(seed)
+    reader = text_model(model)
     with _listening(listener):
         for at in tqdm(range(0, count, batch), desc="reading text", unit="batch", leave=False, mininterval=1.0):
             ids = sequences[at : at + batch].to(model.device)
@@ -150,7 +171,7 @@ def capture(
             order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
             listener.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
             listener.offset = at * kept
-            model.base_model(ids, position_ids=addresses, use_cache=False)
+            reader(ids, position_ids=addresses, use_cache=False)
     _check_heard(listener)
     return listener.store
 
@@ -160,7 +181,7 @@ def _check_heard(listener: _Listener) -> None:
     silent = sorted(listener.rows.keys() - listener.heard)
     if silent:
         raise ValueError(
-            f"layers {silent} have no K and V of ordinary attention; allowed are models whose every layer has; "
+            f"layers {silent} have no K and V of ordinary attention; allowed are models whose coded layers all have; "
             f"take another model"
         )
     for layer, row in listener.rows.items():

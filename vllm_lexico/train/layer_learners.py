@@ -70,13 +70,17 @@ class LayerLearners:
         settings: how atoms are learned.
         seed: of everything random.
         device: where learning happens.
+        first: how many of the coded layers come before these; None for the first one's number.
     """
 
     STATE = ("mean", "stretch", "scale")
 
-    def __init__(self, layers: list[int], settings: LearnSettings, seed: int, device: str) -> None:
+    def __init__(
+        self, layers: list[int], settings: LearnSettings, seed: int, device: str, *, first: int | None = None
+    ) -> None:
         self.layers, self.settings, self.device = layers, settings, torch.device(device)
-        self.seed = seed + 2 * layers[0]  # with a group's first row added, the same however devices share the layers
+        first = layers[0] if first is None else first
+        self.seed = seed + 2 * first  # with a group's first row added, the same however devices share the layers
         self.copies = 1  # heads that have atoms of their own: Hk, or 1 where they share
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers, 2, Hk, D]

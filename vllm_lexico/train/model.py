@@ -1,11 +1,17 @@
 """The model that a dictionary is trained for: whether it can be captured from, known before its weights are loaded."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.errors import refusal
+
+TAKEN = (
+    "decoders with transformers' common attention, such as Llama, Qwen, Mistral, Gemma, gpt-oss and Nemotron-H, and "
+    "the language models of those that read images too"
+)
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,8 @@ class ModelFacts:
 
     Args:
         fingerprint: what has to agree between model and dictionary.
-        overridden: overrides made it another one than the model's own.
-        longest: tokens of its longest context, or None where it says nothing.
+        overridden: overrides, or how long sequences may be, made it another one than the model's own.
+        longest: tokens of the longest context that is served, or None where nothing says it.
         revision: commit on the hub; None for a folder.
     """
 
@@ -25,25 +31,34 @@ class ModelFacts:
     revision: str | None
 
 
-def read_facts(model: str, overrides: str = "") -> ModelFacts:
+def read_facts(model: str, overrides: str = "", max_model_len: int | None = None) -> ModelFacts:
     """Read and check a model's configuration.
 
     Args:
         model: hub id or folder.
         overrides: of its configuration, a JSON object, or "".
+        max_model_len: tokens of the longest sequence that is served; None for the model's own longest.
 
     Raises:
-        ValueError: transformers does not know it, its keys and values cannot be captured, or the overrides do not fit.
+        ValueError: transformers does not know it, its keys and values cannot be captured, or what is given does not fit
+            it.
         OSError: it is not there.
     """
     config = read_config(model, overrides)
-    _check_captured(model, config)
+    _check_decoder(model, config)
     text = config.get_text_config()
-    fingerprint = _fingerprint(model, text)
-    overridden = bool(overrides) and _fingerprint(model, read_config(model).get_text_config()) != fingerprint
+    fingerprint = _fingerprint(model, text, max_model_len)
+    _check_captured(model, config)
+    overridden = bool(overrides) or max_model_len is not None
+    overridden = overridden and _fingerprint(model, read_config(model).get_text_config()) != fingerprint
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None:
         longest = max(longest, _stretched_context(text))
+    if max_model_len is not None:
+        if longest is not None and max_model_len > longest:
+            allowed = f"up to {longest}, the model's longest"
+            raise ValueError(refusal("--max-model-len", max_model_len, allowed, "lower it, or leave it out"))
+        longest = max_model_len
     return ModelFacts(fingerprint, overridden, longest, getattr(config, "_commit_hash", None))
 
 
@@ -57,8 +72,8 @@ def read_config(model: str, overrides: str = "") -> Any:
         raise
     except Exception as error:  # of many kinds; a ValueError's text lists every type that transformers has
         raise ValueError(
-            f"the configuration of {model} cannot be read ({_first_sentence(error)}); allowed are causal language "
-            f"models of transformers; check its config.json, or take another model"
+            f"the configuration of {model} cannot be read ({_first_sentence(error)}); allowed are {TAKEN}; "
+            f"check its config.json, or take another model"
         ) from error
     if overrides:
         try:
@@ -108,9 +123,9 @@ def _stretched_context(config: Any) -> int:
         return 0
 
 
-def _fingerprint(model: str, text: Any) -> ModelFingerprint:
+def _fingerprint(model: str, text: Any, max_model_len: int | None = None) -> ModelFingerprint:
     try:
-        return ModelFingerprint.of(text)
+        return ModelFingerprint.of(text, max_model_len)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"the configuration of {model} names no attention heads ({_first_sentence(error)}); allowed are models "
@@ -118,21 +133,57 @@ def _fingerprint(model: str, text: Any) -> ModelFingerprint:
         ) from error
 
 
-def _check_captured(model: str, config: Any) -> None:
-    """ValueError where the model is no causal language model, or its attention is not transformers' common one."""
+def is_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model of this configuration; else it may have one with images."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = getattr(config, "model_type", "") or type(config).__name__
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _model_class(config: Any) -> Any:
+    """The class of transformers that reads text with a model of this configuration; None where there is none.
+
+    Of models that read images too, the language model alone where transformers has a class for it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if is_causal_lm(config):
+        return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return images.get(type(config), None)
+
+
+def _check_decoder(model: str, config: Any) -> None:
+    """ValueError where the model has no decoder that reads text."""
+    if _model_class(config) is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{model} is of type {kind}, which transformers has no causal language model for; allowed are models of "
-            f"text alone; take another model"
+            f"{model} is of type {_kind(config)}, of which transformers has no decoder that reads text alone; allowed "
+            f"are {TAKEN}; take another model"
         )
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].is_backend_compatible():
+
+
+def _kind(config: Any) -> str:
+    return getattr(config, "model_type", "") or type(config).__name__
+
+
+def _check_captured(model: str, config: Any) -> None:
+    """ValueError where the model's attention is not transformers' common one."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    decoder = MODEL_MAPPING.get(type(config.get_text_config()), _model_class(config))
+    if not _asks_for_attention(decoder):
         raise ValueError(
-            f"{model} is of type {kind}, whose keys and values cannot be captured, as transformers gives it attention "
-            f"code of its own; allowed are models that use its common attention interface; take another model"
+            f"{model} is of type {_kind(config)}, whose keys and values cannot be captured, as transformers gives it "
+            f"attention code of its own; allowed are {TAKEN}; take another model"
         )
+
+
+def _asks_for_attention(decoder: Any) -> bool:
+    """Whether a model's code takes its attention from transformers' registry, where capture has its own."""
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.getmodule(decoder) or decoder)
+    except (OSError, TypeError):  # no source: it will say so when it is captured from
+        return True
 
 
 def _first_sentence(error: Exception) -> str:

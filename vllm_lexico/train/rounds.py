@@ -77,13 +77,17 @@ class _Share:
         self.job, self.layers, self.rank = job, layers, rank
         self.started = time.monotonic()
         self.reading = self.learning = 0.0  # seconds
-        self.learners = LayerLearners(layers, job.settings.learn, job.settings.seed, device)
+        first = job.fingerprint.layers.index(layers[0])
+        self.learners = LayerLearners(layers, job.settings.learn, job.settings.seed, device, first=first)
         kept = job.run.load(_rounds_name(layers))
         self.done = 0  # rounds
         if kept is not None:
             self.learners.load_state(kept.tensors)
             self.done = kept.facts["rounds_done"]
-        self.reader = _Reader(load_model(job.model, device, job.settings.dtype, job.settings.hf_overrides), job, layers)
+        loaded = load_model(
+            job.model, device, job.settings.dtype, job.settings.hf_overrides, job.settings.max_model_len
+        )
+        self.reader = _Reader(loaded, job, layers)
 
     def train(self) -> None:
         """Go on from the last finished round to the end."""

@@ -61,14 +61,14 @@ def train_dictionary(
     name = plain_name(model if name is None else name)
     if out is not None:
         check_out(out, name)
-    facts = read_facts(model, settings.hf_overrides)
+    facts = read_facts(model, settings.hf_overrides, settings.max_model_len)
     if out is None:
         out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
         check_out(out, name)
     longest = facts.longest or settings.length
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     plan = Plan.of(settings, facts.fingerprint, longest, torch.device(devices[0]).type)
-    shares = share_layers(facts.fingerprint.num_layers, devices)
+    shares = share_layers(facts.fingerprint.layers, devices)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
     with run.locked():
         _train_shares(Job(model, settings, facts.fingerprint, plan, run), shares)
@@ -103,7 +103,7 @@ def _identity(
         "text": text,
         "model": name,
         "weights": model_identity(model, facts.revision),
-        "fingerprint": asdict(facts.fingerprint),
+        "fingerprint": facts.fingerprint.to_json(),
         "plan": asdict(plan),
         "first_layers": [layers[0] for _, layers in shares],
         "release": _release(),

@@ -35,6 +35,8 @@ class TrainSettings:
         dtype: of the model; "auto" for its own.
         seed: of everything random, 0 to 2**32 - 1.
         hf_overrides: of the model's configuration, a JSON object as vLLM's --hf-overrides takes it; "" for none.
+        max_model_len: tokens of the longest sequence that is served; None for the model's own longest. It bounds where
+            in a context text is read, and chooses between two sets of rotary factors where the model has them.
 
     Raises:
         ValueError: a setting is out of range, or a source of data is neither a path nor a dataset.
@@ -49,6 +51,7 @@ class TrainSettings:
     dtype: str = "auto"
     seed: int = 0
     hf_overrides: str = ""
+    max_model_len: int | None = None
 
     def __post_init__(self) -> None:
         learn, least = self.learn, 2 * self.learn.atoms
@@ -62,6 +65,7 @@ class TrainSettings:
         given, shortest = self.sequence_tokens, 4 * SKIPPED_TOKENS
         check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
         check("--seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
+        check("--max-model-len", self.max_model_len, self.max_model_len is None or self.max_model_len >= 1, "1 or more")
         if self.hf_overrides:
             check_overrides(self.hf_overrides)
         for name in self.data:
@@ -109,9 +113,9 @@ class Plan:
 
     @staticmethod
     def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
-        """For a device of some kind. max_tokens: the model's longest context."""
+        """For a device of some kind. max_tokens: of the longest context that is served."""
         kept, heads = settings.kept_tokens, fingerprint.num_kv_heads
-        token_bytes = fingerprint.num_layers * 2 * heads * fingerprint.head_dim * 2
+        token_bytes = len(fingerprint.layers) * 2 * heads * fingerprint.head_dim * 2
         tokens = math.ceil(settings.vectors / heads)
         rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
         sequences = max(1, math.ceil(tokens / rounds / kept))
@@ -125,8 +129,8 @@ def check(name: str, given: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name} is {given}; allowed: {allowed}; change it")
 
 
-def share_layers(num_layers: int, devices: Sequence[str]) -> list[tuple[str, list[int]]]:
+def share_layers(layers: Sequence[int], devices: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Each device's layers, neighbours together; no more devices than layers."""
-    count = min(len(devices), num_layers)
-    edges = [at * num_layers // count for at in range(count + 1)]
-    return [(devices[at], list(range(edges[at], edges[at + 1]))) for at in range(count)]
+    count = min(len(devices), len(layers))
+    edges = [at * len(layers) // count for at in range(count + 1)]
+    return [(devices[at], list(layers[edges[at] : edges[at + 1]])) for at in range(count)]
