@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from vllm_lexico import compat
+from vllm_lexico.compat import layers
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.serve import other_layers
 from vllm_lexico.serve.setup import LexicoSetup
@@ -82,5 +82,5 @@ def test_too_few_atoms_for_other_layers(monkeypatch):
 def test_a_spec_is_changed_once():
     layer = types.SimpleNamespace(get_kv_cache_spec=lambda config: [config])
     for _ in range(2):
-        compat.change_cache_spec(layer, lambda spec, config: [*spec, "changed", config])
+        layers.change_cache_spec(layer, lambda spec, config: [*spec, "changed", config])
     assert layer.get_kv_cache_spec("asked") == ["asked", "changed", "asked"]

@@ -56,7 +56,14 @@ ENGINES = [
         ["a KV cache in fp8", "start with --dtype bfloat16 --kv-cache-dtype bfloat16"],
     ),
     ({"model_config__use_mla": True}, ["multi-head latent attention", "another --attention-backend"]),
-    ({"model_config__is_hybrid": True}, ["Mamba", "another --attention-backend"]),
+    (
+        {
+            "model_config__is_hybrid": True,
+            "cache_config__block_size": 64,
+            "cache_config__user_specified_block_size": True,
+        },
+        ["--block-size 64", "give 128, 256, 512, 1024, 2048 or 4096, or leave it out"],
+    ),
     ({"model_config__is_encoder_decoder": True}, ["encoder", "only decoders"]),
     (
         {"model_config__is_mm_prefix_lm": True},

@@ -1,7 +1,8 @@
 """Every workaround for vLLM: why it is there, how it works, and when it can go.
 
-Those that other modules use are functions here. Those that are part of another module's own work stay there and are
-listed in `elsewhere.py`. What LEXICO relies on without working around it is in the tables of `serve/wiring/`.
+Those that other modules use are functions here, and in `layers.py` those that change what vLLM's own layers ask for.
+Those that are part of another module's own work stay there and are listed in `elsewhere.py`. What LEXICO relies on
+without working around it is in the tables of `serve/wiring/`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
         ValueError: it cannot be registered with this vLLM.
     """
     from vllm_lexico import BACKEND, NAME, _check_before_start, last_word
+    from vllm_lexico.compat import layers
 
     try:
         _register(NAME, BACKEND, _check_before_start)
@@ -69,7 +71,7 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
     except Exception as error:
         raise ValueError(_unavailable(NAME, error)) from error
     last_word.inherit(refusal_file)
-    let_chunked_layers_choose()
+    layers.let_chunked_layers_choose()
     return member
 
 
@@ -192,57 +194,6 @@ def let_cpu_platform_select(name: str, path: str) -> None:
 
     get_attn_backend_cls.lexico = True  # type: ignore[attr-defined]
     CpuPlatform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
-
-
-def let_chunked_layers_choose() -> None:
-    """Let layers that attend within chunks have the backend that vLLM chooses without LEXICO.
-
-    Why: `ChunkedLocalAttention` asks for the engine's backend as any layer does and wraps it for its own kind of
-    attention, and `backend_per_kind` has no word for it. How: the function by which it asks is wrapped, and answers as
-    if no backend were named where that is LEXICO. Can go when `backend_per_kind` knows chunked layers.
-    """
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.attention import chunked_local_attention
-
-    from vllm_lexico import NAME
-
-    original = chunked_local_attention.get_attn_backend
-    if getattr(original, "lexico", False):
-        return
-
-    @functools.wraps(original)
-    def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
-        attention = get_current_vllm_config().attention_config
-        named = attention.backend
-        if getattr(named, "name", None) != NAME:
-            return original(*args, **kwargs)
-        attention.backend = None
-        try:
-            return original(*args, **kwargs)
-        finally:
-            attention.backend = named
-
-    get_attn_backend.lexico = True  # type: ignore[attr-defined]
-    chunked_local_attention.get_attn_backend = get_attn_backend
-
-
-def change_cache_spec(layer: Any, change: Callable[[Any, Any], Any]) -> None:
-    """Have a layer that is vLLM's own ask for other pages; calling it again changes nothing.
-
-    Why: layers that LEXICO does not code share the pool of code pages, whose bytes vLLM does not know when it sizes
-    theirs. How: the layer's `get_kv_cache_spec` is wrapped and hands what it made, and the configuration, to `change`.
-    Can go when vLLM lets a backend size the pages of its neighbours (vllm-project/vllm#42082).
-    """
-    original = layer.get_kv_cache_spec
-    if getattr(original, "lexico", False):
-        return
-
-    @functools.wraps(original)
-    def get_kv_cache_spec(vllm_config: Any) -> Any:
-        return change(original(vllm_config), vllm_config)
-
-    get_kv_cache_spec.lexico = True  # type: ignore[attr-defined]
-    layer.get_kv_cache_spec = get_kv_cache_spec
 
 
 def check_engine_configs(check: Callable[[Any, str], None]) -> None:

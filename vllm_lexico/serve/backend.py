@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_lexico import NAME, last_word
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.impl import LexicoImpl
-from vllm_lexico.serve.metadata import PAGE_LAYOUTS, LexicoMetadataBuilder
+from vllm_lexico.serve.metadata import BLOCK_LAYOUTS, PAGE_LAYOUTS, LexicoMetadataBuilder
 from vllm_lexico.serve.setup import LexicoSetup
 
 
@@ -60,7 +60,9 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or block_size in refusals.SUPPORTED_BLOCK_SIZES
+        beside_states = cls.setup is not None and cls.setup.beside_states
+        sizes = refusals.STATE_BLOCK_SIZES if beside_states else refusals.SUPPORTED_BLOCK_SIZES
+        return block_size is None or block_size in sizes
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -82,13 +84,23 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return PAGE_LAYOUTS
+        """Beside states, which are larger than a page, all pages of a block lie together: see `other_layers`."""
+        return BLOCK_LAYOUTS if cls.setup is not None and cls.setup.beside_states else PAGE_LAYOUTS
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Give a layer's cache spec the bytes of its codes."""
+        """Give a layer's cache spec the bytes of its codes.
+
+        A block of one token is what vLLM asks about when it makes blocks as large as a state. A block has the pages of
+        all layers then, so the answer is for all, and twice that: `block_beside_states` fills at least half.
+        """
         if cls.setup is None or spec.state_content_bytes is not None:
             return spec
+        if spec.block_size == 1:
+            layout = cls.setup.layout(spec.head_size, spec.num_kv_heads, refusals.DEFAULT_BLOCK_SIZE, spec.dtype)
+            return dataclasses.replace(
+                spec, state_content_bytes=layout.cell_bytes * max(2 * cls.setup.beside_states, 1)
+            )
         layout = cls.setup.layout(spec.head_size, spec.num_kv_heads, spec.block_size, spec.dtype)
         return dataclasses.replace(spec, state_content_bytes=layout.cell_bytes)
 

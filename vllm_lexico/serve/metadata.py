@@ -33,6 +33,7 @@ from vllm_lexico.serve.wiring import allocation
 TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
 # Layouts in which a page is one run of bytes. What is inside is ours.
 PAGE_LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+BLOCK_LAYOUTS = (KVCacheLayout.BLHNC, KVCacheLayout.BLNHC)  # in which a block's pages of all layers lie together
 
 
 @dataclass
@@ -124,7 +125,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         common = common_attn_metadata
         refusals.refuse(refusals.mask_refusals(common.causal))
         if not self._reported:
-            start_line.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config, self.layer_names)
+            start_line.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config)
             self._reported = True
         assert self.reorder_batch_threshold is not None
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)

@@ -3,6 +3,11 @@
 Layers with a sliding window, or with attention within chunks, keep the backend that vLLM takes for them without
 LEXICO, and raw tokens. Their pages come out of the same pool as code pages, so they have as many bytes as these: a page
 holds as many raw tokens as fit. Left to itself vLLM would enlarge blocks of codes to the bytes of the others' pages.
+
+Layers that keep a state (Mamba, linear attention, convolutions) need one that is far larger than a page. There a block
+of the pool has the code pages of all layers, one beside the other, or the states of one or more layers, and is about as
+large as a state; vLLM calls this a layout with the block outermost. So a block of codes has some hundreds of tokens, as
+without LEXICO, and not the tens of thousands whose codes of one layer are as large as a state.
 """
 
 from __future__ import annotations
@@ -14,14 +19,16 @@ from typing import Any
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
-from vllm_lexico import NAME, compat
+from vllm_lexico import NAME
+from vllm_lexico.compat import layers as compat_layers
 from vllm_lexico.dictionary.coded_layers import coded_layers
 from vllm_lexico.errors import either
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_layer import LexicoTail
+from vllm_lexico.serve.tail_pages import tail_spec
 
 SLIDING_WINDOW = "sliding_window"  # what vLLM calls the kind of a layer with one
 # Tokens of the smallest pages that vLLM's own backends read.
@@ -44,13 +51,18 @@ def leave(vllm_config: Any) -> None:
         ValueError: no page of codes would hold a page of theirs.
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
-    compat.let_chunked_layers_choose()
+    compat_layers.let_chunked_layers_choose()
     if not some_are_left(vllm_config.model_config):
         return
     if getattr(attention.backend, "name", None) == NAME:
         attention.backend_per_kind.setdefault(SLIDING_WINDOW, None)
     given = cache.block_size if getattr(cache, "user_specified_block_size", False) else None
-    block_tokens = fitting_block(LexicoSetup.of(vllm_config), vllm_config.model_config, given)
+    setup, model = LexicoSetup.of(vllm_config), vllm_config.model_config
+    if setup.beside_states:
+        block_tokens = given or block_beside_states(setup, vllm_config, compat_layers.state_bytes(vllm_config))
+        cache.mamba_block_size = block_tokens if cache.mamba_cache_mode == "align" else cache.mamba_block_size
+    else:
+        block_tokens = fitting_block(setup, model, given)
     if block_tokens != given:
         cache.block_size, cache.user_specified_block_size = block_tokens, True
 
@@ -80,6 +92,36 @@ def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
     raise ValueError(refusals.as_sentence([reason if given is None else f"{reason}, or leave --block-size out"]))
 
 
+def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) -> int:
+    """Tokens of a code page with which a request of the longest length takes the fewest bytes of the pool.
+
+    Small pages leave a part of each block of codes empty, large ones a part of each block of states. Of two that cost
+    the same within a tenth the smaller one is taken, since prefix-cache hits end at whole blocks.
+
+    Args:
+        setup: of the engine.
+        vllm_config: of the same.
+        state_bytes: of a layer that keeps a state, on a rank.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    states = -(-(text.num_hidden_layers - len(coded_layers(text))) // parallel.pipeline_parallel_size)
+    heads = model.get_num_kv_heads(parallel)
+    per_state = 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1
+
+    def cost(block_tokens: int) -> int:
+        layout = setup.layout(model.get_head_size(), heads, block_tokens, model.dtype)
+        block = max(layout.page_bytes * setup.beside_states, state_bytes)
+        tail = tail_spec(setup, layout, model.dtype)
+        pages = -(-model.max_model_len // block_tokens) + tail.max_admission_blocks_per_request(
+            vllm_config.max_in_flight_tokens, model.max_model_len
+        )
+        return block * (pages + per_state * -(-states // (block // state_bytes)))
+
+    costs = {size: cost(size) for size in refusals.STATE_BLOCK_SIZES}
+    return min(size for size, one in costs.items() if one <= 1.1 * min(costs.values()))
+
+
 def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:
     """Have every layer that is not LEXICO's ask for pages of the bytes of a code page.
 
@@ -90,11 +132,15 @@ def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:
     for name, layer in layers.items():
         keeps = isinstance(layer, AttentionLayerBase) and not isinstance(layer, LexicoTail)
         if keeps and layer.get_attn_backend().get_name() != NAME:
-            compat.change_cache_spec(layer, functools.partial(_shared, name, layer, tail))
+            compat_layers.change_cache_spec(layer, functools.partial(_shared, name, layer, tail))
 
 
 def _shared(name: str, layer: Any, tail: LexicoTail, spec: Any, vllm_config: Any) -> Any:
     """A layer's cache spec with pages of the bytes of a code page; None where it keeps nothing."""
+    if isinstance(spec, MambaSpec):  # a block of its own, so that it needs no padding
+        block_tokens = tail.layout(vllm_config).block_tokens
+        block_tokens = block_tokens if spec.mamba_cache_mode == "align" else spec.block_size
+        return dataclasses.replace(spec, block_size=block_tokens, page_size_padded=None)
     if spec is None:
         return None
     return fitted(spec, layer.get_attn_backend(), tail.layout(vllm_config).page_bytes, name)

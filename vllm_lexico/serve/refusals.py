@@ -10,6 +10,7 @@ from vllm_lexico.errors import either, shown
 SUPPORTED_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
 DEFAULT_BLOCK_SIZE = 128
+STATE_BLOCK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # beside layers that keep a state
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
 OTHER_BACKEND = "choose another --attention-backend for this model"
@@ -37,8 +38,6 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     reasons = _kv_cache_dtype(cache.cache_dtype, model.dtype)
     if model.use_mla:
         reasons.append(_mla())
-    if model.is_hybrid:
-        reasons.append(f"models that mix Mamba or linear attention with attention are not supported; {OTHER_BACKEND}")
     if model.is_encoder_decoder:
         reasons.append(_encoder())
     if model.is_mm_prefix_lm:
@@ -65,7 +64,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             f"use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
     if getattr(cache, "user_specified_block_size", False):
-        reasons += _block_size(cache.block_size)
+        reasons += _block_size(cache.block_size, STATE_BLOCK_SIZES if model.is_hybrid else SUPPORTED_BLOCK_SIZES)
     return reasons
 
 
@@ -105,8 +104,8 @@ def selector_refusals(selected: dict[str, Any]) -> list[str]:
         reasons.append(_mla())
     else:
         reasons += _head_size(selected.get("head_size"))
-    if selected.get("block_size") is not None:
-        reasons += _block_size(selected["block_size"])
+    if selected.get("block_size") not in (None, *STATE_BLOCK_SIZES):  # the engine's refusals know whether it has states
+        reasons += _block_size(selected["block_size"], SUPPORTED_BLOCK_SIZES)
     if selected.get("attn_type", "decoder") != "decoder":
         reasons.append(_encoder())
     if selected.get("use_dcp"):
@@ -214,10 +213,11 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _block_size(given: int) -> list[str]:
-    if given in SUPPORTED_BLOCK_SIZES:
+def _block_size(given: int, supported: tuple[int, ...]) -> list[str]:
+    if given in supported:
         return []
-    return [f"--block-size {given} is not supported; give {either(SUPPORTED_BLOCK_SIZES)}, or leave it out for 128"]
+    default = "" if supported == STATE_BLOCK_SIZES else " for 128"
+    return [f"--block-size {given} is not supported; give {either(supported)}, or leave it out{default}"]
 
 
 def _head_size(given: int | None) -> list[str]:

@@ -14,6 +14,7 @@ from lexico_kernels.memory.layout import KERNEL_CODECS, SPAN_TOKENS
 from vllm.platforms import current_platform
 
 from vllm_lexico.config import TRAIN, LexicoConfig
+from vllm_lexico.dictionary.coded_layers import coded_layers
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
@@ -30,12 +31,14 @@ class LexicoSetup:
     dictionary_path: the model's dictionary; None with the exact codec.
     num_draft_tokens: speculative tokens a step may add and take back.
     concurrent_batches: steps that may be under way at once.
+    beside_states: of a model that has layers with states too, the layers of a rank that are coded; else 0.
     """
 
     config: LexicoConfig
     dictionary_path: Path | None
     num_draft_tokens: int
     concurrent_batches: int
+    beside_states: int = 0
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
@@ -47,16 +50,19 @@ class LexicoSetup:
         config = LexicoConfig.from_additional_config(vllm_config.additional_config)
         if config.codec not in KERNEL_CODECS and current_platform.device_type != "cpu":
             raise ValueError(refusals.codec_on_gpu(config.codec))
-        path = None
+        path, model, parallel = None, vllm_config.model_config, vllm_config.parallel_config
         if config.codec != "exact":
             fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)
-            model = vllm_config.model_config
             path = _checked_dictionary(config.dictionary, model.model, fingerprint, _overrides(model.hf_overrides))
-        return cls(config, path, vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches)
+        beside_states = 0
+        if model.is_hybrid:
+            beside_states = -(-len(coded_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
+        return cls(config, path, vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches, beside_states)
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
-        assert block_tokens in refusals.SUPPORTED_BLOCK_SIZES and block_tokens % SPAN_TOKENS == 0, block_tokens
+        sizes = refusals.STATE_BLOCK_SIZES if self.beside_states else refusals.SUPPORTED_BLOCK_SIZES
+        assert block_tokens in sizes and block_tokens % SPAN_TOKENS == 0, block_tokens
         return CodeLayout(
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm_lexico.compat import layers as compat_layers
+
 if TYPE_CHECKING:
     from lexico_kernels import CodeLayout
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -14,12 +16,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.lexico")
 
 
-def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_tokens: int) -> str:
+def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_tokens: int, others: str = "") -> str:
     """Codec, dictionary, bytes per token compared with 16 bits, and tokens that fit, in one line.
 
     Args:
-        num_layers: attention layers of this rank.
+        num_layers: layers of this rank that are coded.
         num_tokens: tokens that the cache holds in requests of the longest length, as vLLM counts them.
+        others: what other layers keep, a clause with a leading "; ", or "".
     """
     sparsity, dictionary = setup.config.sparsity, setup.dictionary()
     atoms = (
@@ -35,26 +38,49 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
     return (
         f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes per token instead of "
         f"{layout.raw_token_bytes * num_heads:,} ({layout.ratio:.2%}), newest {setup.window_tokens} and first "
-        f"{setup.sink_blocks(layout) * layout.tail_tokens} tokens exact; {num_tokens:,} tokens fit"
+        f"{setup.sink_blocks(layout) * layout.tail_tokens} tokens exact{others}; {num_tokens:,} tokens fit"
     )
 
 
-def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_config: Any, layers: list[str]) -> None:
+def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_config: Any) -> None:
     """Log `describe_start` on the first rank.
 
     Args:
-        spec: cache spec of the codes group.
-        layers: names of its layers.
+        spec: cache spec of a group of codes.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    from vllm_lexico.serve.tail_pages import tail_spec
-
     if get_tensor_model_parallel_rank() != 0:
         return
-    max_model_len = vllm_config.model_config.max_model_len
-    tail = tail_spec(setup, layout, spec.dtype)
-    tail_blocks = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, max_model_len)
-    blocks_per_request = -(-max_model_len // spec.block_size) + tail_blocks
-    num_blocks = vllm_config.compilation_config.static_forward_context[layers[0]].kv_cache.shape[0]
-    logger.info(describe_start(setup, layout, len(layers), num_blocks * max_model_len // blocks_per_request))
+    coded, others = _cache_specs(setup, layout, spec, vllm_config)
+    num_blocks = next(iter(coded)).kv_cache.shape[0]
+    specs = {name: one for of_layer in (*coded.values(), others) for name, one in of_layer.items()}
+    requests = compat_layers.max_requests(vllm_config, specs, num_blocks)
+    num_tokens = int(requests * vllm_config.model_config.max_model_len)
+    kept = sum(one.max_memory_usage_bytes(vllm_config) for one in others.values())
+    clause = f"; {len(others)} layers with windows or states keep {kept / 2**20:,.1f} MiB a request" if others else ""
+    logger.info(describe_start(setup, layout, len(coded), num_tokens, clause))
+
+
+def _cache_specs(
+    setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_config: Any
+) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """What each coded layer's two groups have as cache specs, by name, and what each other layer has.
+
+    A layer's own `get_kv_cache_spec` no longer says what its group has: vLLM 0.33 has put the smallest group's block
+    size into the configuration since.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from vllm_lexico.serve.metadata import TAIL_SUFFIX
+    from vllm_lexico.serve.tail_pages import tail_spec
+
+    layers, tail = vllm_config.compilation_config.static_forward_context, tail_spec(setup, layout, spec.dtype)
+    coded: dict[Any, dict[str, Any]] = {}
+    others = {}
+    for name, layer in layers.items():
+        if f"{name}{TAIL_SUFFIX}" in layers:
+            coded[layer] = {name: spec, f"{name}{TAIL_SUFFIX}": tail}
+        elif isinstance(layer, AttentionLayerBase) and not name.endswith(TAIL_SUFFIX):
+            others[name] = layer.get_kv_cache_spec(vllm_config)
+    return coded, {name: one for name, one in others.items() if one is not None}

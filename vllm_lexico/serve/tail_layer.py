@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME
 from vllm_lexico.serve.coding_plan import PlanHandover
-from vllm_lexico.serve.metadata import PAGE_LAYOUTS, TAIL_SUFFIX, LexicoTailMetadataBuilder
+from vllm_lexico.serve.metadata import BLOCK_LAYOUTS, PAGE_LAYOUTS, TAIL_SUFFIX, LexicoTailMetadataBuilder
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_pages import LexicoTailSpec, tail_spec
 
@@ -37,7 +37,8 @@ class LexicoTailBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return PAGE_LAYOUTS
+        """Whatever the attention layers' backend takes."""
+        return PAGE_LAYOUTS + BLOCK_LAYOUTS
 
 
 class LexicoTail(nn.Module, AttentionLayerBase):

@@ -1,0 +1,98 @@
+"""Workarounds for layers that vLLM owns and LEXICO does not code: their backend, and the pages that they ask for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_lexico import NAME
+
+
+def let_chunked_layers_choose() -> None:
+    """Let layers that attend within chunks have the backend that vLLM chooses without LEXICO.
+
+    Why: `ChunkedLocalAttention` asks for the engine's backend as any layer does and wraps it for its own kind of
+    attention, and `backend_per_kind` has no word for it. How: the function by which it asks is wrapped, and answers as
+    if no backend were named where that is LEXICO. Can go when `backend_per_kind` knows chunked layers.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    original = chunked_local_attention.get_attn_backend
+    if getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
+        attention = get_current_vllm_config().attention_config
+        named = attention.backend
+        if getattr(named, "name", None) != NAME:
+            return original(*args, **kwargs)
+        attention.backend = None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            attention.backend = named
+
+    get_attn_backend.lexico = True  # type: ignore[attr-defined]
+    chunked_local_attention.get_attn_backend = get_attn_backend
+
+
+def state_bytes(vllm_config: Any) -> int:
+    """Ask a hybrid model's class for the bytes of a layer's state on a rank, before its layers are built.
+
+    Why: vLLM sizes blocks when the layers are there, in its workers, and hands the size to nobody who could still
+    choose a layout for it. How: the same methods of the class that `Platform._align_hybrid_block_size` calls. Can go
+    when a backend may say how its pages share a block with states (vllm-project/vllm#42082).
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    model = vllm_config.model_config
+    kind, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    if hasattr(kind, "get_mamba_specs_from_config"):
+        return max(spec.page_size_bytes for spec in kind.get_mamba_specs_from_config(vllm_config))
+    shapes, dtypes = kind.get_mamba_state_shape_from_config, kind.get_mamba_state_dtype_from_config
+    return MambaSpec(shapes=shapes(vllm_config), dtypes=dtypes(vllm_config), block_size=-1).page_size_bytes
+
+
+def change_cache_spec(layer: Any, change: Callable[[Any, Any], Any]) -> None:
+    """Have a layer that is vLLM's own ask for other pages; calling it again changes nothing.
+
+    Why: layers that LEXICO does not code share the pool of code pages, whose bytes vLLM does not know when it sizes
+    theirs. How: the layer's `get_kv_cache_spec` is wrapped and hands what it made, and the configuration, to `change`.
+    Can go when vLLM lets a backend size the pages of its neighbours (vllm-project/vllm#42082).
+    """
+    original = layer.get_kv_cache_spec
+    if getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def get_kv_cache_spec(vllm_config: Any) -> Any:
+        return change(original(vllm_config), vllm_config)
+
+    get_kv_cache_spec.lexico = True  # type: ignore[attr-defined]
+    layer.get_kv_cache_spec = get_kv_cache_spec
+
+
+def max_requests(vllm_config: Any, specs: dict[str, Any], num_blocks: int) -> float:
+    """Requests of the longest length that a cache holds, as vLLM counts them when it plans one.
+
+    Why: the count is made in the engine's process and logged there, and a worker is told blocks alone. How: vLLM's own
+    planning is asked again, in whichever module it is. Can go when `CacheConfig` brings the count to workers.
+
+    Args:
+        vllm_config: of the engine.
+        specs: cache spec of each layer, by name.
+        num_blocks: of the pool.
+    """
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups  # 0.33
+    except ImportError:
+        get_kv_cache_groups = kv_cache_utils.get_kv_cache_groups
+    groups = get_kv_cache_groups(vllm_config, specs)
+    return kv_cache_utils.get_max_concurrency_for_kv_cache_config(vllm_config, KVCacheConfig(num_blocks, [], groups))
