@@ -77,14 +77,15 @@ def sparse_decode(
     *,
     scale: float,
     out: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
-    if not _has_kernels(cache):
-        return reference.sparse_decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
-    from lexico_kernels.sparse_decode import lookup, portable
+    decode = reference.sparse_decode
+    if _has_kernels(cache):
+        from lexico_kernels.sparse_decode import lookup, portable
 
-    decode = lookup.sparse_decode if lookup.supports(query, cache, tables) else portable.sparse_decode
-    return decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out)
+        decode = lookup.sparse_decode if lookup.supports(query, cache, tables) else portable.sparse_decode
+    return decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out, soft_cap=soft_cap)
 
 
 def reconstruct(

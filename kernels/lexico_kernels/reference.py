@@ -87,6 +87,7 @@ def sparse_decode(
     *,
     scale: float,
     out: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history.
 
@@ -98,9 +99,10 @@ def sparse_decode(
         token_seq_len: int32 [T]; the token sees positions [0, token_seq_len). 0: its row of out is 0, its lse -inf.
         scale: of the scores before softmax.
         out: [T, Hq, D] in the query's dtype, filled if given.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap); 0 leaves them.
 
     Returns:
-        out, and lse float32 [T, Hq]: natural log of the sum of exponentials of the scaled scores.
+        out, and lse float32 [T, Hq]: natural log of the sum of exponentials of the scores, scaled and capped.
     """
     T, Hq, D = query.shape
     Hk = cache.layout.num_kv_heads
@@ -115,6 +117,8 @@ def sparse_decode(
         keys, values = history(cache, tables, request, torch.arange(stop, device=query.device))
         q = query[rows].float().view(len(rows), Hk, Hq // Hk, D)
         scores = torch.einsum("thgd,nhd->thgn", q, keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         hidden = torch.arange(stop, device=query.device) >= lengths[:, None]
         scores.masked_fill_(hidden[:, None, None], -torch.inf)
         attended = torch.einsum("thgn,nhd->thgd", scores.softmax(-1), values)

@@ -110,6 +110,9 @@ def main() -> None:
         if codec == "packed16" and dtype in lookup.DTYPES:
             lookup.sparse_decode(query, *step, scale=0.1)
             lookup.sparse_decode(query.repeat(1, 2, 1)[:, :56], *step, scale=0.1)
+        if head_dim == 256:  # Gemma 2's
+            decode.sparse_decode(query, *step, scale=0.1, soft_cap=50.0)
+            lookup.sparse_decode(query, *step, scale=0.1, soft_cap=50.0)
 
 
 if __name__ == "__main__":

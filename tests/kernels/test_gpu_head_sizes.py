@@ -8,6 +8,7 @@ import torch
 from lexico_kernels import CodeLayout, LayerStack, ops, reference
 from lexico_kernels.device.launch import fp8_fits
 from lexico_kernels.omp_encode import tiles as omp
+from lexico_kernels.sparse_decode import lookup
 from lexico_kernels.sparse_decode import portable as decode
 from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
@@ -68,3 +69,19 @@ def test_portable_decode_and_reconstruct_of_other_head_sizes(group, head_dim, S)
     reference.reconstruct(*tokens, *dense[0])
     ops.reconstruct(*tokens, *dense[1])
     assert_close(dense[1], dense[0], "dense", torch.bfloat16)
+
+
+@pytest.mark.parametrize("group", [2, 3, 8])
+@pytest.mark.parametrize("module", [lookup, decode])
+def test_soft_cap(module, group):
+    """Of scores beyond it and below; 9000 tokens are several splits."""
+    lengths = [1, P + 1, 9000]
+    problem = random_problem(layout(256, 31), lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=200)
+    query = 3 * torch.randn(3, HK * group, 256, device="cuda", dtype=torch.bfloat16)
+    args = (query, problem.cache, problem.tables, cuda(range(3)), cuda(lengths))
+    free = reference.sparse_decode(*args, scale=256**-0.5)
+    want, want_lse = reference.sparse_decode(*args, scale=256**-0.5, soft_cap=5.0)
+    assert (want_lse - free[1]).abs().mean() > 0.5
+    out, lse = module.sparse_decode(*args, scale=256**-0.5, soft_cap=5.0, out=torch.full_like(query, torch.nan))
+    assert_close(out, want, "attention", torch.bfloat16)
+    assert_close(lse, want_lse, "lse", torch.bfloat16)

@@ -57,7 +57,7 @@ class OnCpu:
         self.library = ctypes.CDLL(str(path))
 
     def launch(self, grid, threads, *arguments):
-        bins, stats = arguments[-3:-1]
+        bins, stats = arguments[10:12]
         bins.fill_(torch.nan)
         stats.fill_(torch.nan)
         kinds = {
@@ -90,16 +90,16 @@ def on_any_device(monkeypatch, device, kernels_on_cpu):
     forget_shapes()
 
 
-def check(problem, request, lengths, heads, device, dtype=torch.float16):
+def check(problem, request, lengths, heads, device, dtype=torch.float16, soft_cap=0.0):
     request = torch.tensor(request, dtype=torch.int32, device=device)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(9)
     query = torch.randn(len(lengths), heads, problem.cache.layout.head_dim, generator=generator).to(device, dtype)
     args = (query, problem.cache, problem.tables, request, lengths)
-    want, want_lse = reference.sparse_decode(*args, scale=0.1)
+    want, want_lse = reference.sparse_decode(*args, scale=0.1, soft_cap=soft_cap)
     out = torch.full((*query.shape[:2], 2 * query.shape[2]), torch.nan, dtype=dtype, device=device)
     out = out[..., : query.shape[2]]
-    given, lse = lookup.sparse_decode(*args, scale=0.1, out=out)
+    given, lse = lookup.sparse_decode(*args, scale=0.1, out=out, soft_cap=soft_cap)
     assert given is out
     assert_close(out, want, "attention", dtype)
     assert_close(lse, want_lse, "lse", dtype)
@@ -148,6 +148,15 @@ def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
 def test_shapes(D, S, group, device, on_any_device):
     problem = random_problem(layout(D, 1, S), [130], atoms=100, device=device, raw_tokens=40)
     check(problem, [0], [130], group, device)
+
+
+@pytest.mark.parametrize("group", [3, 4])
+def test_soft_cap(group, device, on_any_device):
+    """Of scores some of which it changes by half; those of codes have their keys' mean by then."""
+    problem = random_problem(layout(), [130], atoms=64, device=device, raw_tokens=40)
+    capped = check(problem, [0], [130], 2 * group, device, soft_cap=0.7)
+    free = check(problem, [0], [130], 2 * group, device)
+    assert (capped[1] - free[1]).abs().min() > 0.05 and (capped[0] - free[0]).abs().max() > 0.1
 
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):
@@ -221,6 +230,16 @@ def test_the_kernel_compiles(case, arch):
     shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
     macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), alignment, limit)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
+
+
+def test_the_kernel_compiles_with_a_soft_cap():
+    """As Gemma 2's: 50 in base e."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    it = CodeLayout(256, 2, 31, 31)
+    shape = lookup_sizes.shape_for(it, 4, 4096, 4096, 1 << 17, SHARED_BYTES, 50 * lookup.LOG2_E)
+    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), 16, SHARED_BYTES)
+    assert macros["CAP_BITS"] == nvrtc.float_bits(72.13475)
+    assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), "sm_90a", macros).startswith(b"\x7fELF")
 
 
 def test_columns_hold_whole_tokens():

@@ -216,17 +216,22 @@ def test_a_token_survives_the_pages(codec):
     assert (untouched == 0xFF).all()
 
 
-def test_attention_is_softmax_over_the_reconstructed_history():
+@pytest.mark.parametrize("soft_cap", [0.0, 0.7])
+def test_attention_is_softmax_over_the_reconstructed_history(soft_cap):
     layout = CodeLayout(64, 2, 5, 5, block_tokens=32, element_bytes=4)
     problem = random_problem(layout, [50, 0, 33], dtype=torch.float32)
     query = torch.randn(4, 6, 64)
     request, lengths = torch.tensor([2, 0, 0, 1]).int(), torch.tensor([33, 50, 49, 0]).int()
-    out, lse = reference.sparse_decode(query, problem.cache, problem.tables, request, lengths, scale=0.1)
+    inputs = (query, problem.cache, problem.tables, request, lengths)
+    out, lse = reference.sparse_decode(*inputs, scale=0.1, soft_cap=soft_cap)
     key, value = torch.empty(2, 49, 2, 64)
     position = torch.arange(49, dtype=torch.int32)
     reference.reconstruct(problem.cache, problem.tables, torch.zeros_like(position), position, key, value)
     for head in range(6):
         scores = key[:, head // 3] @ query[2, head] * 0.1
+        if soft_cap:
+            ratio = (2 * scores / soft_cap).exp()
+            scores = soft_cap * (ratio - 1) / (ratio + 1)
         torch.testing.assert_close(out[2, head], scores.softmax(0) @ value[:, head // 3])
         torch.testing.assert_close(lse[2, head], scores.logsumexp(0))
     assert (out[3] == 0).all()

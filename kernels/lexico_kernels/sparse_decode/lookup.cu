@@ -12,6 +12,7 @@
 // ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
 // PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
 // ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
+// CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
 //
 // ROTATE (QUERIES a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
 // different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
@@ -26,7 +27,7 @@ constexpr int LOOKUP_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
 constexpr int LOOKUP_BYTES = (LOOKUP_ROWS * ROW * 2 + 15) / 16 * 16;
 static_assert(SPAN_TOKENS == 32, "a warp's lanes read the records of a span together");
 static_assert(!ROTATE || (QUERIES & (QUERIES - 1)) == 0, "heads cannot be rotated");
-constexpr float NO_SCORE = -1e30f;
+constexpr float NO_SCORE = -1e30f, LOG2_E = 1.4426950408889634f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins, which mulhi halves.
 constexpr float FULL_SCALE = 2.1e9f;
 constexpr float FULL_LEVEL = 32767;
@@ -34,6 +35,15 @@ constexpr float SMALLEST_SUM = 1e-28f;  // keeps FULL_SCALE over it finite; smal
 constexpr float BIN_TO_HALF = 1.0f / 32768;
 constexpr float WEIGHT_BITS = 15;  // weights are halves of at most 2^15, so that small ones are normal numbers
 constexpr float WEIGHT_UNIT = 1.0f / 32768;
+
+#if CAP_BITS
+// CAP * tanh(score / CAP), of scores in base 2.
+__device__ float soft_capped(float score) {
+  const float cap = __uint_as_float(CAP_BITS);
+  const float size = 1 - 2 / (power_of_two(fabsf(score) * (2 * LOG2_E / cap)) + 1);  // 1 where the power is infinite
+  return score < 0 ? -cap * size : cap * size;
+}
+#endif
 
 // Sums of level times lookup row of a record, for each head.
 template <int S>
@@ -229,13 +239,17 @@ __device__ void start_lookup(char* to, const char* from) {
 
 // grid (splits, tokens * passes per token). Per token: schedule int4 (first, end, tokens of a split, splits), request.
 // Per token and pass: lookup halves [KEY_ATOMS][ROW]; query_scale [ROW], what a lookup's sum times a key's scale is
-// multiplied by for a score in base 2. Per split as well: bins_out halves [QUERIES][VALUE_ATOMS]; stats [3][...][ROW]:
+// multiplied by for a score in base 2; offset [ROW] of all scores, which only a cap needs here. Per split as well: bins_out halves [QUERIES][VALUE_ATOMS]; stats [3][...][ROW]:
 // largest score, sum of weights relative to it, and the worth of a unit of bins_out.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend_codes(const int4* schedule, const int* request, const int* block_table, int block_table_stride,
                  const char* code_pages, long long page_stride, const char* lookup, const float* query_scale,
                  const float* key_levels, const float* value_levels, char* bins_out, float* stats,
-                 int passes_per_token) {
+                 int passes_per_token
+#if CAP_BITS
+                 , const float* offset
+#endif
+                 ) {
   SHARED_MEMORY(memory);
   __shared__ u32 level_words[2][NUM_LEVELS];
   __shared__ float scratch[WARPS * REDUCED];
@@ -295,7 +309,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     lookup_sums(levels, key, lookup_at, sum);
 #pragma unroll
     for (int g = 0; g < QUERIES; g++) {
-      const float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
+      float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
+#if CAP_BITS
+      score = soft_capped(score + offset[row * ROW + g]);
+#endif
       top[g] = fmaxf(top[g], score);
       scores[g * MAX_TOKENS + index] = score;
     }

@@ -34,11 +34,11 @@ def shared_limit_bytes(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def shape_of(query: Tensor, cache: LayerCache, tables: RequestTables) -> Shape | None:
+def shape_of(query: Tensor, cache: LayerCache, tables: RequestTables, soft_cap: float = 0.0) -> Shape | None:
     """The shape for a step."""
     max_tokens = tables.block_table.shape[1] * cache.layout.block_tokens
-    atoms = cache.key.num_atoms, cache.value.num_atoms
-    return shape_for(cache.layout, query.shape[1], *atoms, max_tokens, shared_limit_bytes(query.device.index))
+    atoms, limit = (cache.key.num_atoms, cache.value.num_atoms), shared_limit_bytes(query.device.index)
+    return shape_for(cache.layout, query.shape[1], *atoms, max_tokens, limit, soft_cap * LOG2_E)
 
 
 def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
@@ -66,12 +66,13 @@ def sparse_decode(
     *,
     scale: float,
     out: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.sparse_decode`, where `supports` says so. Scratch: of `Shape.slice_tokens` tokens."""
     T, Hq, _ = query.shape
     out = torch.empty_like(query) if out is None else out
     lse = torch.empty(T, Hq, dtype=torch.float32, device=query.device)
-    shape = shape_of(query, cache, tables)
+    shape = shape_of(query, cache, tables, soft_cap)
     assert shape is not None, "supports() says no"
     step = min(T, shape.slice_tokens())
     scratch = {
@@ -104,6 +105,7 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         TAIL=LOOKUP_TAIL.tile,
         G_PAD=16,
+        CAP=shape.cap,
     )
 
 
@@ -171,6 +173,7 @@ def attend_codes(
         scratch["bins"],
         scratch["stats"],
         shape.token_passes,
+        *([scratch["offset"]] if shape.cap else []),
     )
 
 
@@ -210,5 +213,6 @@ def merge(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tens
         CHUNKS=shape.chunks,
         CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
         TAIL_SPLITS=LOOKUP_TAIL.splits,
+        CAPPED=shape.cap > 0,
         num_warps=LOOKUP_TAIL.num_warps,
     )

@@ -14,6 +14,7 @@ from lexico_kernels.device.launch import (
     LookupLaunch,
     lookup_launch,
 )
+from lexico_kernels.device.nvrtc import float_bits
 from lexico_kernels.memory.layout import KV, LEVEL_BITS, MAX_ATOMS, NUM_LEVELS, SPAN_TOKENS, CodeLayout
 
 MAX_QUERIES = 8  # query heads that one pass over the codes can serve
@@ -41,6 +42,7 @@ class Shape:
         key_atoms, value_atoms: N of both dictionaries.
         max_splits: of a context.
         passes: over a KV head's codes, each for as many of its query heads.
+        cap: of scores in base 2 (`reference.sparse_decode` has it in base e), 0 for none.
     """
 
     layout: CodeLayout
@@ -49,6 +51,7 @@ class Shape:
     value_atoms: int
     max_splits: int
     passes: int
+    cap: float = 0.0
 
     @property
     def token_passes(self) -> int:
@@ -126,11 +129,17 @@ def passes_for(queries_per_kv_head: int, key_atoms: int, value_atoms: int, limit
 
 @once
 def shape_for(
-    layout: CodeLayout, num_heads: int, key_atoms: int, value_atoms: int, max_tokens: int, limit_bytes: int
+    layout: CodeLayout,
+    num_heads: int,
+    key_atoms: int,
+    value_atoms: int,
+    max_tokens: int,
+    limit_bytes: int,
+    cap: float = 0.0,
 ) -> Shape | None:
     """The shape for contexts of at most `max_tokens`, or None if the query heads do not fit shared memory."""
     passes = passes_for(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
-    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens), passes) if passes else None
+    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens), passes, cap) if passes else None
 
 
 def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
@@ -152,6 +161,7 @@ def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_byt
         "LEVEL_BITS": LEVEL_BITS,
         "MAX_ATOMS": MAX_ATOMS,
         "SPAN_TOKENS": SPAN_TOKENS,
+        "CAP_BITS": float_bits(shape.cap),
     }
     for kv, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
         address = layout.address(kv)

@@ -56,6 +56,7 @@ class LookupTiles(NamedTuple):
     TAIL_SPLITS: int
     TAIL: int  # tokens of a tile
     G_PAD: int
+    CAP: float  # of scores in base 2, see `soft_capped`
 
 
 class BinTiles(NamedTuple):
@@ -182,6 +183,7 @@ def _attend_tail(
     G: tl.constexpr = HEADS.G
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     TILE: tl.constexpr = TILES.TAIL
+    CAP: tl.constexpr = TILES.CAP
     heads, dims = tl.arange(0, TILES.G_PAD), tl.arange(0, SIZES.D_PAD)
     request = tl.load(request_ptr + token).to(tl.int64)
     seq_len = tl.load(seq_len_ptr + token)
@@ -192,11 +194,11 @@ def _attend_tail(
     tails = tables.tail_block_table + request * tables.tail_block_table_stride
     kv_head = head // HEADS.PASSES
     if split == SPLITS - 1:
-        state = attend_raw(q, state, 0, sinks, tail, tails, kv_head, factor, SIZES, TILE)
+        state = attend_raw(q, state, 0, sinks, tail, tails, kv_head, factor, SIZES, TILE, CAP)
     size = tl.cdiv(tl.cdiv(seq_len - first, SPLITS), TILE) * TILE
     start = first + split * size
     end = tl.minimum(start + size, seq_len)
-    state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE)
+    state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
     top, total, acc = state
     out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
     empty = total == 0
@@ -361,8 +363,12 @@ def merge(
     CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     TAIL_SPLITS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
-    """Codes and tail of one query head, both `Partial`: out and natural log-sum-exp."""
+    """Codes and tail of one query head, both `Partial`: out and natural log-sum-exp.
+
+    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here.
+    """
     D: tl.constexpr = SIZES.D
     G: tl.constexpr = HEADS.G
     token, query_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -371,7 +377,9 @@ def merge(
     dims, chunk, split = tl.arange(0, SIZES.D_PAD), tl.arange(0, CHUNKS_PAD), tl.arange(0, TAIL_SPLITS)
     row = token * Hq + query_head
     at = (token * (Hq // G) + head) * HEADS.ROW + g
-    coded_lse = tl.load(coded.lse + at) + tl.load(offset_ptr + at)
+    coded_lse = tl.load(coded.lse + at)
+    if not CAPPED:
+        coded_lse += tl.load(offset_ptr + at)
     has_codes = coded_lse > -float("inf")
     tails = tl.load(tail.lse + row * TAIL_SPLITS + split)
     has_tail = tails > -float("inf")

@@ -7,6 +7,8 @@ products: the heads' means and stretches enter in float32, once per program; mea
 what is coded.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,15 @@ from lexico_kernels.device.launch import DECODE, DECODE_SPLITS, MERGE, MIN_SPLIT
 from lexico_kernels.device.records import decode_tile, load_of_head, page_start
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode.softmax import LN_2, LOG2_E, attend, attend_raw, empty_state, load_queries
+
+
+class Splits(NamedTuple):
+    """Compile-time constants of `_decode_split`."""
+
+    COUNT: int  # of a context
+    MIN: int  # tokens of one
+    TILE: int  # tokens that are rebuilt at a time
+    CAP: float  # of scores in base 2, see `soft_capped`
 
 
 @triton.jit
@@ -33,6 +44,7 @@ def _attend_coded(
     DTYPE: tl.constexpr,
     SIZES: tl.constexpr,
     TILE: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """The state of the coded tokens at positions [first, end). DTYPE: of "exact" vectors."""
     P: tl.constexpr = SIZES.P
@@ -50,7 +62,7 @@ def _attend_coded(
         slots = positions % P
         k = decode_tile(heads, slots, valid, head, books, 0, DTYPE, SIZES)
         v = decode_tile(heads, slots, valid, head, books, 1, DTYPE, SIZES)
-        state = attend(coded_q, k.to(q.dtype), v.to(q.dtype), valid, offset, state, factor)
+        state = attend(coded_q, k.to(q.dtype), v.to(q.dtype), valid, offset, state, factor, CAP)
     top, total, acc = state
     if SIZES.CODEC != "exact":  # stretch, and the weights' sum times the mean, complete the values
         value_mean = load_of_head(books[1].mean, head, SIZES)
@@ -75,19 +87,20 @@ def _decode_split(
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """One split of one token's context for a KV head: normalised output and base-2 log-sum-exp of its G query heads."""
     D: tl.constexpr = SIZES.D
+    COUNT: tl.constexpr = SPLITS.COUNT
+    TILE: tl.constexpr = SPLITS.TILE
+    CAP: tl.constexpr = SPLITS.CAP
     token = tl.program_id(0).to(tl.int64)
     head, split = tl.program_id(1), tl.program_id(2)
     heads = tl.arange(0, G_PAD)
     seq_len = tl.load(seq_len_ptr + token)
-    size = tl.maximum(tl.cdiv(tl.cdiv(seq_len, SPLITS), TILE) * TILE, MIN_SPLIT)
+    size = tl.maximum(tl.cdiv(tl.cdiv(seq_len, COUNT), TILE) * TILE, SPLITS.MIN)
     first = split * size
     end = tl.minimum(first + size, seq_len)
-    out_row = (token * tl.num_programs(1) * G + head * G + heads) * SPLITS + split
+    out_row = (token * tl.num_programs(1) * G + head * G + heads) * COUNT + split
     if first >= end:
         tl.store(split_lse_ptr + out_row, tl.full([G_PAD], -float("inf"), tl.float32), mask=heads < G)
         return
@@ -98,9 +111,11 @@ def _decode_split(
     q, mask = load_queries(query, token, head * G, heads, SIZES, G)
     DTYPE: tl.constexpr = tail.data.dtype.element_ty
     coded_first, coded_end = tl.maximum(first, sink_end), tl.minimum(end, raw_start)
-    state = _attend_coded(q, coded_first, coded_end, codes, tables, request, books, head, factor, DTYPE, SIZES, TILE)
-    state = attend_raw(q, state, first, tl.minimum(end, sink_end), tail, tails, head, factor, SIZES, TILE)
-    state = attend_raw(q, state, tl.maximum(first, raw_start), end, tail, tails, head, factor, SIZES, TILE)
+    state = _attend_coded(
+        q, coded_first, coded_end, codes, tables, request, books, head, factor, DTYPE, SIZES, TILE, CAP
+    )
+    state = attend_raw(q, state, first, tl.minimum(end, sink_end), tail, tails, head, factor, SIZES, TILE, CAP)
+    state = attend_raw(q, state, tl.maximum(first, raw_start), end, tail, tails, head, factor, SIZES, TILE, CAP)
     top, total, acc = state
     dims = tl.arange(0, q.shape[1])
     tl.store(split_out_ptr + out_row[:, None] * D + dims[None, :], acc / total[:, None], mask=mask)
@@ -137,6 +152,7 @@ def sparse_decode(
     *,
     scale: float,
     out: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Triton version of `reference.sparse_decode`. Scratch: T * Hq * DECODE_SPLITS * (D + 1) floats."""
     T, Hq, D = query.shape
@@ -161,9 +177,7 @@ def sparse_decode(
         SIZES=sizes,
         G=Hq // Hk,
         G_PAD=max(16, triton.next_power_of_2(Hq // Hk)),
-        SPLITS=DECODE_SPLITS,
-        MIN_SPLIT=MIN_SPLIT_TOKENS,
-        TILE=DECODE.tile,
+        SPLITS=Splits(DECODE_SPLITS, MIN_SPLIT_TOKENS, DECODE.tile, soft_cap * LOG2_E),
         num_warps=DECODE.num_warps,
         num_stages=DECODE.num_stages,
     )

@@ -7,6 +7,7 @@ from lexico_kernels.device.records import load_raw
 
 LOG2_E = 1.4426950408889634  # times a score in base e
 LN_2 = tl.constexpr(0.6931471805599453)
+TWICE_LOG2_E = tl.constexpr(2 * LOG2_E)
 
 
 @triton.jit
@@ -20,13 +21,24 @@ def empty_state(G_PAD: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def attend(q, k, v, valid, offset, state, factor):
+def soft_capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP), both in base 2; the scores as they are where CAP is 0."""
+    if CAP > 0:
+        size = 1 - 2 / (tl.exp2(tl.abs(scores) * (TWICE_LOG2_E / CAP)) + 1)  # tanh, 1 where the power is infinite
+        scores = tl.where(scores < 0, -CAP, CAP) * size
+    return scores
+
+
+@triton.jit
+def attend(q, k, v, valid, offset, state, factor, CAP: tl.constexpr):
     """Fold a tile into the state.
 
-    q [G_PAD, D_PAD]; k, v [TILE, D_PAD] in q's dtype, 0 where not valid; offset [G_PAD] is added to the scaled scores.
+    q [G_PAD, D_PAD]; k, v [TILE, D_PAD] in q's dtype, 0 where not valid; offset [G_PAD] is added to the scaled scores
+    before they are capped.
     """
     top, total, acc = state
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor + offset[:, None]
+    scores = soft_capped(scores, CAP)
     scores = tl.where(valid[None, :], scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - new_top[:, None])
@@ -37,14 +49,17 @@ def attend(q, k, v, valid, offset, state, factor):
 
 
 @triton.jit
-def attend_raw(q, state, first, end, tail, table_ptr, head, factor, SIZES: tl.constexpr, TILE: tl.constexpr):
+def attend_raw(
+    q, state, first, end, tail, table_ptr, head, factor, SIZES: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr
+):
     """Fold the raw tokens at positions [first, end) into the state. table_ptr: the request's row of tail pages."""
     for at in range(first, end, TILE):
         positions = at + tl.arange(0, TILE)
         valid = positions < end
         k = load_raw(tail, table_ptr, positions, valid, head, 0, SIZES)
         v = load_raw(tail, table_ptr, positions, valid, head, 1, SIZES)
-        state = attend(q, k.to(q.dtype), v.to(q.dtype), valid, tl.zeros([q.shape[0]], tl.float32), state, factor)
+        no_offset = tl.zeros([q.shape[0]], tl.float32)
+        state = attend(q, k.to(q.dtype), v.to(q.dtype), valid, no_offset, state, factor, CAP)
     return state
 
 
