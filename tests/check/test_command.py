@@ -1,6 +1,9 @@
 """What the command prints: words for people, their numbers from where they belong, and what may not be asked."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +112,16 @@ def test_a_cache_of_a_given_size(write_family, capsys):
     found = json.loads("\n".join(lines_of(capsys, write_family("Llama-3.1-8B"), *flags)))
     assert found["memory"]["cache_bytes"] == 1 << 30
     assert found["caches"][0]["tokens"] == (1 << 30) // 131072  # of bf16, all of it
+
+
+def test_it_needs_no_vllm(write_family, tmp_path):
+    code = "import sys; sys.modules['vllm'] = None; from vllm_lexico import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "check", write_family("gpt-oss-20b"), "--gpu-memory", "80GiB"]
+    ended = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    assert ended.returncode == 0 and "LEXICO serves it." in ended.stdout, ended.stderr[-2000:]
+
+
+def test_without_transformers_it_says_what_to_install(write_family, monkeypatch, capsys):
+    monkeypatch.setattr("vllm_lexico.check.model.find_spec", lambda name: None)
+    assert cli.main(["check", write_family("Qwen3-8B"), "--gpu-memory", "80GiB"]) == 2
+    assert "transformers, which reads configurations, is not installed" in capsys.readouterr().err

@@ -55,23 +55,26 @@ def hub_error(kind):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("RepositoryNotFoundError", "is not on the Hugging Face hub, or is private; check its name"),
-        ("GatedRepoError", "is for those who accepted its terms; accept them on its page"),
-        ("RemoteEntryNotFoundError", "has no config.json on the hub; name a model of transformers"),
-        ("OfflineModeIsEnabled", "is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a folder"),
-        ("LocalEntryNotFoundError", "has no config.json on the hub"),
+        ("RepositoryNotFoundError", "is not on the Hugging Face hub, or is private: check its name"),
+        ("GatedRepoError", "is for those who accepted its terms: accept them on its page, and log in"),
+        ("RemoteEntryNotFoundError", "has no config.json on the Hugging Face hub; name a folder with the model"),
+        ("OfflineModeIsEnabled", "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or name a folder"),
+        ("LocalEntryNotFoundError", "has no config.json on the Hugging Face hub"),
     ],
 )
 def test_a_model_that_the_hub_does_not_give(kind, words, hub, capsys):
     hub.error = hub_error(kind)
-    assert f"org/model {words}" in error(capsys, "org/model")
+    assert f"the model org/model {words}" in error(capsys, "org/model")
 
 
 def test_a_hub_that_does_not_answer(hub, capsys):
     hub.error = ConnectionError("Name or service\n not known")
     words = error(capsys, "org/model")
-    assert "org/model is not in the hub's cache, and the Hugging Face hub does not answer" in words
-    assert "(ConnectionError: Name or service not known); go online once, or name a folder" in words
+    assert (
+        "config.json of the model org/model is not in the hub's cache, and the Hugging Face hub does not answer"
+        in words
+    )
+    assert "(ConnectionError: Name or service not known): go online once, or name a folder" in words
 
 
 def test_what_is_cached_needs_no_hub(hub, write_family, capsys):

@@ -10,7 +10,7 @@ from vllm_lexico import cli
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.folder import write_cache
 from vllm_lexico.evals.results.frontier import points
-from vllm_lexico.evals.results.summary import COLUMNS, write_summary
+from vllm_lexico.evals.results.summary import COLUMNS, read_metrics, write_summary
 from vllm_lexico.evals.results.tables import dominating, report
 
 CACHES = (("bf16", 1.0, 1000.0), ("lexico:15", 0.8, 125.0), ("lexico:7", 0.4, 62.5), ("turboquant_3bit_nc", 0.5, 250.0))
@@ -110,11 +110,23 @@ def test_rows_are_recorded_once(make_results, tmp_path, load_benchmark, root, mo
     assert len((tmp_path / "results" / "quality.jsonl").read_text().splitlines()) == len(rows)
 
 
+def test_few_samples_are_said_in_results_and_in_words(make_results, capsys, monkeypatch):
+    out = make_results(*CACHES)
+    write_summary(out)
+    assert read_metrics(out)["few_samples"] == {"gsm8k": 20, "wikitext": 20, "needle": 20}
+    assert cli.main(["eval", "--report", str(out)]) == 0
+    said = "Few samples (gsm8k 20, wikitext 20, needle 20): these figures show what is broken"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr("vllm_lexico.evals.results.summary.FEW_SAMPLES", 20)
+    write_summary(out)
+    assert read_metrics(out)["few_samples"] == {} and "Few samples" not in report(read_metrics(out))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ([], "MODEL is missing"),
-        (["m", "--out", "o"], "--data is missing"),
+        (["m", "--data", "d"], "--out is missing"),
         (["m", "--data", "d", "--out", "o", "--tasks", "chess"], "--tasks was given as 'chess'"),
         (["m", "--data", "d", "--out", "o", "--caches", "lexico"], "how many atoms"),
         (["m", "--data", "d", "--out", "o", "--engine-arguments", "[]"], "no JSON object"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from vllm_lexico.check.states import state_bytes
@@ -97,8 +98,14 @@ def read_shape(name: str, folder: str, overrides: str = "") -> ModelShape:
         overrides: of the configuration, as vLLM's --hf-overrides takes them.
 
     Raises:
-        ValueError: it cannot be read, or describes no decoder with attention in layers of one shape.
+        ValueError: transformers is not there, or the configuration cannot be read, or describes no decoder with
+            attention in layers of one shape.
     """
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "transformers, which reads configurations, is not installed; vLLM brings it: check where vLLM is, or run "
+            "`pip install transformers`"
+        )
     whole = read_config(folder, overrides)
     text = whole.get_text_config()
     coded = coded_layers(text)

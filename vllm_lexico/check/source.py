@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from vllm_lexico import hub
 from vllm_lexico.dictionary.names import is_hub_id, printable
 from vllm_lexico.errors import refusal
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-HUB_TIMEOUT_SECONDS = 5.0
 # The first kind of which a model has files is what vLLM loads. Mistral's own format repeats the weights.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 REPEATED = ("consolidated",)
@@ -41,42 +41,7 @@ def config_folder(model: str) -> Path:
     if not is_hub_id(model):
         allowed = "a folder with a model, or a Hugging Face id (org/name)"
         raise ValueError(refusal("MODEL", model, allowed, "this is neither; check how it is written"))
-    return _fetch(model, CONFIG).parent
-
-
-def _fetch(model: str, file: str) -> Path:
-    """A small file of a model, out of the hub's cache or else of the hub.
-
-    Raises:
-        ValueError: in one sentence, why it cannot be had.
-    """
-    from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    name = printable(model)
-    if isinstance(cached := try_to_load_from_cache(model, file), str):
-        return Path(cached)
-    try:
-        # One request first: without network a download tries for half a minute.
-        get_session().head(hf_hub_url(model, file), timeout=HUB_TIMEOUT_SECONDS)
-        return Path(hf_hub_download(model, file, etag_timeout=HUB_TIMEOUT_SECONDS))
-    except GatedRepoError as error:
-        reason = "is for those who accepted its terms; accept them on its page, and log in with `hf auth login`"
-        raise ValueError(f"{name} {reason}") from error
-    except RepositoryNotFoundError as error:
-        reason = "is not on the Hugging Face hub, or is private; check its name, or log in with `hf auth login`"
-        raise ValueError(f"{name} {reason}") from error
-    except OfflineModeIsEnabled as error:
-        reason = "is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a folder with the model"
-        raise ValueError(f"{name} {reason}") from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{name} has no {file} on the hub; name a model of transformers") from error
-    except Exception as error:  # what the client raises for a hub that does not answer is of many kinds
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(
-            f"{name} is not in the hub's cache, and the Hugging Face hub does not answer ({words}); go online once, or "
-            "name a folder with the model"
-        ) from error
+    return hub.fetch(model, CONFIG, remedy="name a folder with the model").parent
 
 
 def find_weights(model: str, folder: Path) -> Weights | None:
@@ -96,7 +61,7 @@ def find_weights(model: str, folder: Path) -> Weights | None:
     from huggingface_hub import HfApi
 
     try:
-        listed = HfApi().model_info(model, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS).siblings or []
+        listed = HfApi().model_info(model, files_metadata=True, timeout=hub.TIMEOUT_SECONDS).siblings or []
     except Exception:  # offline, or a hub that does not answer: the weights are counted otherwise then
         return None
     total = weight_bytes((one.rfilename, one.size or 0) for one in listed)

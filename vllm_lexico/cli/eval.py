@@ -3,13 +3,16 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_lexico.errors import check_whole_number, refusal
 from vllm_lexico.evals.settings import (
     DEFAULT_CACHES,
     DEFAULT_TASKS,
+    QUICK,
+    QUICK_CACHES,
     EvalSettings,
     Gsm8kSettings,
     NeedleSettings,
@@ -17,12 +20,14 @@ from vllm_lexico.evals.settings import (
 )
 
 EXAMPLES = """examples:
-  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --data data --out results/qwen
-      every cache of the default list at every task
-  vllm-lexico eval ./my-finetune --data data --out results/mine --tasks gsm8k --caches lexico:15,lexico:7,bf16 \\
+  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/first-look --quick
+      does it work? some minutes on a GPU, with few questions
+  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/qwen
+      every cache of the default list at every task; GSM8K and WikiText-2 come from the Hugging Face hub
+  vllm-lexico eval ./my-finetune --data my-data --out results/mine --tasks gsm8k --caches lexico:15,lexico:7,bf16 \\
         --gsm8k-limit 200 --dictionary my-finetune.safetensors
       a quick look at one task; bf16 is what the others are compared with
-  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --data data --out results/windows --tasks gsm8k,wikitext \\
+  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/windows --tasks gsm8k,wikitext \\
         --caches bf16,lexico:15+window=32,lexico:15+window=256,lexico:15+sinks=0,lexico:19/11,lexico:15+block_size=64
       a study of settings
   vllm-lexico eval --report results/qwen
@@ -31,9 +36,10 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted one stopped, and tries again what failed. More caches and tasks may be
 added to a folder; other settings need another."""
 
-CACHES = """separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
+Settings = TypeVar("Settings", Gsm8kSettings, WikitextSettings, NeedleSettings)
+CACHES = f"""separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
 --kv-cache-dtype of vLLM; each with +name=value after it for a setting of LEXICO, block_size or
-backend (default: %(default)s)"""
+backend (default: {DEFAULT_CACHES}; {QUICK_CACHES} with --quick)"""
 
 
 def add(commands: Any) -> None:
@@ -46,37 +52,27 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    gsm8k, wikitext, needle = Gsm8kSettings(), WikitextSettings(), NeedleSettings()
     parser.add_argument("model", metavar="MODEL", nargs="?", help="Hugging Face id or folder of a model")
     parser.add_argument(
         "--report", metavar="DIR", type=_folder, help="print the tables of an evaluation and do nothing else"
     )
     parser.add_argument("--tasks", default=DEFAULT_TASKS, help="separated by commas (default: %(default)s)")
-    parser.add_argument("--caches", default=DEFAULT_CACHES, help=CACHES)
+    parser.add_argument("--caches", help=CACHES)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look of some minutes on one GPU: few questions, said beside the results, and no compilation; "
+        "other options come on top",
+    )
     parser.add_argument("--dictionary", help="of LEXICO's caches (default: the one that serving would find)")
-    parser.add_argument("--data", metavar="DIR", type=_folder, help="folder of the files that the tasks read")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=_folder,
+        help="folder of the files that the tasks read (default: the user's cache, made from the hub's datasets)",
+    )
     parser.add_argument("--out", metavar="DIR", type=_folder, help="folder of the results")
-    tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--gsm8k-limit", type=int, metavar="N", help="the first N problems (default: all 1,319)")
-    tasks.add_argument("--shots", type=int, default=gsm8k.shots, help="worked problems before each (%(default)s)")
-    tasks.add_argument("--wikitext-windows", type=int, metavar="N", help="the first N windows (default: all)")
-    tasks.add_argument("--wikitext-length", type=int, default=wikitext.length, help="tokens per window (%(default)s)")
-    tasks.add_argument(
-        "--wikitext-skip",
-        type=int,
-        default=wikitext.skip,
-        help="first tokens of a window without a score (%(default)s)",
-    )
-    tasks.add_argument(
-        "--chunk-tokens", type=int, default=wikitext.chunk, help="tokens of a window that a step computes (%(default)s)"
-    )
-    tasks.add_argument("--needle-lengths", type=int, nargs="+", default=needle.lengths, help="in tokens (%(default)s)")
-    tasks.add_argument(
-        "--needle-samples", type=int, default=needle.samples, help="documents per length and kind (%(default)s)"
-    )
-    tasks.add_argument(
-        "--needle-keys", type=int, default=needle.keys, help="needles in a document of several (%(default)s)"
-    )
+    _add_tasks(parser.add_argument_group("tasks; with --quick the defaults are smaller"))
     engine = parser.add_argument_group("engine, for all caches")
     engine.add_argument("--max-model-len", type=int, help="(default: what the tasks need)")
     engine.add_argument("--max-num-seqs", type=int, help="(default: vLLM's)")
@@ -88,10 +84,29 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run, after_interrupt="the same command goes on with what is not finished")
 
 
+def _add_tasks(tasks: Any) -> None:
+    """Add the options of tasks; None where they are not given, for what `settings_of` takes then."""
+    gsm8k, wikitext, needle = Gsm8kSettings(), WikitextSettings(), NeedleSettings()
+    lengths = " ".join(map(str, needle.lengths))
+    for flag, metavar, words in (
+        ("--gsm8k-limit", "N", "the first N problems (all 1,319)"),
+        ("--shots", "N", f"worked problems before each ({gsm8k.shots})"),
+        ("--wikitext-windows", "N", "the first N windows (all)"),
+        ("--wikitext-length", "TOKENS", f"tokens per window ({wikitext.length})"),
+        ("--wikitext-skip", "TOKENS", f"first tokens of a window without a score ({wikitext.skip})"),
+        ("--chunk-tokens", "TOKENS", f"tokens of a window that a step computes ({wikitext.chunk})"),
+        ("--needle-samples", "N", f"documents per length and kind ({needle.samples})"),
+        ("--needle-keys", "N", f"needles in a document of several ({needle.keys})"),
+    ):
+        tasks.add_argument(flag, type=int, metavar=metavar, help=words)
+    tasks.add_argument("--needle-lengths", type=int, nargs="+", metavar="TOKENS", help=f"of a document ({lengths})")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, or print the tables of an evaluation; ValueError at the end where a cache failed."""
     # Not at the top, since these import torch: a parser, and so --help, must not wait for it.
     from vllm_lexico.evals.caches import parse_caches
+    from vllm_lexico.evals.fetch import fetch_data
     from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
     from vllm_lexico.evals.results.tables import overview, report
     from vllm_lexico.evals.run import run_evaluation
@@ -100,16 +115,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report:
         print(report(read_metrics(arguments.report)), end="")
         return
-    for name in ("model", "data", "out"):
+    for name in ("model", "out"):
         if not getattr(arguments, name):
             raise ValueError(f"{'MODEL' if name == 'model' else '--' + name} is missing; see vllm-lexico eval --help")
     if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
         raise ValueError(refusal("--timeout", arguments.timeout, "more than 0 seconds", "leave it out"))
     check_whole_number("--parallel", arguments.parallel, 1, 1000, "leave it out for 1")
     tasks = parse_tasks(arguments.tasks)
-    caches = parse_caches(arguments.caches, arguments.dictionary)
+    named = arguments.caches if arguments.caches is not None else QUICK_CACHES if arguments.quick else DEFAULT_CACHES
+    caches = parse_caches(named, arguments.dictionary)
+    settings = settings_of(arguments, arguments.data or Path())
+    if not arguments.data:
+        settings = replace(settings, data=str(fetch_data(tasks)))
     failures = run_evaluation(
-        settings_of(arguments),
+        settings,
         caches,
         tasks,
         arguments.out,
@@ -126,21 +145,43 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def settings_of(arguments: argparse.Namespace) -> EvalSettings:
-    """The settings that the command line asks for; ValueError for those that are not allowed."""
+def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
+    """The settings that the command line asks for; ValueError for those that are not allowed.
+
+    Args:
+        arguments: of the command line.
+        data: folder of the files that the tasks read.
+    """
     flags = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
     engine = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    engine |= ({"enforce_eager": True} if arguments.enforce_eager else {}) | _json_object(arguments.engine_arguments)
+    if arguments.enforce_eager or arguments.quick:
+        engine["enforce_eager"] = True
+    gsm8k, wikitext, needle = QUICK if arguments.quick else (Gsm8kSettings(), WikitextSettings(), NeedleSettings())
+    lengths = arguments.needle_lengths
     return EvalSettings(
         model=arguments.model,
-        data=str(arguments.data),
-        engine=engine,
-        gsm8k=Gsm8kSettings(arguments.shots, arguments.gsm8k_limit),
-        wikitext=WikitextSettings(
-            arguments.wikitext_length, arguments.wikitext_skip, arguments.wikitext_windows, arguments.chunk_tokens
+        data=str(data),
+        engine=engine | _json_object(arguments.engine_arguments),
+        gsm8k=_with(gsm8k, shots=arguments.shots, limit=arguments.gsm8k_limit),
+        wikitext=_with(
+            wikitext,
+            length=arguments.wikitext_length,
+            skip=arguments.wikitext_skip,
+            count=arguments.wikitext_windows,
+            chunk=arguments.chunk_tokens,
         ),
-        needle=NeedleSettings(tuple(arguments.needle_lengths), arguments.needle_samples, arguments.needle_keys),
+        needle=_with(
+            needle,
+            lengths=None if lengths is None else tuple(lengths),
+            samples=arguments.needle_samples,
+            keys=arguments.needle_keys,
+        ),
     )
+
+
+def _with(settings: Settings, **given: Any) -> Settings:
+    """Settings of a task, changed where something was given."""
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
 def _folder(given: str) -> Path | None:

@@ -154,7 +154,10 @@ def check_data(settings: EvalSettings, tasks: Sequence[str]) -> None:
     """Refuse a folder that lacks a file which a task will read."""
     missing = [f for task in tasks for f in TASKS[task].DATA_FILES if not (Path(settings.data) / f).is_file()]
     if missing:
-        raise ValueError(f"--data {settings.data} lacks {', '.join(missing)}; name the folder that has them")
+        raise ValueError(
+            f"--data {settings.data} lacks {', '.join(missing)}; name the folder that has them, or leave --data out to "
+            "have them made from datasets of the Hugging Face hub"
+        )
 
 
 def _describe(one: Running) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_lexico.errors import check_whole_number, refusal
 
 DEFAULT_TASKS = "gsm8k,wikitext,needle"
+QUICK_CACHES = "lexico:15,bf16"
 DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turboquant_3bit_nc"
 
 
@@ -114,3 +115,11 @@ class EvalSettings:
             WikitextSettings(**values["wikitext"]),
             NeedleSettings(**needle),
         )
+
+
+# A first look, some minutes on one GPU: few questions, so that only what is broken shows.
+QUICK = (
+    Gsm8kSettings(limit=20),
+    WikitextSettings(count=4),
+    NeedleSettings(lengths=(4096,), samples=2),
+)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lexico_kernels.files import write_whole
+from pydantic import Field
 
 from vllm_lexico.evals.caches import REFERENCE
 from vllm_lexico.evals.fields import Count, Fields, NotNegative, Positive, Printable
@@ -21,6 +22,7 @@ from vllm_lexico.evals.sealed import read_sealed, write_sealed
 from vllm_lexico.evals.tasks import TASKS
 
 METRICS_FILE, TABLE_FILE, PICTURE_FILE = "metrics.json", "frontier.csv", "frontier.png"
+FEW_SAMPLES = 50  # below it an interval of 95 % is wider than what caches differ by
 COLUMNS = (
     "cache", "task", "metric", "value", "low", "high", "peer_value", "ratio", "ratio_low", "ratio_high", "count",
     "bytes_per_token", "bytes_percent", "held_bytes_per_token", "held_percent", "sequence_tokens", "seconds",
@@ -67,10 +69,11 @@ class CacheMetrics(Fields):
 
 
 class Metrics(Fields):
-    """What metrics.json has; see `collect`."""
+    """What metrics.json has; see `collect`. few_samples: of tasks with too few to tell caches apart by."""
 
     config: Config
     reference: Printable
+    few_samples: dict[Printable, Count] = Field(default_factory=dict)
     caches: dict[Printable, CacheMetrics]
 
 
@@ -121,7 +124,22 @@ def collect(out: Path) -> dict[str, Any]:
     found = {name: _cache_metrics(folder, reference) for name, folder in folders.items()}
     # Those that never ran have no bytes and come last.
     order = sorted(found, key=lambda name: (-(found[name]["bytes_percent"] or 0), name))
-    return {"config": read_config(out), "reference": REFERENCE, "caches": {name: found[name] for name in order}}
+    return {
+        "config": read_config(out),
+        "reference": REFERENCE,
+        "few_samples": _few_samples(found.values()),
+        "caches": {name: found[name] for name in order},
+    }
+
+
+def _few_samples(caches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The samples of each task that has fewer than FEW_SAMPLES."""
+    counts: dict[str, int] = {}
+    for cache in caches:
+        for task, of_task in cache["tasks"].items():
+            count = max((measure["count"] for measure in of_task["measures"]), default=0)
+            counts[task] = max(count, counts.get(task, 0))
+    return {task: counts[task] for task in TASKS if counts.get(task, FEW_SAMPLES) < FEW_SAMPLES}
 
 
 def _cache_metrics(folder: CacheFolder, reference: Mapping[str, Result]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def overview(metrics: Mapping[str, Any]) -> str:
-    """One line per cache, one column per task."""
+    """One line per cache, one column per task; below it what tasks have few samples."""
     rows = {(row["cache"], row["metric"]): row for row in flat_rows(metrics)}
     shown = [column for column in OVERVIEW if any(metric == column[0] for _, metric in rows)]
     head = ["cache", "bytes per token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
@@ -58,7 +58,15 @@ def overview(metrics: Mapping[str, Any]) -> str:
                 text += f", {row['ratio']:.3f} of bf16"
             cells.append(text)
         lines.append(cells)
-    return table(head, lines)
+    return "\n\n".join([table(head, lines), *few_samples(metrics)])
+
+
+def few_samples(metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence where tasks have few samples, or nothing."""
+    if not (few := metrics.get("few_samples")):
+        return []
+    counts = ", ".join(f"{task} {count}" for task, count in few.items())
+    return [f"Few samples ({counts}): these figures show what is broken, and do not tell caches apart."]
 
 
 def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
