@@ -223,6 +223,7 @@ def test_what_it_does_not_support(device):
     for it, dtype in (
         (layout(codec="paper"), torch.float16),
         (layout(96), torch.float16),
+        (layout(256, S=(31, 31)), torch.float16),
         (layout(element_bytes=4), torch.float32),
     ):
         cache = poisoned_cache(it, 2, atoms=64, dtype=dtype, device=device)
