@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from bench import parallel_speed
 from bench.record import record
 
 LEAST_SECONDS = 30  # left, to start another engine
+LONGEST_WAIT = 90.0  # seconds for a lock; then the process that has it is thought to hang
 # NVLink multicast stays off: on some hosts a program that uses it takes the GPUs out of service. It would be of use to
 # all backends alike.
 ENVIRONMENT = {
@@ -47,8 +48,9 @@ class Job(NamedTuple):
 class Kept:
     """Writes rows, says what they mean and remembers what was wrong."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.faults = folder, list[str]()
+    def __init__(self, folder: Path, table: str = "parallel") -> None:
+        """folder, table: where rows go."""
+        self.folder, self.table, self.faults = folder, table, list[str]()
         self._written: set[str] = set()
 
     def write(self, row: parallel_speed.Row, words: str) -> None:
@@ -56,20 +58,25 @@ class Kept:
         case, metric, value, peer, peer_value = row
         if (key := repr(row)) not in self._written:
             self._written.add(key)
-            record("parallel", case, metric, value, peer, peer_value, folder=self.folder)
+            record(self.table, case, metric, value, peer, peer_value, folder=self.folder)
             print(words, flush=True)
 
     def fault(self, words: str) -> None:
         """Something that the exit status must tell."""
         self.faults.append(words)
-        print(f"parallel: {words}", file=sys.stderr, flush=True)
+        print(f"{self.table}: {words}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
-    """Alone among the processes that name the same file."""
+    """Alone among the processes that name the same file, but for one that has it for too long."""
+    until = time.monotonic() + LONGEST_WAIT
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while time.monotonic() < until:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
         yield
 
 
@@ -101,7 +108,7 @@ def run_jobs(
                 kept.fault(f"out of time for {', '.join(job.name for later in waves[at:] for job in later)}")
                 return
             processes += [[start(job) for job in later] for later in waves[len(processes) : at + 2]]
-            yield from _results(wave, processes[at], deadline - began, kept)
+            yield from _results(wave, processes[at], min(options.engine_seconds, deadline - began), kept)
             print(f"({', '.join(job.name for job in wave)}: {time.monotonic() - began:.1f} s)", flush=True)
     finally:
         for process in (process for started in processes for process in started):

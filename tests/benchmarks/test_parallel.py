@@ -184,7 +184,7 @@ def test_what_dies_or_hangs_costs_only_its_own(parallel, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_jobs, "LEAST_SECONDS", 0.5)
     script = tmp_path / "serves.py"
     script.write_text(SERVES)
-    options = types.SimpleNamespace(logs=tmp_path, shrink=1, steps=1, answer_tokens=1, turns=1)
+    options = types.SimpleNamespace(logs=tmp_path, shrink=1, steps=1, answer_tokens=1, turns=1, engine_seconds=60)
     kept = parallel.Kept(tmp_path)
 
     def job(name, how, gpus=()):
@@ -211,3 +211,16 @@ def test_rows_are_written_once(parallel, tmp_path, capsys):
         kept.write(({"gpus": 2}, "train_seconds", 3.0, "one GPU", 6.0), "half")
     (line,) = (tmp_path / "parallel.jsonl").read_text().splitlines()
     assert '"ratio": 0.5' in line and capsys.readouterr().out == "half\n"
+
+
+def test_a_lock_is_waited_for_but_not_for_ever(parallel, tmp_path, monkeypatch):
+    from bench import parallel_jobs
+
+    monkeypatch.setattr(parallel_jobs, "LONGEST_WAIT", 0.2)
+    with parallel.held(tmp_path / "lock"):
+        began = time.monotonic()
+        with parallel.held(tmp_path / "lock"):
+            assert time.monotonic() - began >= 0.2
+    began = time.monotonic()
+    with parallel.held(tmp_path / "lock"):
+        assert time.monotonic() - began < 0.2
