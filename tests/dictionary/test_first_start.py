@@ -159,7 +159,10 @@ def test_another_models_file_is_not_replaced(trainer, addresses):
 def setup_of(model, config, hf_overrides=None) -> LexicoSetup:
     vllm_config = SimpleNamespace(
         additional_config={"lexico": {"dictionary": "train"}},
-        model_config=SimpleNamespace(hf_text_config=config, model=model, hf_overrides=hf_overrides),
+        model_config=SimpleNamespace(
+            hf_text_config=config, model=model, hf_overrides=hf_overrides, max_model_len=4096, is_hybrid=False
+        ),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         num_speculative_tokens=0,
         max_concurrent_batches=1,
     )
@@ -215,6 +218,18 @@ def test_what_the_engine_overrides_is_trained_for(addresses, monkeypatch):
     assert command[command.index("--hf-overrides") + 1] == overrides
     out = Path(command[command.index("--out") + 1])
     assert out.name.startswith("some_model+") and out.name == file_name("some/model", yarn.rope)
+
+
+def test_what_short_sequences_need_is_trained_for(addresses, monkeypatch):
+    """vLLM chooses between two sets of rotary factors by the longest sequence."""
+    commands = []
+    monkeypatch.setattr(first_start, "_run", lambda command: commands.append(command) or 2)
+    short = replace(FINGERPRINT, rope='{"factors": "short", "original_max_position_embeddings": 4096.0}')
+    with pytest.raises(ValueError, match="by hand: vllm-lexico train some/model --max-model-len 4096$"):
+        find_or_train("some/model", short)
+    (command,) = commands
+    assert command[command.index("--max-model-len") + 1] == "4096" and "--hf-overrides" not in command
+    assert Path(command[command.index("--out") + 1]).name == file_name("some/model", short.rope)
 
 
 def test_overrides_by_a_function_are_not_trained_for(trainer):

@@ -52,7 +52,7 @@ class LexicoSetup:
             raise ValueError(refusals.codec_on_gpu(config.codec))
         path, model, parallel = None, vllm_config.model_config, vllm_config.parallel_config
         if config.codec != "exact":
-            fingerprint = ModelFingerprint.of(vllm_config.model_config.hf_text_config)
+            fingerprint = ModelFingerprint.of(model.hf_text_config, model.max_model_len)
             path = _checked_dictionary(config.dictionary, model.model, fingerprint, _overrides(model.hf_overrides))
         beside_states = 0
         if model.is_hybrid:

@@ -18,7 +18,9 @@ from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluat
 from vllm_lexico.train.levels import Levels, learn_levels
 
 LEVEL_VECTORS = {"cuda": 8192, "cpu": 1024}  # per layer, for keys and for values each, by kind of device
-REPORTED_SPARSITIES = (7, 15)
+REPORTED_SPARSITIES = (7, 15)  # 1/16 and 1/8 of heads of 128
+LARGE_HEADS_REPORTED = (15, 31)  # the same of heads of 256
+LARGE_HEAD = 256
 USAGE_SPARSITY = 15
 LAYERS_AT_ONCE = {"cuda": 8, "cpu": 1}  # K and V of each: enough vectors per launch to keep a GPU busy
 LEAST_RATE = 0.02  # of the rate, at the end of annealing
@@ -161,11 +163,11 @@ class LayerLearners:
         """
         for learner, layers in self._groups():
             self._check(self.named(learner.atoms), "atoms", layers)
-        lost: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
+        lost: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in self._reported()}
         for learner, layers in self._groups():
             vectors = self._vectors(store, layers, self._sample(store))
             atoms = self._stored_atoms(learner)
-            levels = learn_levels(vectors, atoms, REPORTED_SPARSITIES, sharing=self.copies)
+            levels = learn_levels(vectors, atoms, self._reported(), sharing=self.copies)
             for sparsity, values in self._evaluate(vectors, atoms, levels).items():
                 lost[sparsity].append(values)
         tables = {sparsity: torch.cat(values).cpu() for sparsity, values in lost.items()}
@@ -184,7 +186,7 @@ class LayerLearners:
             held_out: others, for the errors.
         """
         tensors: dict[str, list[torch.Tensor]] = {}
-        losses: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in REPORTED_SPARSITIES}
+        losses: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in self._reported()}
         for learner, layers in self._groups():
             atoms = self._stored_atoms(learner)
             levels = learn_levels(self._vectors(store, layers, self._sample(store)), atoms, sharing=self.copies)
@@ -236,11 +238,15 @@ class LayerLearners:
         """[layers, 2, heads, ...] as the file has it: without the axis of heads where they share."""
         return tensor[:, :, 0] if self.settings.shared else tensor
 
+    def _reported(self) -> tuple[int, ...]:
+        """Sparsities at which losses are told."""
+        return LARGE_HEADS_REPORTED if self.mean.shape[-1] >= LARGE_HEAD else REPORTED_SPARSITIES
+
     def _evaluate(self, vectors: torch.Tensor, atoms: torch.Tensor, levels: Levels) -> dict[int, torch.Tensor]:
         """Energy lost by sparsity, float32 [layers, 2]: of all heads together."""
         weight = self.named(vectors.square().sum((1, 2)))
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
-        lost = evaluate(vectors, atoms, levels, REPORTED_SPARSITIES)
+        lost = evaluate(vectors, atoms, levels, self._reported())
         return {sparsity: (self.named(values) * weight).sum(-1) for sparsity, values in lost.items()}
 
     def _check(self, tensor: torch.Tensor, name: str, layers: slice = slice(None)) -> None:

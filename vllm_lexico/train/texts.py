@@ -227,7 +227,7 @@ def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
 def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: int) -> torch.Tensor:
     """Text that a model samples itself at temperature 1, each from a random first token. Needs no data, no tokenizer.
 
-    The start token, where the model has one, comes before it.
+    The start token, where the model has one, comes before it. Tokens that stand for images or sound are never taken.
 
     Args:
         model: of transformers.
@@ -240,7 +240,9 @@ def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: 
         int64 [count, length] token ids, on the CPU.
     """
     torch.manual_seed(seed)
-    start = model.config.bos_token_id
+    text = model.config.get_text_config()
+    start, others = text.bos_token_id, _tokens_of_other_inputs(model.config)
+    words = torch.tensor(sorted(set(range(text.vocab_size)) - set(others)), device=model.device)
     pieces = []
     with tqdm(
         total=math.ceil(count / batch) * length, desc="writing text", unit="token", leave=False, mininterval=1.0
@@ -252,7 +254,7 @@ def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: 
 
         for at in range(0, count, batch):
             rows = min(batch, count - at)
-            prompt = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
+            prompt = words[torch.randint(len(words), (rows, 1), device=model.device)]
             if start is not None:
                 prompt = torch.cat((torch.full_like(prompt, start), prompt), 1)
             sampled = model.generate(
@@ -265,6 +267,18 @@ def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: 
                 min_new_tokens=length - prompt.shape[1],
                 max_new_tokens=length - prompt.shape[1],
                 stopping_criteria=[count_a_token],
+                suppress_tokens=others or None,
             )
             pieces.append(sampled[:, :length].cpu())
     return torch.cat(pieces)
+
+
+def _tokens_of_other_inputs(config: Any) -> list[int]:
+    """Tokens by which a model that reads more than text marks where the rest stands; none for others."""
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig) or config.get_text_config() is config:
+        return []
+    marks = [value for name, value in vars(config).items() if re.fullmatch(r".+_token_(id|index)", name)]
+    own = {config.get_text_config().bos_token_id, config.get_text_config().eos_token_id}
+    return sorted({mark for mark in marks if isinstance(mark, int)} - own)
