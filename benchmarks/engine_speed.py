@@ -128,13 +128,17 @@ def serve(options: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()  # as vLLM's server does: what the imports made is not looked through again while tokens are timed
     for measure in options.measure:
-        began = time.perf_counter()
-        result = None
-        try:
-            result = run_measure(measure, driver, options)
-        except Exception:
-            traceback.print_exc()
-        print(f"{ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
+        answer(measure, functools.partial(run_measure, measure, driver, options))
+
+
+def answer(measure: str, run: Callable[[], dict[str, Any]]) -> None:
+    """Print what a measure gives, for `EngineProcess.results`, or its traceback."""
+    began, result = time.perf_counter(), None
+    try:
+        result = run()
+    except Exception:
+        traceback.print_exc()
+    print(f"{ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
 
 
 class EngineProcess:

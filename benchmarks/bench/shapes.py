@@ -55,8 +55,8 @@ def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Pa
     """Write a dictionary of random atoms, each KV head's own, for the model in a folder, beside its config.json."""
     from transformers import AutoConfig
 
-    fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(model))
-    shape = (fingerprint.num_layers, fingerprint.num_kv_heads, fingerprint.head_dim)
+    fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(model).get_text_config())
+    shape = (len(fingerprint.layers), fingerprint.num_kv_heads, fingerprint.head_dim)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for kv in ("key", "value"):

@@ -60,9 +60,8 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
-        beside_states = cls.setup is not None and cls.setup.beside_states
-        sizes = refusals.STATE_BLOCK_SIZES if beside_states else refusals.SUPPORTED_BLOCK_SIZES
-        return block_size is None or block_size in sizes
+        """The engine's own refusals know which of these its model allows; here there may be no setup yet."""
+        return block_size is None or block_size in refusals.SUPPORTED_BLOCK_SIZES + refusals.STATE_BLOCK_SIZES
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

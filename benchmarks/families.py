@@ -1,0 +1,164 @@
+"""Models in which a part of the layers is coded: tokens that fit, and decode, beside vLLM without LEXICO.
+
+    python benchmarks/families.py                            # the shapes of four families with dummy weights
+    python benchmarks/families.py --families gemma qwen --seconds 300
+
+Each family runs twice on the same GPU, without LEXICO (vLLM chooses all backends) and with it at 12.5 %, with
+torch.compile and FULL CUDA graphs, at 131,072 tokens; several GPUs take families in turn. Rows go to
+benchmarks/results/families.jsonl:
+
+kv_cache_tokens           that fit into --cache-gib, as vLLM counts them when it starts.
+decode_tokens_per_second  of 8 sequences of 32k tokens.
+prefix_hit_tokens         of a prompt of 32k tokens that is asked a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
+
+import engine_speed
+from bench import engine_loads
+from bench.family_shapes import SHAPES
+from bench.parallel_jobs import Job, Kept, run_jobs
+from bench.record import RESULTS
+from bench.shapes import write_model, write_random_dictionary
+
+PLAIN, CODED = "vLLM", "LEXICO"
+MEASURES = ("fit", "hits", "decode")
+GRAPHS = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+MAX_MODEL_LEN, CONTEXT = 131072, 32768
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Wait for an engine's settings on standard input, start it and print each measure's result, null if it failed."""
+    from vllm import LLM
+
+    llm = LLM(**json.loads(sys.stdin.readline()))
+    driver = engine_loads.Driver(llm)
+    gc.collect()
+    gc.freeze()  # as engine_speed.py does
+    cache, context = llm.llm_engine.vllm_config.cache_config, CONTEXT // options.shrink
+    measures = {
+        "fit": lambda: {"tokens": cache.kv_cache_size_tokens, "block_size": cache.block_size},
+        "hits": lambda: {"tokens": hit_tokens(llm, driver, context)},
+        "decode": lambda: engine_loads.decode_after_fill(
+            driver, 8, context, options.steps, {"spread": [*range(17, 25)]}
+        ),
+    }
+    for name in options.measure:
+        engine_speed.answer(name, measures[name])
+
+
+def hit_tokens(llm: Any, driver: engine_loads.Driver, length: int) -> int:
+    """Tokens of a prompt that the prefix cache has when it is asked again."""
+    from vllm import SamplingParams
+
+    (prompt,) = driver.prompts([length])
+    asked = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    for _ in range(2):
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+    return output.num_cached_tokens
+
+
+def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) -> list[Job]:
+    """The family's two engines."""
+    shape = SHAPES[family]
+    model = write_model(folder / family, shape.config | options.shape)
+    dictionary = write_random_dictionary(model).rename(folder / f"{family}.safetensors")
+    common = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": MAX_MODEL_LEN // options.shrink,
+        "max_num_batched_tokens": max(2048 // options.shrink, 256),
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
+        "enable_prefix_caching": True,
+        "compilation_config": GRAPHS,
+    } | options.settings
+    lexico = {"dictionary": str(dictionary), "sparsity": shape.sparsity}
+    coded = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
+    gpus = (gpu,) if gpu else ()
+    measures = tuple(options.measure)
+    return [
+        Job(f"{family} {PLAIN}", measures, common | options.peer_settings, gpus),
+        Job(f"{family} {CODED}", measures, common | coded, gpus),
+    ]
+
+
+def write_rows(family: str, found: dict[str, dict[str, Any]], kept: Kept, options: argparse.Namespace) -> None:
+    """The rows that follow from what both engines of a family have measured."""
+    theirs, ours = found.get(f"{family} {PLAIN}", {}), found.get(f"{family} {CODED}", {})
+    case = {"model": SHAPES[family].name, "bytes_percent": 12.5, "max_model_len": MAX_MODEL_LEN // options.shrink}
+    case |= {"cache_gib": options.cache_gib, **options.shape, **options.settings}
+    for measure, metric, key in (("fit", "kv_cache_tokens", "tokens"), ("hits", "prefix_hit_tokens", "tokens")):
+        if measure in ours and measure in theirs:
+            pair = ours[measure][key], theirs[measure][key]
+            words = f"{family}: {metric} {pair[0]:,}, {pair[0] / max(pair[1], 1):.2f} times vLLM's without LEXICO"
+            more = {name: value for name, value in ours[measure].items() if name != key}
+            kept.write((case | more, metric, pair[0], PLAIN, pair[1]), words)
+    if "decode" in ours and "decode" in theirs:
+        ours, theirs = ours["decode"]["spread"], theirs["decode"]["spread"]
+        at = case | {"sequences": 8, "context": CONTEXT // options.shrink, "median_ms": ours["median_ms"]}
+        pair = ours["tokens_per_second"], theirs["tokens_per_second"]
+        words = f"{family}: decode {pair[0]:,.0f} tokens/s, {pair[0] / pair[1]:.2f} times vLLM's without LEXICO"
+        kept.write((at, "decode_tokens_per_second", pair[0], PLAIN, pair[1]), words)
+
+
+def measure_all(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Run the families, on as many GPUs as there are; what was wrong."""
+    import torch
+
+    gpus = [str(at) for at in range(torch.cuda.device_count())][: options.gpus] or [""]
+    lanes: list[list[Job]] = [[] for _ in gpus]
+    for at, family in enumerate(options.families):
+        lanes[at % len(gpus)] += jobs_of(family, folder, gpus[at % len(gpus)], options)
+    waves = [[lane[at] for lane in lanes if at < len(lane)] for at in range(max(map(len, lanes)))]
+    kept, found = Kept(options.results, "families"), dict[str, dict[str, Any]]()
+    for job, measure, result in run_jobs(waves, __file__, options, time.monotonic() + options.seconds, kept):
+        print(f"{job.name} {measure}: {json.dumps(result)}", flush=True)
+        found.setdefault(job.name, {})[measure] = result
+        write_rows(job.name.split()[0], found, kept, options)
+    return kept.faults
+
+
+def main() -> int:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--gpus", type=int, default=8, help="use no more than this many (default: all)")
+    parser.add_argument("--seconds", type=float, default=1800, help="start no engine that would end later, roughly")
+    parser.add_argument("--engine-seconds", type=float, default=400, help="most that an engine may take")
+    parser.add_argument("--cache-gib", type=float, default=40, help="of the KV cache (default: %(default)s)")
+    parser.add_argument("--settings", type=json.loads, default={}, help="more settings of vLLM's LLM(), as JSON")
+    parser.add_argument("--peer-settings", type=json.loads, default={}, help="of the engines without LEXICO, as JSON")
+    parser.add_argument("--shape", type=json.loads, default={}, help="other values of config.json, to try this out")
+    parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this, to try this out")
+    parser.add_argument("--steps", type=int, default=144, help="of decode")
+    parser.add_argument("--logs", type=Path, default=Path("families_logs"), help="folder for the engines' messages")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of families.jsonl")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    for name in engine_speed.PASSED_ON:  # what `EngineProcess` passes on
+        if name not in ("shrink", "steps"):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options)
+        return 0
+    options.logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        return 1 if measure_all(options, Path(folder)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
