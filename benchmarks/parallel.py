@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs="+", default=list(MEASURES), help=f"some of {', '.join(MEASURES)}")
     parser.add_argument("--gpus", type=int, default=2, help="to share each model (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="end what has not answered by then")
-    parser.add_argument("--engine-seconds", type=float, default=240, help="most that engines started together may take")
+    parser.add_argument("--engine-seconds", type=float, default=300, help="most that engines started together may take")
     parser.add_argument("--model", type=Path, help="checkpoint's folder for exact and train (default: random weights)")
     parser.add_argument("--dictionary", type=Path, help="its dictionary (default: random atoms)")
     parser.add_argument("--layers", type=int, default=16, help="of the 80 of the shape (default: %(default)s)")
