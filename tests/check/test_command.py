@@ -72,6 +72,13 @@ def test_too_little_memory_is_said(write_family, capsys):
     assert any(line.startswith("sparsity 7") and "not one request" not in line for line in lines)
 
 
+def test_a_model_that_one_gpu_does_not_hold(write_family, capsys):
+    words = " ".join(" ".join(lines_of(capsys, write_family("Qwen3-Next-80B"), "--gpu-memory", "80GiB")).split())
+    assert "minutes on H100s that hold its weights with --data" in words
+    assert "The weights alone do not fit: try --tensor-parallel-size 4." in words
+    assert "and the states of the other layers." in words
+
+
 def test_images_that_are_seen_both_ways_are_left_out_of_the_prompt(write_family, capsys):
     lines = lines_of(capsys, write_family("Gemma-3-27B"))
     assert any(line.startswith("Serve it") and """--limit-mm-per-prompt '{"image": 0}'""" in line for line in lines)

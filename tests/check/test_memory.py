@@ -17,31 +17,25 @@ from vllm_lexico.check.states import state_bytes
 CACHE_BYTES = 40 << 30
 
 
-def groups_of(specs):
-    """vLLM's groups of layers, by the functions that it plans with."""
+def tokens_by_vllm(specs, load, block_outermost=False):
+    """Tokens that fit into CACHE_BYTES, as the line "GPU KV cache size" has them, by vLLM's own planning."""
     from vllm.v1.core import kv_cache_utils as utils
 
-    if utils.is_kv_cache_spec_uniform(specs):
-        return utils._get_kv_cache_groups_uniform_spec(specs)
-    return utils._get_kv_cache_groups_uniform_page_size(utils.unify_kv_cache_spec_page_size(specs))
-
-
-def tokens_by_vllm(specs, load):
-    """Tokens that fit into CACHE_BYTES, as the line "GPU KV cache size" has them."""
-    from vllm.v1.core import kv_cache_utils as utils
-
-    groups = groups_of(specs)
-    layers = max(len(group.layer_names) for group in groups)
-    (page_bytes,) = {group.kv_cache_spec.page_size_bytes for group in groups}
+    layout = SimpleNamespace(is_block_outermost=block_outermost)
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=load.max_model_len),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        cache_config=SimpleNamespace(mamba_cache_mode="align"),
+        cache_config=SimpleNamespace(mamba_cache_mode="align", get_resolved_kv_cache_layout=lambda: layout),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        speculative_config=None,
         max_in_flight_tokens=load.in_flight_tokens,
     )
-    for group in groups:
-        object.__setattr__(group, "host_resident", getattr(group, "host_resident", False))
-    planned = SimpleNamespace(num_blocks=CACHE_BYTES // (layers * page_bytes), kv_cache_groups=groups)
+    if utils.is_kv_cache_spec_uniform(specs):
+        groups = utils._get_kv_cache_groups_uniform_spec(specs)
+    elif (groups := utils._get_packed_kv_cache_groups(config, specs)) is None:
+        groups = utils._get_kv_cache_groups_uniform_page_size(utils.unify_kv_cache_spec_page_size(specs))
+    num_blocks = CACHE_BYTES // utils._get_kv_cache_bytes_per_block(groups, layout)
+    planned = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=groups)
     return utils.get_max_concurrency_for_kv_cache_config(config, planned) * load.max_model_len
 
 
@@ -76,7 +70,7 @@ def plain_specs(shape, load):
 
 
 def coded_specs(shape, sparsity, load):
-    """Specs as LEXICO's layers, their tails and `other_layers` make them."""
+    """Specs as LEXICO and `other_layers` make them, and whether all pages of a block lie together."""
     from vllm.v1.attention.backend import MultipleOf
 
     from vllm_lexico.config import LexicoConfig
@@ -85,49 +79,77 @@ def coded_specs(shape, sparsity, load):
     from vllm_lexico.serve.tail_pages import tail_spec
 
     config = LexicoConfig.from_additional_config({"lexico": {"sparsity": sparsity}})
-    setup = LexicoSetup(config, None, num_draft_tokens=0, concurrent_batches=load.concurrent_batches)
-    heads, block = shape.heads.on_each(load.gpus), 128
-    if len(shape.coded) < shape.num_layers:
-        least = 16
-        block = next(
-            one for one in (128, 256, 64) if setup.layout(shape.heads.size, 1, one, torch.bfloat16).tail_tokens >= least
-        )
-    layout = setup.layout(shape.heads.size, heads, block, torch.bfloat16)
-    flash = SimpleNamespace(
-        get_supported_kernel_block_sizes=lambda spec: [MultipleOf(16)], get_name=lambda: "FLASH_ATTN"
+    beside_states = len(shape.coded) if shape.keeps_states else 0
+    setup = LexicoSetup(config, None, 0, load.concurrent_batches, beside_states)
+    size, heads = shape.heads.size, shape.heads.on_each(load.gpus)
+    model = SimpleNamespace(
+        get_head_size=lambda: size,
+        get_num_kv_heads=lambda parallel: heads,
+        dtype=torch.bfloat16,
+        max_model_len=load.max_model_len,
+        hf_text_config=shape.text,
     )
+    engine = SimpleNamespace(
+        model_config=model,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        cache_config=SimpleNamespace(mamba_cache_mode="align"),
+        max_in_flight_tokens=load.in_flight_tokens,
+    )
+    block = 128
+    if beside_states:
+        block = other_layers.block_beside_states(setup, engine, shape.state_bytes(load.gpus))
+    elif len(shape.coded) < shape.num_layers:
+        block = other_layers.fitting_block(setup, model, None)
+    layout = setup.layout(size, heads, block, torch.bfloat16)
+    flash = SimpleNamespace(get_supported_kernel_block_sizes=lambda spec: [MultipleOf(16)], get_name=lambda: "FLASH")
     specs = {}
     for name, spec in plain_specs(shape, load).items():
-        if name.endswith(".other"):
+        if beside_states and name.endswith(".other"):
+            specs[name] = dataclasses.replace(spec, block_size=block, page_size_padded=None)
+        elif name.endswith(".other"):
             specs[name] = other_layers.fitted(spec, flash, layout.page_bytes, name)
         else:
             specs[name] = dataclasses.replace(spec, block_size=block, state_content_bytes=layout.cell_bytes)
             specs[f"{name}.tail"] = tail_spec(setup, layout, torch.bfloat16)
-    return specs
+    return specs, bool(beside_states)
 
 
 LOADS = [Load(4096, 2048), Load(131072, 8192), Load(131072, 2048, gpus=4), Load(32768, 512, concurrent_batches=1)]
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-3-27B", "gpt-oss-20b", "Llama-4-Scout", "Falcon-7B"])
-def test_tokens_are_those_of_vllms_planning(name, write_family):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Pages of other layers may be as small there as FlashAttention reads them."""
     pytest.importorskip("vllm")
+    from vllm_lexico.serve import other_layers
+
+    monkeypatch.setattr(other_layers, "SMALLEST_PAGE_ON_CPU", other_layers.SMALLEST_PAGE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama-3.1-8B",
+        "Gemma-3-27B",
+        "gpt-oss-20b",
+        "Llama-4-Scout",
+        "Falcon-7B",
+        "Qwen3-Next-80B",
+        "LFM2-1.2B",
+        "Nemotron-3-Nano",
+    ],
+)
+def test_tokens_are_those_of_vllms_planning(name, write_family, on_a_gpu):
     shape = read_shape(name, write_family(name))
     for load in LOADS:
+        if shape.heads.number < load.gpus and shape.keeps_states:
+            continue
         plain = memory.plain_plan(shape, load).tokens(CACHE_BYTES, load.max_model_len)
         assert abs(plain - tokens_by_vllm(plain_specs(shape, load), load)) < 1, load
         for sparsity in memory.sensible_sparsities(shape.heads.size):
             ours = memory.coded_plan(shape, sparsity, load).tokens(CACHE_BYTES, load.max_model_len)
-            assert abs(ours - tokens_by_vllm(coded_specs(shape, sparsity, load), load)) < 1, (load, sparsity)
-
-
-@pytest.mark.parametrize("name", ["Qwen3-Next-80B", "LFM2-1.2B", "Nemotron-3-Nano"])
-def test_tokens_of_hybrids_without_lexico_are_those_of_vllms_planning(name, write_family):
-    pytest.importorskip("vllm")
-    shape = read_shape(name, write_family(name))
-    for load in LOADS[:2]:
-        plain = memory.plain_plan(shape, load).tokens(CACHE_BYTES, load.max_model_len)
-        assert abs(plain - tokens_by_vllm(plain_specs(shape, load), load)) < 1, load
+            specs, block_outermost = coded_specs(shape, sparsity, load)
+            assert abs(ours - tokens_by_vllm(specs, load, block_outermost)) < 1, (load, sparsity)
 
 
 def test_tail_pages_are_those_of_the_tails_spec():

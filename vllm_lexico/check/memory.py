@@ -1,7 +1,7 @@
 """Pages that a request takes, and tokens that fit, counted as vLLM counts them when it starts.
 
-vLLM draws all pages of a model from one pool. It cuts the layers into groups of one size, whose pages have the same
-bytes, and a request takes pages of each group. The tokens that fit are those of requests of the longest length.
+vLLM draws all pages of a model from one pool of blocks. It cuts the layers into groups, and a request takes blocks for
+each group. The tokens that fit are those of requests of the longest length.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 from lexico_kernels.memory.layout import CodeLayout
 
-from vllm_lexico.check.model import ELEMENT_BYTES, ModelShape, OtherLayers
+from vllm_lexico.check.model import ELEMENT_BYTES, Heads, ModelShape, OtherLayers
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
-from vllm_lexico.serve.refusals import SUPPORTED_BLOCK_SIZES
+from vllm_lexico.serve.refusals import DEFAULT_BLOCK_SIZE, STATE_BLOCK_SIZES, SUPPORTED_BLOCK_SIZES
 
 SPARSITIES = (31, 23, 15, 11, 7)
-DEFAULT_BLOCK_TOKENS = 128
 SETTINGS = LexicoConfig()
 PLAIN_BLOCK_TOKENS = 16  # of a page without LEXICO, and the smallest that FlashAttention reads
 # A code of half the bytes is what fp8 takes; below a sixteenth nothing was measured.
@@ -52,34 +51,42 @@ class Pages:
 class Plan:
     """How a cache is laid out on each GPU.
 
-    page_bytes: of one layer, the same for all.
+    block_bytes: of a block of the pool.
     token_bytes: of a token in the layers that grow with the context.
-    parts: pages by kind of layer.
+    growing_blocks: that a request of the longest length takes for those.
+    other_blocks: that it takes beside them.
     """
 
-    page_bytes: int
+    block_bytes: int
     token_bytes: int
-    parts: tuple[Pages, ...]
-
-    @property
-    def _group_layers(self) -> int:
-        """Layers of a group, as vLLM chooses it: the fewest of a kind, or the most where that is hardly more."""
-        counts = [part.layers for part in self.parts]
-        return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    growing_blocks: int
+    other_blocks: int
 
     @property
     def request_bytes(self) -> int:
         """Bytes that a request of the longest length takes."""
-        return self._request_blocks * self._group_layers * self.page_bytes
+        return (self.growing_blocks + self.other_blocks) * self.block_bytes
 
     @property
-    def _request_blocks(self) -> int:
-        return sum(-(-part.layers // self._group_layers) * part.pages for part in self.parts)
+    def other_bytes(self) -> int:
+        """Those of them that the layers which grow with the context do not take for its tokens."""
+        return self.other_blocks * self.block_bytes
 
     def tokens(self, cache_bytes: int, max_model_len: int) -> int:
         """Tokens that fit into a cache of so many bytes on each GPU, in requests of the longest length."""
-        num_blocks = max(cache_bytes, 0) // (self._group_layers * self.page_bytes)
-        return num_blocks * max_model_len // self._request_blocks
+        num_blocks = max(cache_bytes, 0) // self.block_bytes
+        return int(num_blocks / (self.growing_blocks + self.other_blocks) * max_model_len)  # rounded as vLLM does
+
+
+def _in_groups(page_bytes: int, token_bytes: int, growing: Pages, others: list[Pages]) -> Plan:
+    """Layers in groups of one size, with pages of the same bytes in all of them.
+
+    vLLM takes the fewest layers of a kind for that size, or the most where they are hardly more.
+    """
+    counts = [growing.layers, *(part.layers for part in others)]
+    layers = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    blocks = [-(-part.layers // layers) * part.pages for part in (growing, *others)]
+    return Plan(layers * page_bytes, token_bytes, blocks[0], sum(blocks[1:]))
 
 
 def sensible_sparsities(head_size: int) -> tuple[int, ...]:
@@ -89,43 +96,67 @@ def sensible_sparsities(head_size: int) -> tuple[int, ...]:
 
 
 def coded_plan(shape: ModelShape, sparsity: int, load: Load) -> Plan:
-    """The pages with LEXICO: codes and tail of the coded layers, what the others keep in pages of the same bytes."""
+    """The pages with LEXICO: codes and tail of the coded layers, and what the others keep."""
+    state = shape.state_bytes(load.gpus) if shape.keeps_states else None
+    if state is not None:
+        return _beside_states(shape, sparsity, load, state)
     layout = code_layout(shape, sparsity, load.gpus)
-    codes = Pages(len(shape.coded), -(-load.max_model_len // layout.block_tokens))
-    tail = Pages(len(shape.coded), tail_pages(layout, load))
-    return Plan(
-        layout.page_bytes,
-        layout.cell_bytes * layout.num_kv_heads * len(shape.coded),
-        (codes, tail, *_pages_of_others(shape, layout.page_bytes, load)),
-    )
+    coded = len(shape.coded)
+    codes, tail = Pages(coded, -(-load.max_model_len // layout.block_tokens)), Pages(coded, tail_pages(layout, load))
+    token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
+    return _in_groups(layout.page_bytes, token_bytes, codes, [tail, *_pages_of_others(shape, layout.page_bytes, load)])
+
+
+def _beside_states(shape: ModelShape, sparsity: int, load: Load, state_bytes: int) -> Plan:
+    """A block has the code pages of all coded layers, or as many states as fit: see `serve/other_layers.py`.
+
+    Its tokens are chosen as `block_beside_states` does there: the fewest with which a request costs hardly more than
+    with any.
+    """
+    coded, others = len(shape.coded), shape.num_layers - len(shape.coded)
+    states = sum(len(one.layers) for one in shape.others if one.keeps_state)
+
+    def plan(block_tokens: int, states: int) -> Plan:
+        layout = _layout(shape, sparsity, load.gpus, block_tokens)
+        block = max(layout.page_bytes * coded, state_bytes)
+        of_states = STATES_PER_REQUEST * -(-states // (block // state_bytes))
+        token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
+        codes = -(-load.max_model_len // block_tokens)
+        return Plan(block, token_bytes, codes, tail_pages(layout, load) + of_states)
+
+    # It takes every layer that is not coded for one with a state.
+    costs = {size: plan(size, others).request_bytes for size in STATE_BLOCK_SIZES}
+    return plan(min(size for size, cost in costs.items() if cost <= 1.1 * min(costs.values())), states)
 
 
 def plain_plan(shape: ModelShape, load: Load) -> Plan:
     """The pages of the same model without LEXICO."""
-    raw = _raw_token_bytes(shape.heads.on_each(load.gpus), shape.heads.size)
-    others = [_raw_token_bytes(one.heads.on_each(load.gpus), one.heads.size) for one in shape.others if one.heads]
-    page_bytes = PLAIN_BLOCK_TOKENS * max([raw, *others])
-    if any(one.keeps_state for one in shape.others) and (state := shape.state_bytes(load.gpus)):
+    raw = _raw_token_bytes(shape.heads, load)
+    page_bytes = PLAIN_BLOCK_TOKENS * max(
+        [raw, *(_raw_token_bytes(one.heads, load) for one in shape.others if one.heads)]
+    )
+    if shape.keeps_states and (state := shape.state_bytes(load.gpus)):
         # A page holds a state, so blocks of attention are as large as that.
         page_bytes = max(page_bytes, -(-state // (PLAIN_BLOCK_TOKENS * raw)) * PLAIN_BLOCK_TOKENS * raw)
     block_tokens = page_bytes // (PLAIN_BLOCK_TOKENS * raw) * PLAIN_BLOCK_TOKENS
-    if (window := shape.binding_window(load.max_model_len)) is not None:
-        own = Pages(len(shape.coded), window_pages(window, False, block_tokens, load))
-    else:
-        own = Pages(len(shape.coded), -(-load.max_model_len // block_tokens))
-    return Plan(page_bytes, raw * len(shape.coded), (own, *_pages_of_others(shape, page_bytes, load)))
+    window = shape.binding_window(load.max_model_len)
+    pages = -(-load.max_model_len // block_tokens)
+    own = Pages(len(shape.coded), pages if window is None else window_pages(window, False, block_tokens, load))
+    return _in_groups(page_bytes, raw * len(shape.coded), own, _pages_of_others(shape, page_bytes, load))
 
 
 def code_layout(shape: ModelShape, sparsity: int, gpus: int) -> CodeLayout:
     """The layout of a coded layer; where other layers keep tokens, its pages have room for as many as backends read."""
-    sizes = [DEFAULT_BLOCK_TOKENS]
+    sizes = [DEFAULT_BLOCK_SIZE]
     if len(shape.coded) < shape.num_layers:
-        sizes = sorted(SUPPORTED_BLOCK_SIZES, key=lambda size: (size < DEFAULT_BLOCK_TOKENS, size))
-    layouts = [
-        CodeLayout(shape.heads.size, shape.heads.on_each(gpus), sparsity, sparsity, "packed16", size, ELEMENT_BYTES)
-        for size in sizes
-    ]
+        sizes = [size for size in SUPPORTED_BLOCK_SIZES if size >= DEFAULT_BLOCK_SIZE]
+    layouts = [_layout(shape, sparsity, gpus, size) for size in sizes]
     return next((one for one in layouts if one.tail_tokens >= PLAIN_BLOCK_TOKENS), layouts[0])
+
+
+def _layout(shape: ModelShape, sparsity: int, gpus: int, block_tokens: int) -> CodeLayout:
+    heads = shape.heads.on_each(gpus)
+    return CodeLayout(shape.heads.size, heads, sparsity, sparsity, "packed16", block_tokens, ELEMENT_BYTES)
 
 
 def tail_pages(layout: CodeLayout, load: Load, settings: LexicoConfig = SETTINGS) -> int:
@@ -156,8 +187,9 @@ def _pages_of_others(shape: ModelShape, page_bytes: int, load: Load) -> list[Pag
 
 
 def _pages_of(one: OtherLayers, shape: ModelShape, page_bytes: int, load: Load) -> Pages | None:
+    """What layers of a kind keep in pages of so many bytes; None where they keep nothing that is known."""
     if one.window is not None and one.heads is not None:
-        room = page_bytes // _raw_token_bytes(one.heads.on_each(load.gpus), one.heads.size)
+        room = page_bytes // _raw_token_bytes(one.heads, load)
         page_tokens = 1 << (room.bit_length() - 1) if room else 1
         return Pages(len(one.layers), window_pages(one.window, one.chunked, page_tokens, load))
     if one.keeps_state and (state := shape.state_bytes(load.gpus)):
@@ -165,11 +197,6 @@ def _pages_of(one: OtherLayers, shape: ModelShape, page_bytes: int, load: Load) 
     return None
 
 
-def fixed_bytes(plan: Plan) -> int:
-    """Bytes that a request of the longest length takes beside the codes, or tokens, of the layers that grow."""
-    growing = plan.parts[0]
-    return plan.request_bytes - growing.layers * growing.pages * plan.page_bytes
-
-
-def _raw_token_bytes(heads: int, head_size: int) -> int:
-    return 2 * head_size * ELEMENT_BYTES * heads
+def _raw_token_bytes(heads: Heads, load: Load) -> int:
+    """Bytes of a token's keys and values in a layer on each GPU, in 16 bits."""
+    return 2 * heads.size * ELEMENT_BYTES * heads.on_each(load.gpus)

@@ -84,6 +84,11 @@ class ModelShape:
         """Bytes of a request's state in one layer on each GPU; None where the kind of state is not known."""
         return state_bytes(self.text, gpus)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a state per request."""
+        return any(one.keeps_state for one in self.others)
+
     def binding_window(self, max_model_len: int) -> int | None:
         """The window of the coded layers where it hides a token."""
         return self.window if self.window is not None and self.window < max_model_len else None

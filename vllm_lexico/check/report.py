@@ -237,7 +237,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "bytes_per_token": row.plan.token_bytes,
             "share_of_bf16": round(row.plan.token_bytes / plain.plan.token_bytes, 4),
             "request_bytes": row.plan.request_bytes,
-            "fixed_request_bytes": memory.fixed_bytes(row.plan),
+            "other_request_bytes": row.plan.other_bytes,
             "tokens": row.tokens,
             "fits": row.tokens >= report.max_model_len,
             "times_bf16": round(row.tokens / plain.tokens, 2) if plain.tokens else None,

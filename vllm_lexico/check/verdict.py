@@ -90,7 +90,7 @@ def vllm_config_of(shape: ModelShape, max_model_len: int) -> Any:
     model = _Plain(
         dtype=DTYPE,
         use_mla=_uses_mla(text),
-        is_hybrid=any(other.keeps_state for other in shape.others),
+        is_hybrid=shape.keeps_states,
         is_encoder_decoder=bool(getattr(shape.whole, "is_encoder_decoder", False)),
         is_mm_prefix_lm=False,  # the command says that it serves text alone
         hf_config=shape.whole,

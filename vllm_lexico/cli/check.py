@@ -155,10 +155,12 @@ def _dictionary(report: "Report") -> str:
         return f"found: {printable(str(state.path))} ({state.atoms} atoms{origin})"
     if state.several:
         return state.several
-    minutes = max(round(state.minutes), 1)
+    minutes, weights = max(round(state.minutes), 1), report.budget.weights if report.budget else None
+    fits = (weights or 0) * report.asked.gpus < 0.9 * UNITS["gib"] * 80
+    where = "one H100" if fits else "H100s that hold its weights"
     return (
-        f"none yet. Make it once: {state.command} (about {minutes} minute{'s' * (minutes > 1)} on one "
-        f"H100 with --data, longer where the model writes the text itself; predicted from {state.based_on})"
+        f"none yet. Make it once: {state.command} (about {minutes} minute{'s' * (minutes > 1)} on {where} with --data, "
+        f"longer where the model writes the text itself; predicted from {state.based_on})"
     )
 
 
@@ -188,13 +190,13 @@ def _requests(report: "Report") -> str:
 
 def _table(report: "Report") -> list[str]:
     """The caches, side by side."""
-    from vllm_lexico.check.memory import SETTINGS, fixed_bytes
+    from vllm_lexico.check.memory import SETTINGS
 
     plain, length = report.rows[0], report.max_model_len
     cells = [("cache", "bytes per token", "of bf16", "and per request", "tokens that fit", "times bf16")]
     for row in report.rows:
         default = " (default)" if row.sparsity == SETTINGS.sparsity.key else ""
-        fixed, comparable = fixed_bytes(row.plan), min(row.tokens, plain.tokens) >= length
+        fixed, comparable = row.plan.other_bytes, min(row.tokens, plain.tokens) >= length
         cells.append(
             (
                 "bf16" if row.sparsity is None else f"sparsity {row.sparsity}{default}",
@@ -224,6 +226,8 @@ def _closing(report: "Report") -> list[str]:
             f", and the windows of the other layers with the up to {step:,} tokens that vLLM computes at a time: a "
             "smaller --max-num-batched-tokens leaves more room"
         )
+    if report.shape.keeps_states:
+        words += ", and the states of the other layers"
     lines = textwrap.wrap(f"{words}.", WIDTH)
     if gpus := gpus_needed(report):
         lines += textwrap.wrap(f"The weights alone do not fit: try --tensor-parallel-size {gpus}.", WIDTH)
