@@ -72,6 +72,25 @@ def test_what_is_refused_in_the_words_of_serving(name, reason, write_family, cap
     assert "caches" not in found
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mamba2", "num_hidden_layers": 4}, "has no attention layer whose cache grows"),
+        (
+            {"model_type": "bert", "architectures": ["BertModel"]},
+            "encoder and encoder-decoder attention is not supported",
+        ),
+    ],
+)
+def test_a_model_of_which_nothing_is_coded_is_not_served(config, reason, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = check(capsys, str(tmp_path), status=1)
+    assert not found["supported"] and reason in found["reasons"][0]
+    assert cli.main(["check", str(tmp_path), "--gpu-memory", "80GiB"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "LEXICO does not serve it. Why" in words and reason in words
+
+
 def test_a_window_that_never_binds_is_full_attention(write_family, capsys):
     found = check(capsys, write_family("Mistral-7B-v0.1"), "--max-model-len", "4096")
     assert found["supported"] and found["coded_layers"] == list(range(32))

@@ -129,5 +129,3 @@ def test_what_is_no_model(tmp_path, write_family, capsys):
     assert "is not a valid JSON file" in error(capsys, str(folder))
     (folder / "config.json").write_text('{"model_type": "nobody-knows-it"}')
     assert f"the configuration of {folder} cannot be read" in error(capsys, str(folder))
-    (folder / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 4, "hidden_size": 64}')
-    assert "has no attention layer whose cache grows" in error(capsys, str(folder))

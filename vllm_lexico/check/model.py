@@ -94,6 +94,10 @@ class ModelShape:
         return self.window if self.window is not None and self.window < max_model_len else None
 
 
+class NothingCodedError(ValueError):
+    """No layer of a model would be coded; says why."""
+
+
 def read_shape(name: str, folder: str, overrides: str = "") -> ModelShape:
     """Read and understand a configuration.
 
@@ -103,6 +107,7 @@ def read_shape(name: str, folder: str, overrides: str = "") -> ModelShape:
         overrides: of the configuration, as vLLM's --hf-overrides takes them.
 
     Raises:
+        NothingCodedError: it describes no layer that would be coded.
         ValueError: transformers is not there, or the configuration cannot be read, or describes no decoder with
             attention in layers of one shape.
     """
@@ -113,7 +118,10 @@ def read_shape(name: str, folder: str, overrides: str = "") -> ModelShape:
         )
     whole = read_config(folder, overrides)
     text = whole.get_text_config()
-    coded = coded_layers(text)
+    try:
+        coded = coded_layers(text)
+    except ValueError as error:
+        raise NothingCodedError(str(error)) from error
     kinds = layer_kinds(text)
     longest, usual = contexts(text)
     try:

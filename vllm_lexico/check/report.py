@@ -12,6 +12,7 @@ from vllm_lexico.check.dictionary import DictionaryState, find_state
 from vllm_lexico.check.memory import Load, Plan
 from vllm_lexico.check.model import (
     ModelShape,
+    NothingCodedError,
     bytes_per_parameter,
     check_length,
     count_parameters,
@@ -91,15 +92,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The answer. reasons: why the model is not served; then there are neither a budget nor rows."""
+    """The answer. reasons: why the model is not served; then there are neither a budget nor rows.
+
+    known_shape: None where nothing of the model would be coded.
+    """
 
     asked: Asked
-    shape: ModelShape
+    known_shape: ModelShape | None
     reasons: list[str]
     max_model_len: int
     dictionary: DictionaryState | None = None
     budget: Budget | None = None
     rows: tuple[Row, ...] = ()
+
+    @property
+    def shape(self) -> ModelShape:
+        """The shape of a model of which some layers could be coded."""
+        assert self.known_shape is not None
+        return self.known_shape
 
     @property
     def supported(self) -> bool:
@@ -132,7 +142,10 @@ def make_report(asked: Asked) -> Report:
         ValueError: the model is not there, its configuration cannot be read, or the settings do not fit it.
     """
     folder = config_folder(asked.model)
-    shape = read_shape(asked.model, str(folder), asked.overrides)
+    try:
+        shape = read_shape(asked.model, str(folder), asked.overrides)
+    except NothingCodedError as error:
+        return Report(asked, None, [str(error)], 0)
     max_model_len = check_length(asked.max_model_len, shape)
     if shape.heads.number % asked.gpus and asked.gpus % shape.heads.number:
         allowed = f"a divisor or a multiple of the model's {shape.heads.number} KV heads"
@@ -191,6 +204,8 @@ def gpus_needed(report: Report) -> int | None:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Plain values; bytes are those of each GPU."""
+    if report.known_shape is None:
+        return {"model": report.asked.model, "supported": False, "reasons": report.reasons}
     shape, dictionary, budget = report.shape, report.dictionary, report.budget
     found: dict[str, Any] = {
         "model": shape.name,

@@ -14,7 +14,7 @@ from vllm_lexico.serve import refusals
 SEES_IMAGES_BOTH_WAYS = ("bagel", "gemma3", "molmo2", "paligemma")
 TEXT_ALONE = ("--limit-mm-per-prompt", '{"image": 0}')
 DTYPE = "bfloat16"
-ENCODERS = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering")
+ENCODERS = ("bert", "electra")  # in the names of types whose every token sees all others
 ALIBI = ("bloom", "mpt")  # models that have no other positions
 
 
@@ -42,9 +42,8 @@ def reasons_against(shape: ModelShape, max_model_len: int) -> list[str]:
 
 
 def _layer_reasons(shape: ModelShape, max_model_len: int) -> Iterator[str]:
-    text, whole = shape.text, shape.whole
-    architectures = getattr(whole, "architectures", None) or []
-    attn_type = "encoder_only" if architectures and all(one.endswith(ENCODERS) for one in architectures) else "decoder"
+    text = shape.text
+    attn_type = "encoder_only" if any(name in text.model_type for name in ENCODERS) else "decoder"
     use_mla = _uses_mla(text)
     yield from refusals.selector_refusals(
         {"head_size": shape.heads.size, "use_mla": use_mla, "attn_type": attn_type, "dtype": DTYPE}

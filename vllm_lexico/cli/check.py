@@ -102,8 +102,8 @@ def _memory_here() -> int:
 
 def describe(report: "Report") -> list[str]:
     """The lines that a person reads."""
-    shape = report.shape
-    name = f"{printable(shape.name)} ({shape.whole.model_type})"
+    kind = f" ({report.known_shape.whole.model_type})" if report.known_shape else ""
+    name = f"{printable(report.asked.model)}{kind}"
     if not report.supported:
         lines = [f"{name}: LEXICO does not serve it.", ""]
         lines += [line for reason in report.reasons for line in _entry("Why", f"{reason}.")]
