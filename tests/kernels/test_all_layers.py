@@ -50,7 +50,6 @@ def small_tiles(monkeypatch):
     ("codec", "D", "count", "room"),
     [
         *((codec, 64, *jobs) for codec in ("packed16", "exact") for jobs in ((0, 40), (1, 40), (40, 40), (51, 64))),
-        ("packed16", 80, 5, 9),
         ("packed16", 256, 5, 9),
     ],
 )

