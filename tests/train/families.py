@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "lfm2": ("Lfm2Config", SHAPE | {"full_attn_idxs": [1, 3], "block_multiple_of": 16}, (1, 3)),
     "phi4-mini": (
         "Phi3Config",
-        SHAPE | {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE, "sliding_window": 1 << 18},
+        SHAPE | {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE, "sliding_window": 1 << 18},
         (0, 1, 2, 3),
     ),
     "qwen2.5-vl": (

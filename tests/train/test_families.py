@@ -1,12 +1,14 @@
 """Families with windows, states, sinks, chunks or images: the model that is read, and what is captured of it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model, text_model
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.model import is_causal_lm, read_config, read_facts
@@ -16,7 +18,7 @@ from vllm_lexico.train.settings import TrainSettings
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, write_family
 
-TOKENS = 40  # beyond windows, chunks and a longrope's original context
+TOKENS = 72  # beyond windows, chunks and a longrope's original context
 
 
 def eager(folder):
@@ -44,9 +46,36 @@ def test_capture_takes_what_the_cache_would_hold(name, tmp_path):
         cache = expected.past_key_values.layers[layer]
         for kv, vectors in enumerate((cache.keys, cache.values)):
             kept = vectors[0, :, 16:].transpose(0, 1).flatten(1)  # every later position, in some order
-            distances = torch.cdist(store[row, kv].flatten(1), kept)
+            distances = torch.cdist(store[row, kv].flatten(1), kept, compute_mode="donot_use_mm_for_euclid_dist")
             assert distances.amin(0).max() < 1e-3 and distances.amin(1).max() < 1e-3
             assert vectors.std() > 0.05  # so that this says something
+
+
+@torch.no_grad()
+def test_short_texts_are_turned_as_long_ones_where_long_ones_are_served(tmp_path):
+    """transformers takes a short text's own factors: which are vLLM's only where no longer one is served."""
+    folder = write_family("phi4-mini", tmp_path)
+    ids = torch.randint(60, (1, 40), generator=torch.Generator().manual_seed(5))
+    own = text_model(eager(folder))(ids, use_cache=True).past_key_values.layers[0]
+    apart = []
+    for longest in (64, 65):
+        model = load_model(str(folder), "cpu", "float32", "", longest)
+        store = capture(model, ids, 24, [0], (2, 8), seed=0, batch=1)
+        means = store[0].mean(1) - torch.stack([kept[0, :, 16:].mean(1) for kept in (own.keys, own.values)])
+        apart.append(means.abs().amax((1, 2)).tolist())
+    (key, value), (other_key, other_value) = apart
+    assert max(key, value, other_value) < 1e-4 and other_key > 0.05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fingerprint_is_that_of_the_model_as_vllm_holds_it(name, tmp_path):
+    import transformers
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    kind, settings, layers = FAMILIES[name]
+    getattr(transformers, kind)(**settings).save_pretrained(tmp_path)
+    served = ModelFingerprint.of(get_hf_text_config(get_config(str(tmp_path), trust_remote_code=False)))
+    assert served == read_facts(str(tmp_path)).fingerprint and served.layers == layers
 
 
 def test_a_dictionary_of_the_full_layers_alone(tmp_path):
@@ -60,6 +89,24 @@ def test_a_dictionary_of_the_full_layers_alone(tmp_path):
     assert made.tensors["key_atoms"].shape == (1, 2, 16, 16) and len(made.info.errors["key"]["7"]) == 1
     made.codebook(5, "value", 3)
     made.check(read_facts(str(folder)).fingerprint, "a/b")
+
+
+def test_a_dictionary_for_short_sequences_of_a_model_with_two_sets_of_factors(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_family("phi4-mini", tmp_path / "model")
+    learn = LearnSettings(atoms=16, sparsity=2, batch=64)
+    settings = TrainSettings(learn=learn, vectors=96, passes=1, rounds=1, sequence_tokens=64)
+    paths = [
+        train_dictionary(str(folder), replace(settings, max_model_len=longest), name="a/b", device="cpu")
+        for longest in (None, 64)
+    ]
+    assert paths[0].name == "a_b.safetensors" and paths[1].name.startswith("a_b+")
+    long, short = map(load_dictionary, paths)
+    assert long.info.fingerprint.short_context is None and short.info.fingerprint.short_context == 64
+    served = ModelFingerprint.of(read_config(str(folder)), 64)
+    short.check(served, "a/b")
+    with pytest.raises(ValueError, match=r"long in the dictionary, short in the model.*train a/b --max-model-len 64"):
+        long.check(served, "a/b")
 
 
 def test_a_model_that_also_reads_images_writes_its_own_text(tmp_path):

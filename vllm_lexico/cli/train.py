@@ -22,8 +22,9 @@ DESCRIPTION = """\
 Make the dictionary of a model: run it over text and learn atoms from its keys and values.
 
 On one H100, a model of 1.5B parameters takes two minutes with --data, and eleven without: the model then writes its
-text itself. Progress is shown. A run that was interrupted goes on from its last finished round when the same command
-is given again."""
+text itself. Where only some layers' cache grows with the context, as in Gemma 3, gpt-oss and Qwen3-Next, these layers
+are learned; of a model that also reads images, the language model. Progress is shown. A run that was interrupted goes
+on from its last finished round when the same command is given again."""
 
 EXAMPLES = """examples:
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct
