@@ -252,10 +252,13 @@ def test_layer_by_its_class(kind, words):
 def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatch):
     monkeypatch.setattr(setup, "current_platform", types.SimpleNamespace(device_type=device))
     monkeypatch.setattr(setup, "_checked_dictionary", lambda *_: None)
-    monkeypatch.setattr(setup.ModelFingerprint, "of", lambda _: None)
+    monkeypatch.setattr(setup.ModelFingerprint, "of", lambda *_: None)
     engine = types.SimpleNamespace(
         additional_config={"lexico": {"codec": codec}},
-        model_config=types.SimpleNamespace(hf_text_config=None, model="some/model", hf_overrides={}),
+        model_config=types.SimpleNamespace(
+            hf_text_config=None, model="some/model", hf_overrides={}, max_model_len=4096, is_hybrid=False
+        ),
+        parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
         num_speculative_tokens=0,
         max_concurrent_batches=1,
     )
