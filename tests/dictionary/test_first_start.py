@@ -225,7 +225,7 @@ def test_what_short_sequences_need_is_trained_for(addresses, monkeypatch):
     commands = []
     monkeypatch.setattr(first_start, "_run", lambda command: commands.append(command) or 2)
     short = replace(FINGERPRINT, rope='{"factors": "short", "original_max_position_embeddings": 4096.0}')
-    with pytest.raises(ValueError, match="by hand: vllm-lexico train some/model --max-model-len 4096$"):
+    with pytest.raises(ValueError, match=r"by hand: vllm-lexico train some/model --max-model-len 4096$"):
         find_or_train("some/model", short)
     (command,) = commands
     assert command[command.index("--max-model-len") + 1] == "4096" and "--hf-overrides" not in command
