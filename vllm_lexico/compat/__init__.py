@@ -21,7 +21,6 @@ from vllm_lexico.versions import VLLM_CPU
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.core.block_pool import BlockPool
 
 TESTED_VLLM = ("0.32", "0.33")
 logger = logging.getLogger("vllm.lexico")  # only loggers below "vllm" have a handler
@@ -72,6 +71,7 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
         raise ValueError(_unavailable(NAME, error)) from error
     last_word.inherit(refusal_file)
     layers.let_chunked_layers_choose()
+    layers.keep_block_of_states()
     return member
 
 
@@ -275,19 +275,29 @@ def ensure_builtin_cache_specs() -> None:
     KVCacheSpecRegistry._ensure_registered()
 
 
-def publish_events_of_whole_prefixes(pool: BlockPool, tail_group_id: int) -> None:
+def publish_events_of_whole_prefixes(manager: Any) -> None:
     """Let a pool's KV events tell of code blocks alone, each with its tokens and with a parent that was stored.
 
     Why: of a group that caches some blocks and not others, as a sliding window does, `cache_full_blocks` publishes the
     tokens of all with the hashes of some, below a parent that may never have been stored, and a router that follows
     goes wrong. It also registers and publishes the end of a prompt inside a block (`cache_partial_block`), which
     nothing finds where hits end at whole blocks. How: events of the tail's group are dropped when they are taken, and
-    the pool takes no partial blocks; a hit is decided by the codes, as the tail's sinks are evicted after them. Can
-    go when vllm-project/vllm#44451 (sparse groups) and #58119 (partial blocks) are fixed.
+    the pool takes of partial blocks only those that end with a whole one, as the states of some layers do; a hit is
+    decided by the codes, as the tail's sinks are evicted after them. Can go when vllm-project/vllm#44451 (sparse
+    groups) and #58119 (partial blocks) are fixed.
+
+    Args:
+        manager: of the tail's pages.
     """
-    take_events = pool.take_events
+    pool, tail_group_id = manager.block_pool, manager.kv_cache_group_id
+    take_events, cache_partial_block = pool.take_events, pool.cache_partial_block
+
+    def cache_whole(*args: Any, num_tokens: int, **kwargs: Any) -> Any:
+        whole = num_tokens % manager.cache_hit_alignment_tokens == 0
+        return cache_partial_block(*args, num_tokens=num_tokens, **kwargs) if whole else None
+
     pool.take_events = lambda: [event for event in take_events() if getattr(event, "group_idx", None) != tail_group_id]
-    pool.cache_partial_block = lambda *_, **__: None
+    pool.cache_partial_block = cache_whole
 
 
 @functools.cache

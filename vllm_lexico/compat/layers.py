@@ -76,6 +76,53 @@ def change_cache_spec(layer: Any, change: Callable[[Any, Any], Any]) -> None:
     layer.get_kv_cache_spec = get_kv_cache_spec
 
 
+def keep_block_of_states() -> None:
+    """Let the scheduler end chunks where states are kept, at the ends of blocks of codes.
+
+    Why: once pages are planned vLLM sets the block size to the smallest of all groups, and the scheduler of a hybrid
+    model takes that for the tokens between two states; the tail's pages are smaller. How: `validate_block_size`, which
+    is called next, puts back the block of states where there is a tail. Can go when the scheduler asks the states'
+    own spec (it does in mamba_hybrid.py).
+    """
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.validate_block_size
+    if getattr(original, "lexico", False):
+        return
+
+    @functools.wraps(original)
+    def validate_block_size(self: Any) -> None:
+        cache, attention, model = self.cache_config, self.attention_config, self.model_config
+        named = getattr(attention.backend, "name", None) == NAME
+        if named and model is not None and model.is_hybrid and cache.mamba_cache_mode == "align":
+            cache.block_size = cache.mamba_block_size
+        original(self)
+
+    validate_block_size.lexico = True  # type: ignore[attr-defined]
+    VllmConfig.validate_block_size = validate_block_size
+
+
+def prepare_kernels_of_states(vllm_config: Any, layers: dict[str, Any]) -> None:
+    """Let layers of Mamba have the kernels that advance their states.
+
+    Why: vLLM prepares them when it finds a group of such layers, and does not look into a group that has a spec for
+    each layer, as groups have where the block is outermost. How: the same function is called with plain groups before
+    vLLM calls it. Can go when `initialize_mamba_ssu_backend` looks into groups (vLLM 0.33 does not).
+
+    Args:
+        vllm_config: of the engine.
+        layers: vLLM's `static_forward_context`.
+    """
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    states = {name: layer for name, layer in layers.items() if isinstance(layer, MambaBase)}
+    groups = [KVCacheGroupSpec([name], layer.get_kv_cache_spec(vllm_config)) for name, layer in states.items()]
+    more = {"use_replayssm": True} if getattr(vllm_config.cache_config, "use_replayssm", False) else {}
+    initialize_mamba_ssu_backend(vllm_config.mamba_config, KVCacheConfig(0, [], groups), **more)
+
+
 def max_requests(vllm_config: Any, specs: dict[str, Any], num_blocks: int) -> float:
     """Requests of the longest length that a cache holds, as vLLM counts them when it plans one.
 

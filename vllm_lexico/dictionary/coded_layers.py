@@ -11,6 +11,7 @@ WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
 WITHOUT_GROWTH = frozenset(
     {"chunked_attention", "linear_attention", "mamba", "mamba2", "recurrent", "conv", "moe", "mlp", "dense", "sparse"}
 )
+WITH_STATE = frozenset({"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid", "hybrid_sliding"})
 NEMOTRON_H = {"M": "mamba", "*": "full_attention", "-": "mlp", "E": "moe"}
 _REMEDY = "serve it without --attention-backend LEXICO, or take another model"
 

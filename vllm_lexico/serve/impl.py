@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
+from vllm_lexico.compat import layers as compat_layers
 from vllm_lexico.serve import other_layers, refusals
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
@@ -97,6 +98,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         layer.sliding_window = None  # one that binds was refused, and any makes vLLM give the layer a window's pages
         self.tail_name = add_tail_layer(name, layer, self.setup, layers)
         other_layers.share_pages(layers, layers[self.tail_name])
+        if self.setup.beside_states:
+            compat_layers.prepare_kernels_of_states(self.vllm_config, layers)
         if not hasattr(layer, CODEBOOKS):
             layer.add_module(CODEBOOKS, LayerCodebooks())
         books = layer_books(

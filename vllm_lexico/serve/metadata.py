@@ -27,10 +27,9 @@ from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
 from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.serve.setup import LexicoSetup
-from vllm_lexico.serve.tail_pages import LexicoTailSpec
+from vllm_lexico.serve.tail_pages import TAIL_SUFFIX, LexicoTailSpec
 from vllm_lexico.serve.wiring import allocation
 
-TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
 # Layouts in which a page is one run of bytes. What is inside is ours.
 PAGE_LAYOUTS = (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
 BLOCK_LAYOUTS = (KVCacheLayout.BLHNC, KVCacheLayout.BLNHC)  # in which a block's pages of all layers lie together

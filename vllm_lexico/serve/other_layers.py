@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from lexico_kernels import CodeLayout
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from vllm_lexico import NAME
 from vllm_lexico.compat import layers as compat_layers
-from vllm_lexico.dictionary.coded_layers import coded_layers
+from vllm_lexico.dictionary.coded_layers import WITH_STATE, coded_layers, layer_kinds
 from vllm_lexico.errors import either
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.setup import LexicoSetup
@@ -52,19 +53,33 @@ def leave(vllm_config: Any) -> None:
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
     compat_layers.let_chunked_layers_choose()
-    if not some_are_left(vllm_config.model_config):
+    compat_layers.keep_block_of_states()
+    model = vllm_config.model_config
+    if not some_are_left(model) and not model.is_hybrid:
         return
     if getattr(attention.backend, "name", None) == NAME:
         attention.backend_per_kind.setdefault(SLIDING_WINDOW, None)
     given = cache.block_size if getattr(cache, "user_specified_block_size", False) else None
-    setup, model = LexicoSetup.of(vllm_config), vllm_config.model_config
+    setup = LexicoSetup.of(vllm_config)
     if setup.beside_states:
         block_tokens = given or block_beside_states(setup, vllm_config, compat_layers.state_bytes(vllm_config))
-        cache.mamba_block_size = block_tokens if cache.mamba_cache_mode == "align" else cache.mamba_block_size
+        if cache.mamba_cache_mode == "align":
+            _hit_whole_blocks(cache, block_tokens, setup.layout(model.get_head_size(), 1, block_tokens, model.dtype))
     else:
         block_tokens = fitting_block(setup, model, given)
     if block_tokens != given:
         cache.block_size, cache.user_specified_block_size = block_tokens, True
+
+
+def _hit_whole_blocks(cache: Any, block_tokens: int, layout: CodeLayout) -> None:
+    """Have prefix-cache hits end at whole blocks of codes, and states be kept there.
+
+    vLLM takes hits inside of blocks beside states unless the pages of some group are no multiple of whole units; so
+    its unit is half of a tail page.
+    """
+    cache.mamba_block_size = block_tokens
+    if getattr(cache, "prefix_match_unit", None) is None:
+        cache.prefix_match_unit = max(layout.tail_tokens // 2, 1)
 
 
 def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
@@ -104,8 +119,8 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) 
         state_bytes: of a layer that keeps a state, on a rank.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    text = model.hf_text_config
-    states = -(-(text.num_hidden_layers - len(coded_layers(text))) // parallel.pipeline_parallel_size)
+    states = sum(kind in WITH_STATE for kind in layer_kinds(model.hf_text_config))
+    states = -(-states // parallel.pipeline_parallel_size)
     heads = model.get_num_kv_heads(parallel)
     per_state = 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1
 

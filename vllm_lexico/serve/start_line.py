@@ -72,8 +72,7 @@ def _cache_specs(
     """
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    from vllm_lexico.serve.metadata import TAIL_SUFFIX
-    from vllm_lexico.serve.tail_pages import tail_spec
+    from vllm_lexico.serve.tail_pages import TAIL_SUFFIX, tail_spec
 
     layers, tail = vllm_config.compilation_config.static_forward_context, tail_spec(setup, layout, spec.dtype)
     coded: dict[Any, dict[str, Any]] = {}

@@ -13,9 +13,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico import NAME
 from vllm_lexico.serve.coding_plan import PlanHandover
-from vllm_lexico.serve.metadata import BLOCK_LAYOUTS, PAGE_LAYOUTS, TAIL_SUFFIX, LexicoTailMetadataBuilder
+from vllm_lexico.serve.metadata import BLOCK_LAYOUTS, PAGE_LAYOUTS, LexicoTailMetadataBuilder
 from vllm_lexico.serve.setup import LexicoSetup
-from vllm_lexico.serve.tail_pages import LexicoTailSpec, tail_spec
+from vllm_lexico.serve.tail_pages import TAIL_SUFFIX, LexicoTailSpec, tail_spec
 
 
 class LexicoTailBackend(AttentionBackend):

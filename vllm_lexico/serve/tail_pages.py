@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from vllm_lexico.serve.setup import LexicoSetup
 
+TAIL_SUFFIX = ".lexico_tail"  # of the name of a layer's shadow
+
 
 @dataclass(frozen=True, kw_only=True)
 class LexicoTailSpec(SlidingWindowSpec):
@@ -100,7 +102,7 @@ class LexicoTailManager(SlidingWindowManager):
     def __init__(self, kv_cache_spec: LexicoTailSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._null_below: dict[str, int] = {}  # request: all pages from the sinks up to here are null already
-        compat.publish_events_of_whole_prefixes(self.block_pool, self.kv_cache_group_id)
+        compat.publish_events_of_whole_prefixes(self)
 
     def new_step_starts(self) -> None:
         """What earlier steps completed is coded before this one runs."""
