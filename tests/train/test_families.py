@@ -36,7 +36,10 @@ def test_capture_takes_what_the_cache_would_hold(name, tmp_path):
     fingerprint = read_facts(str(folder)).fingerprint
     assert fingerprint.layers == FAMILIES[name][2]
     ids = torch.randint(60, (1, TOKENS), generator=torch.Generator().manual_seed(5))
-    expected = text_model(eager(folder))(ids, use_cache=True)
+    plain = eager(folder)
+    if name == "cohere2":
+        plain.config.sliding_window += 1  # vLLM's windows see one token more
+    expected = text_model(plain)(ids, use_cache=True)
     model = load_model(str(folder), "cpu", "float32")
     got = text_model(model)(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(got, expected.last_hidden_state, atol=2e-4, rtol=2e-4)

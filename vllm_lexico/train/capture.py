@@ -14,6 +14,7 @@ from vllm_lexico.train.model import is_causal_lm, read_config
 from vllm_lexico.train.rotary import settle_rotary
 
 ATTENTION_NAME = "lexico_capture"
+WIDER_WINDOWS = ("cohere2", "cohere2_moe")  # vLLM's see one token more than transformers', as these were trained
 SKIPPED_TOKENS = 16  # the first tokens of a sequence stay exact in the cache and look like no others
 
 
@@ -48,6 +49,9 @@ def load_model(model: str, device: str, dtype: str, overrides: str = "", max_mod
             f"again"
         )
     settle_rotary(loaded, max_model_len)
+    text = loaded.config.get_text_config()
+    if text.model_type in WIDER_WINDOWS and text.sliding_window is not None:
+        text.sliding_window += 1
     return loaded.to(device).eval()
 
 
