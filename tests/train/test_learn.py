@@ -7,10 +7,11 @@ from lexico_kernels.ops import pursue
 from torch.nn.functional import normalize
 
 from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
-from vllm_lexico.train import learn
+from vllm_lexico.train import layer_learners, learn
 from vllm_lexico.train.layer_learners import LayerLearners, key_stretch
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import LEARNED_SPARSITIES, Levels, learn_levels
+from vllm_lexico.train.settings import share_layers
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -204,6 +205,28 @@ def random_store(layers: int, tokens: int, seed: int) -> torch.Tensor:
     store[..., 0] *= 5
     store[:, :, :, 1] += 20
     return store.half()
+
+
+def test_layers_learn_the_same_wherever_their_group_learns(monkeypatch):
+    """Two GPUs made another file than one: their shares cut through layers that learn together."""
+    monkeypatch.setitem(layer_learners.LAYERS_AT_ONCE, "cpu", 4)  # two layers of two heads
+    store, held_out = random_store(5, 300, 0), random_store(5, 100, 1)
+    queries = random_store(5, 1, 2)[:, 0, 0].float().square()
+
+    def learned(layers):
+        learners = learners_of(layers, shared=False)
+        rows = slice(layers[0], layers[-1] + 1)
+        learners.learn(store[rows], 2, 0, queries=queries[rows], quiet=True)
+        return learners.finish(store[rows], held_out[rows]).tensors
+
+    whole = learned([*range(5)])
+    shares = share_layers(range(5), ["cpu", "cpu"], layer_learners.layers_at_once("cpu", copies=2))
+    parts = [learned(layers) for _, layers in shares]
+    assert len(parts) == 2
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in parts])), name
+    cut = [learned([0, 1, 2]), learned([3, 4])]
+    assert not torch.equal(whole["key_atoms"], torch.cat([part["key_atoms"] for part in cut]))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -71,18 +71,21 @@ def test_rounds_grow_with_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layers", "devices", "expected"),
+    ("layers", "devices", "together", "expected"),
     [
-        (range(5), 1, [[0, 1, 2, 3, 4]]),
-        (range(5), 2, [[0, 1], [2, 3, 4]]),
-        (range(5), 3, [[0], [1, 2], [3, 4]]),
-        (range(2), 3, [[0], [1]]),
-        ((5, 11, 17), 2, [[5], [11, 17]]),
+        (range(5), 1, 1, [[0, 1, 2, 3, 4]]),
+        (range(5), 2, 1, [[0, 1], [2, 3, 4]]),
+        (range(5), 3, 1, [[0], [1, 2], [3, 4]]),
+        (range(2), 3, 1, [[0], [1]]),
+        ((5, 11, 17), 2, 1, [[5], [11, 17]]),
+        (range(6), 2, 2, [[0, 1], [2, 3, 4, 5]]),  # [[0, 1, 2], ...] would learn layers 2 and 3 apart
+        (range(5), 4, 2, [[0, 1], [2, 3], [4]]),
+        (range(3), 2, 8, [[0, 1, 2]]),
     ],
 )
-def test_devices_share_layers(layers, devices, expected):
+def test_devices_share_layers(layers, devices, together, expected):
     names = [f"cuda:{at}" for at in range(devices)]
-    shares = share_layers(layers, names)
+    shares = share_layers(layers, names, together)
     assert [own for _, own in shares] == expected
     assert [device for device, _ in shares] == names[: len(expected)]
 

@@ -59,6 +59,16 @@ def key_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
     return stretch / stretch.log().mean(-1, keepdim=True).exp()
 
 
+def layers_at_once(kind: str, copies: int) -> int:
+    """Layers that learn together, with the random numbers of their first.
+
+    Args:
+        kind: of device.
+        copies: heads of a layer that have atoms of their own.
+    """
+    return max(1, LAYERS_AT_ONCE[kind] // copies)
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """[layers, 2, heads, ...] -> [G, ...]."""
     return tensor.flatten(0, 2)
@@ -279,7 +289,7 @@ class LayerLearners:
     def _make_learners(self) -> None:
         heads, dim = self.mean.shape[2:]
         self.copies = 1 if self.settings.shared else heads
-        at_once = max(1, LAYERS_AT_ONCE[self.device.type] // self.copies)
+        at_once = layers_at_once(self.device.type, self.copies)
         sizes = [len(self.layers[first : first + at_once]) for first in range(0, len(self.layers), at_once)]
         self.learners = [Learner(self.settings, size * len(KV) * self.copies, dim, self.device) for size in sizes]
 

@@ -20,7 +20,7 @@ from vllm_lexico.dictionary.file import Dictionary, check_out
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import check_name, file_name, plain_name
 from vllm_lexico.train.identity import model_identity
-from vllm_lexico.train.layer_learners import FinishedLayers
+from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
 from vllm_lexico.train.model import ModelFacts, read_facts
 from vllm_lexico.train.rounds import Job, finished_layers, texts_of, train_share
 from vllm_lexico.train.settings import Plan, TrainSettings, check, share_layers
@@ -67,8 +67,10 @@ def train_dictionary(
         check_out(out, name)
     longest = facts.longest or settings.length
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
-    plan = Plan.of(settings, facts.fingerprint, longest, torch.device(devices[0]).type)
-    shares = share_layers(facts.fingerprint.layers, devices)
+    kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
+    plan = Plan.of(settings, facts.fingerprint, longest, kind)
+    together = layers_at_once(kind, 1 if settings.learn.shared else heads)
+    shares = share_layers(facts.fingerprint.layers, devices, together)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
     with run.locked():
         _train_shares(Job(model, settings, facts.fingerprint, plan, run), shares)

@@ -129,8 +129,13 @@ def check(name: str, given: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name} is {given}; allowed: {allowed}; change it")
 
 
-def share_layers(layers: Sequence[int], devices: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Each device's layers, neighbours together; no more devices than layers."""
-    count = min(len(devices), len(layers))
-    edges = [at * len(layers) // count for at in range(count + 1)]
+def share_layers(layers: Sequence[int], devices: Sequence[str], together: int = 1) -> list[tuple[str, list[int]]]:
+    """Each device's layers, neighbours together; no more devices than there is something for.
+
+    together: layers that learn together, counted from the first. They stay together, so that a seed decides the same
+        file however many devices there are.
+    """
+    groups = -(-len(layers) // together)
+    count = min(len(devices), groups)
+    edges = [at * groups // count * together for at in range(count + 1)]
     return [(devices[at], list(layers[edges[at] : edges[at + 1]])) for at in range(count)]
