@@ -76,7 +76,7 @@ def test_a_model_that_one_gpu_does_not_hold(write_family, capsys):
     words = " ".join(" ".join(lines_of(capsys, write_family("Qwen3-Next-80B"), "--gpu-memory", "80GiB")).split())
     assert "minutes on H100s that hold its weights with --data" in words
     assert "The weights alone do not fit: try --tensor-parallel-size 4." in words
-    assert "and the states of the other layers." in words
+    assert "and the states of the layers that have one." in words
 
 
 def test_images_that_are_seen_both_ways_are_left_out_of_the_prompt(write_family, capsys):

@@ -7,6 +7,7 @@ from families import FAMILIES
 
 from vllm_lexico import cli
 
+BESIDE = "have a state beside attention"
 # Family, layers that are coded, layers that are not, KV heads and their size, tokens of the longest context and those
 # that vLLM takes by itself.
 SERVED = [
@@ -28,6 +29,7 @@ SERVED = [
         262144,
         262144,
     ),
+    ("Falcon-H1-7B", range(44), [(BESIDE, 44)], (2, 128), 262144, 262144),
 ]
 REFUSED = [
     (
@@ -53,7 +55,7 @@ def test_what_is_served(row, write_family, capsys):
     assert found["supported"] and found["reasons"] == []
     assert found["coded_layers"] == list(coded)
     assert [(one["kind"], len(one["layers"])) for one in found["other_layers"]] == others
-    assert found["layers"] == len(coded) + sum(count for _, count in others)
+    assert found["layers"] == len(coded) + sum(count for kind, count in others if kind != BESIDE)
     assert (found["kv_heads"], found["head_size"]) == heads
     assert (found["longest_context"], found["max_model_len"]) == (longest, usual)
     caches = {row["sparsity"]: row for row in found["caches"]}
@@ -89,6 +91,13 @@ def test_a_model_of_which_nothing_is_coded_is_not_served(config, reason, tmp_pat
     assert cli.main(["check", str(tmp_path), "--gpu-memory", "80GiB"]) == 1
     words = " ".join(capsys.readouterr().out.split())
     assert "LEXICO does not serve it. Why" in words and reason in words
+
+
+def test_layers_that_are_coded_and_keep_a_state_are_named_once(write_family, capsys):
+    assert cli.main(["check", "--gpu-memory", "80GiB", write_family("Falcon-H1-7B")]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "44 of 44 are coded (2 KV heads of 128); 44 have a state beside attention, which is left to vLLM" in words
+    assert "are left to vLLM, as without" not in words and "and the states of the layers that have one" in words
 
 
 def test_a_window_that_never_binds_is_full_attention(write_family, capsys):

@@ -137,6 +137,7 @@ def on_a_gpu(monkeypatch):
         "Qwen3-Next-80B",
         "LFM2-1.2B",
         "Nemotron-3-Nano",
+        "Falcon-H1-7B",
     ],
 )
 def test_tokens_are_those_of_vllms_planning(name, write_family, on_a_gpu):

@@ -7,7 +7,7 @@ from types import SimpleNamespace as Config
 import pytest
 import transformers
 
-from vllm_lexico.dictionary.coded_layers import coded_layers
+from vllm_lexico.dictionary.coded_layers import coded_layers, state_layers
 
 SHORT = {"num_hidden_layers": 12}
 EVERY = tuple(range(12))
@@ -94,6 +94,20 @@ def test_layers_of_a_family(name, settings, coded):
 )
 def test_layers_of_other_configurations(settings, coded):
     assert coded_layers(Config(model_type="own", num_hidden_layers=6, num_attention_heads=4, **settings)) == coded
+
+
+@pytest.mark.parametrize(
+    ("settings", "states"),
+    [
+        ({"hybrid_override_pattern": "M-M*ME"}, (0, 2, 4)),  # experts and plain layers keep nothing
+        ({"layers_block_type": ["mamba", "hybrid"] * 3}, (0, 1, 2, 3, 4, 5)),  # Zamba2: a hybrid is coded too
+        ({"layer_types": ["conv", "sliding_attention", "full_attention"] * 2}, (0, 3)),
+        ({}, ()),
+    ],
+    ids=str,
+)
+def test_layers_that_keep_a_state(settings, states):
+    assert state_layers(Config(model_type="own", num_hidden_layers=6, num_attention_heads=4, **settings)) == states
 
 
 @pytest.mark.parametrize("name", ["MambaConfig", "Mamba2Config", "BambaConfig", "FalconMambaConfig"])

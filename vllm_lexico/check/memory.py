@@ -12,8 +12,10 @@ from lexico_kernels.memory.layout import CodeLayout
 
 from vllm_lexico.check.model import ELEMENT_BYTES, Heads, ModelShape, OtherLayers
 from vllm_lexico.config import LexicoConfig
+from vllm_lexico.serve import state_blocks
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
 from vllm_lexico.serve.refusals import DEFAULT_BLOCK_SIZE, STATE_BLOCK_SIZES, SUPPORTED_BLOCK_SIZES
+from vllm_lexico.serve.state_blocks import States
 
 SPARSITIES = (31, 23, 15, 11, 7)
 SETTINGS = LexicoConfig()
@@ -108,25 +110,18 @@ def coded_plan(shape: ModelShape, sparsity: int, load: Load) -> Plan:
 
 
 def _beside_states(shape: ModelShape, sparsity: int, load: Load, state_bytes: int) -> Plan:
-    """A block has the code pages of all coded layers, or as many states as fit: see `serve/other_layers.py`.
-
-    Its tokens are chosen as `block_beside_states` does there: the fewest with which a request costs hardly more than
-    with any.
-    """
-    coded, others = len(shape.coded), shape.num_layers - len(shape.coded)
-    states = sum(len(one.layers) for one in shape.others if one.keeps_state)
-
-    def plan(block_tokens: int, states: int) -> Plan:
-        layout = _layout(shape, sparsity, load.gpus, block_tokens)
-        block = max(layout.page_bytes * coded, state_bytes)
-        of_states = STATES_PER_REQUEST * -(-states // (block // state_bytes))
-        token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
-        codes = -(-load.max_model_len // block_tokens)
-        return Plan(block, token_bytes, codes, tail_pages(layout, load) + of_states)
-
-    # It takes every layer that is not coded for one with a state.
-    costs = {size: plan(size, others).request_bytes for size in STATE_BLOCK_SIZES}
-    return plan(min(size for size, cost in costs.items() if cost <= 1.1 * min(costs.values())), states)
+    """A block has the code pages of all coded layers, or as many states as fit: see `serve/other_layers.py`."""
+    coded = len(shape.coded)
+    kept = States(len(shape.state_layers), state_bytes, STATES_PER_REQUEST)
+    layouts = {size: _layout(shape, sparsity, load.gpus, size) for size in STATE_BLOCK_SIZES}
+    counted = {
+        size: state_blocks.count_blocks(layout, coded, kept, load.max_model_len, tail_pages(layout, load))
+        for size, layout in layouts.items()
+    }
+    tokens = state_blocks.block_tokens(counted)
+    layout, blocks = layouts[tokens], counted[tokens]
+    token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
+    return Plan(blocks.block_bytes, token_bytes, blocks.codes, blocks.tail + blocks.states)
 
 
 def plain_plan(shape: ModelShape, load: Load) -> Plan:
@@ -183,18 +178,18 @@ def window_pages(window: int, chunked: bool, page_tokens: int, load: Load) -> in
 
 
 def _pages_of_others(shape: ModelShape, page_bytes: int, load: Load) -> list[Pages]:
-    return [found for one in shape.others if (found := _pages_of(one, shape, page_bytes, load)) is not None]
+    """What the other layers keep in pages of so many bytes, by kind; all states are one kind."""
+    found = [_window_pages_of(one, page_bytes, load) for one in shape.others if one.window and one.heads]
+    if shape.keeps_states and (state := shape.state_bytes(load.gpus)):
+        found.append(Pages(len(shape.state_layers), STATES_PER_REQUEST * -(-state // page_bytes)))
+    return found
 
 
-def _pages_of(one: OtherLayers, shape: ModelShape, page_bytes: int, load: Load) -> Pages | None:
-    """What layers of a kind keep in pages of so many bytes; None where they keep nothing that is known."""
-    if one.window is not None and one.heads is not None:
-        room = page_bytes // _raw_token_bytes(one.heads, load)
-        page_tokens = 1 << (room.bit_length() - 1) if room else 1
-        return Pages(len(one.layers), window_pages(one.window, one.chunked, page_tokens, load))
-    if one.keeps_state and (state := shape.state_bytes(load.gpus)):
-        return Pages(len(one.layers), STATES_PER_REQUEST * -(-state // page_bytes))
-    return None
+def _window_pages_of(one: OtherLayers, page_bytes: int, load: Load) -> Pages:
+    assert one.window is not None and one.heads is not None
+    room = page_bytes // _raw_token_bytes(one.heads, load)
+    page_tokens = 1 << (room.bit_length() - 1) if room else 1
+    return Pages(len(one.layers), window_pages(one.window, one.chunked, page_tokens, load))
 
 
 def _raw_token_bytes(heads: Heads, load: Load) -> int:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from vllm_lexico.check.states import state_bytes
-from vllm_lexico.dictionary.coded_layers import WINDOWED, coded_layers, layer_kinds
+from vllm_lexico.dictionary.coded_layers import FULL, WINDOWED, WITH_STATE, coded_layers, layer_kinds, state_layers
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.errors import refusal
 from vllm_lexico.train.model import read_config
@@ -37,7 +37,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class OtherLayers:
-    """Layers of one kind that are not coded.
+    """Layers of one kind that are not coded, or that keep a state beside what is coded.
 
     kind: in words.
     layers: their indices.
@@ -87,7 +87,12 @@ class ModelShape:
     @property
     def keeps_states(self) -> bool:
         """Whether some layers keep a state per request."""
-        return any(one.keeps_state for one in self.others)
+        return bool(self.state_layers)
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that do."""
+        return state_layers(self.text)
 
     def binding_window(self, max_model_len: int) -> int | None:
         """The window of the coded layers where it hides a token."""
@@ -166,11 +171,11 @@ def _others(text: Any, kinds: list[str], coded: tuple[int, ...]) -> Iterator[Oth
             )
         elif kind in WITHOUT_CACHE:
             yield OtherLayers("without attention", layers)
-        else:
+        elif kind in WITH_STATE:
             words = {"conv": "short convolutions", "linear_attention": "linear attention or Mamba"}
             yield OtherLayers(f"with {words.get(kind, 'Mamba')}", layers, keeps_state=True)
-    if getattr(text, "mamba_d_ssm", None):  # Falcon-H1: attention and Mamba side by side in every layer
-        yield OtherLayers("with Mamba beside attention", tuple(range(len(kinds))), keeps_state=True)
+    if both := tuple(index for index, kind in enumerate(kinds) if kind in WITH_STATE & (FULL | WINDOWED)):
+        yield OtherLayers("have a state beside attention", both, keeps_state=True)  # coded ones, as in Falcon-H1
 
 
 def _window(text: Any) -> int | None:

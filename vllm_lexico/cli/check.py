@@ -140,10 +140,12 @@ def _layers(report: "Report") -> str:
     if not shape.others:
         return f"all {shape.num_layers} are coded; {heads}"
     cacheless = [one for one in shape.others if one.window is None and not one.keeps_state]
-    left = [f"{len(one.layers)} {one.kind}" for one in shape.others if one not in cacheless]
+    beside = [one for one in shape.others if {*one.layers} & {*shape.coded}]
+    left = [f"{len(one.layers)} {one.kind}" for one in shape.others if one not in [*cacheless, *beside]]
     words = f"{len(shape.coded)} of {shape.num_layers} are coded ({heads})"
     if left:
         words += f"; {' and '.join(left)} are left to vLLM, as without LEXICO"
+    words += "".join(f"; {len(one.layers)} {one.kind}, which is left to vLLM" for one in beside)
     return words + "".join(f"; {len(one.layers)} {one.kind} have no cache" for one in cacheless)
 
 
@@ -227,7 +229,7 @@ def _closing(report: "Report") -> list[str]:
             "smaller --max-num-batched-tokens leaves more room"
         )
     if report.shape.keeps_states:
-        words += ", and the states of the other layers"
+        words += ", and the states of the layers that have one"
     lines = textwrap.wrap(f"{words}.", WIDTH)
     if gpus := gpus_needed(report):
         lines += textwrap.wrap(f"The weights alone do not fit: try --tensor-parallel-size {gpus}.", WIDTH)

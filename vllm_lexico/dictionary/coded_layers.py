@@ -48,6 +48,15 @@ def coded_layers(config: Any) -> tuple[int, ...]:
     )
 
 
+def state_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers that keep a state per request, coded ones with attention beside it among them.
+
+    Args:
+        config: a text config of transformers, or as vLLM holds it in `model_config.hf_text_config`.
+    """
+    return tuple(index for index, kind in enumerate(layer_kinds(config)) if kind in WITH_STATE)
+
+
 def layer_kinds(config: Any) -> Kinds:
     """The kind of every layer, in the words of FULL, WINDOWED and WITHOUT_GROWTH where they are known."""
     count = _value(config, "num_hidden_layers")

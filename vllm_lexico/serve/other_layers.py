@@ -24,9 +24,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from vllm_lexico import NAME
 from vllm_lexico.compat import layers as compat_layers
-from vllm_lexico.dictionary.coded_layers import WITH_STATE, coded_layers, layer_kinds
+from vllm_lexico.dictionary.coded_layers import coded_layers, state_layers
 from vllm_lexico.errors import either
-from vllm_lexico.serve import refusals
+from vllm_lexico.serve import refusals, state_blocks
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_layer import LexicoTail
 from vllm_lexico.serve.tail_pages import tail_spec
@@ -108,10 +108,7 @@ def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
 
 
 def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) -> int:
-    """Tokens of a code page with which a request of the longest length takes the fewest bytes of the pool.
-
-    Small pages leave a part of each block of codes empty, large ones a part of each block of states. Of two that cost
-    the same within a tenth the smaller one is taken, since prefix-cache hits end at whole blocks.
+    """Tokens of a code page with which a request of the longest length takes hardly more of the pool than with any.
 
     Args:
         setup: of the engine.
@@ -119,22 +116,17 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) 
         state_bytes: of a layer that keeps a state, on a rank.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    states = sum(kind in WITH_STATE for kind in layer_kinds(model.hf_text_config))
-    states = -(-states // parallel.pipeline_parallel_size)
+    layers = -(-len(state_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
+    kept = state_blocks.States(layers, state_bytes, 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1)
     heads = model.get_num_kv_heads(parallel)
-    per_state = 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1
 
-    def cost(block_tokens: int) -> int:
+    def count(block_tokens: int) -> state_blocks.StateBlocks:
         layout = setup.layout(model.get_head_size(), heads, block_tokens, model.dtype)
-        block = max(layout.page_bytes * setup.beside_states, state_bytes)
         tail = tail_spec(setup, layout, model.dtype)
-        pages = -(-model.max_model_len // block_tokens) + tail.max_admission_blocks_per_request(
-            vllm_config.max_in_flight_tokens, model.max_model_len
-        )
-        return block * (pages + per_state * -(-states // (block // state_bytes)))
+        tail_pages = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, model.max_model_len)
+        return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
-    costs = {size: cost(size) for size in refusals.STATE_BLOCK_SIZES}
-    return min(size for size, one in costs.items() if one <= 1.1 * min(costs.values()))
+    return state_blocks.block_tokens({size: count(size) for size in refusals.STATE_BLOCK_SIZES})
 
 
 def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:

@@ -1,0 +1,71 @@
+"""Blocks of a pool that hold the code pages of all coded layers, or the states of some others. No vLLM here.
+
+Serving chooses the tokens of a block by this count, and `vllm-lexico check` says with it how many fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lexico_kernels.memory.layout import CodeLayout
+
+NEARLY = 1.1  # of two that cost the same within a tenth the smaller is taken
+
+
+class States(NamedTuple):
+    """What a request keeps besides codes and tail on a rank.
+
+    layers: that keep a state.
+    num_bytes: of one.
+    per_layer: 2 where the state of the last whole block is kept beside the running one, else 1.
+    """
+
+    layers: int
+    num_bytes: int
+    per_layer: int
+
+
+class StateBlocks(NamedTuple):
+    """Blocks that a request of the longest length takes for codes, for its tail and for states; bytes of each."""
+
+    block_bytes: int
+    codes: int
+    tail: int
+    states: int
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of them all."""
+        return self.block_bytes * (self.codes + self.tail + self.states)
+
+
+def count_blocks(
+    layout: CodeLayout, coded_layers: int, states: States, max_model_len: int, tail_pages: int
+) -> StateBlocks:
+    """Count what a request of the longest length takes where blocks of codes have `layout.block_tokens`.
+
+    Args:
+        layout: of a coded layer.
+        coded_layers: of a rank.
+        states: of the same rank.
+        max_model_len: tokens of the longest request.
+        tail_pages: that a coded layer holds at most of it.
+    """
+    block_bytes = max(layout.page_bytes * coded_layers, states.num_bytes)
+    codes = -(-max_model_len // layout.block_tokens)
+    of_states = states.per_layer * -(-states.layers // (block_bytes // states.num_bytes))
+    return StateBlocks(block_bytes, codes, tail_pages, of_states)
+
+
+def block_tokens(counted: Mapping[int, StateBlocks]) -> int:
+    """Tokens of a block with which a request takes hardly more than with any: the fewest of these.
+
+    Small blocks leave a part of each block of codes empty, large ones a part of each block of states; prefix-cache
+    hits end at whole blocks.
+
+    Args:
+        counted: by a block's tokens.
+    """
+    least = min(blocks.request_bytes for blocks in counted.values())
+    return min(tokens for tokens, blocks in counted.items() if blocks.request_bytes <= NEARLY * least)
