@@ -95,6 +95,47 @@ def answer_again(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -
     return {"cold": cold, "again": again, "hits": hits, "faults": faults}
 
 
+def answer_beside(
+    model: str, backends: tuple[str, ...], lexico: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What engines answer to long prompts in chunks, and to their continuations from the prefix cache.
+
+    Returns by backend:
+        tokens, logprobs: of the first tokens of each answer, cold and continued.
+        hits: tokens of each prompt that the prefix cache had.
+        faulty: log-probabilities of cold answers with a fault planted; of LEXICO alone.
+    """
+    import vllm
+
+    asked = vllm.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=0)
+
+    def answers(llm: Any, prompts: list[list[int]]) -> list[Any]:
+        return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+
+    def logprobs(output: Any) -> list[float]:
+        said = output.outputs[0]
+        return [one[token].logprob for token, one in zip(said.token_ids, said.logprobs, strict=True)]
+
+    found = {}
+    for backend in backends:
+        llm, prompts = start(model, backend, lexico, settings), [make_tokens(20, 600), make_tokens(21, 333)]
+        cold = answers(llm, prompts)
+        said = [list(output.outputs[0].token_ids) for output in cold]
+        more = [prompt + reply + make_tokens(22, 20) for prompt, reply in zip(prompts, said, strict=True)]
+        outputs = cold + answers(llm, more)
+        found[backend] = {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "logprobs": [logprobs(output) for output in outputs],
+            "hits": [output.num_cached_tokens for output in outputs],
+        }
+        if backend == "LEXICO":
+            llm.reset_prefix_cache()
+            llm.collective_rpc("plant_fault", args=(next(iter(FAULTS)),))
+            found[backend]["faulty"] = [logprobs(output) for output in answers(llm, prompts)]
+        del llm
+    return found
+
+
 def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple[str, list[str]]:
     """The sentence with which an engine with codes does not start, or ""; then what it logs at its start.
 

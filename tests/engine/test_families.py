@@ -1,0 +1,62 @@
+"""Families of models: with the exact codec LEXICO answers as vLLM's own backend does, whatever the other layers are.
+
+Tiny checkpoints with strong random weights, prompts of 600 tokens in chunks of 256, then their continuations from the
+prefix cache. Families that vLLM's build for CPUs cannot run (Nemotron-H, Bamba, LFM2) are tried on a GPU.
+"""
+
+import pytest
+
+pytest.importorskip("vllm")
+from engines import answer_beside
+from families import FAMILIES, write_checkpoint
+from processes import in_a_process
+
+from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+
+CHUNKS = {"max_model_len": 1024, "max_num_batched_tokens": 256, "enable_prefix_caching": True}
+# Log-probabilities. bfloat16, which the CPU build wants for linear attention, differs by so much by its rounding alone.
+MOST_APART = {"float32": 1e-4, "bfloat16": 0.15}
+FAULTY_APART = 1e-2
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A family, its checkpoint and what both backends answer."""
+    family = FAMILIES[request.param]
+    model = write_checkpoint(family, tmp_path_factory.mktemp("family"))
+    settings = CHUNKS | {"dtype": family.dtype}
+    case = str(model), ("CPU_ATTN", "LEXICO"), {"codec": "exact"}, settings
+    return family, model, in_a_process(answer_beside, *case)
+
+
+def flat(rows):
+    return [one for row in rows for one in row]
+
+
+def test_answers_are_vllms(family):
+    family, _, found = family
+    ours, theirs = ({name: flat(found[one][name]) for name in ("tokens", "logprobs")} for one in ("LEXICO", "CPU_ATTN"))
+    same = [a == b for a, b in zip(ours["tokens"], theirs["tokens"], strict=True)]
+    assert all(same) or family.dtype == "bfloat16"
+    apart = [abs(a - b) for a, b in zip(ours["logprobs"], theirs["logprobs"], strict=True)]
+    apart = [gap for gap, alike in zip(apart, same, strict=True) if alike]
+    assert len(apart) >= 24 and max(apart) <= MOST_APART[family.dtype]
+
+
+def test_prefix_hits_end_at_the_last_whole_block(family):
+    _, _, found = family
+    hits = found["LEXICO"]["hits"]
+    assert hits[:2] == [0, 0] and hits[2] >= 512 and hits[3] >= 256
+
+
+def test_a_fault_in_coded_pages_is_seen(family):
+    _, _, found = family
+    sound, faulty = flat(found["LEXICO"]["logprobs"][:2]), flat(found["LEXICO"]["faulty"])
+    assert max(abs(a - b) for a, b in zip(sound, faulty, strict=True)) > FAULTY_APART
+
+
+def test_a_dictionary_has_the_coded_layers(family):
+    from transformers import AutoConfig
+
+    family, model, _ = family
+    assert ModelFingerprint.of(AutoConfig.from_pretrained(model)).layers == family.coded
