@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import FAMILIES
+from configurations import FAMILIES
 
 
 @pytest.fixture

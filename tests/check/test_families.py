@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from families import FAMILIES
+from configurations import FAMILIES
 
 from vllm_lexico import cli
 
@@ -29,6 +29,18 @@ SERVED = [
         262144,
         262144,
     ),
+    ("Mistral-7B-v0.3", range(32), [], (8, 128), 32768, 32768),
+    ("Mixtral-8x7B", range(32), [], (8, 128), 32768, 32768),
+    ("Qwen3-30B-A3B", range(48), [], (4, 128), 40960, 40960),
+    ("GLM-4-9B", range(40), [], (2, 128), 32768, 32768),
+    ("SmolLM3-3B", range(36), [], (4, 128), 65536, 65536),
+    ("GPT-2", range(12), [], (12, 64), 1024, 1024),
+    ("Olmo-3-7B", range(3, 32, 4), [("with a window of 4,096 tokens", 24)], (32, 128), 65536, 65536),
+    ("Command-R7B", range(3, 32, 4), [("with a window of 4,096 tokens", 24)], (8, 128), 132096, 132096),
+    ("EXAONE-4.0-32B", range(3, 64, 4), [("with a window of 4,096 tokens", 48)], (8, 128), 131072, 131072),
+    ("Gemma-3-12B", range(5, 48, 6), [("with a window of 1,024 tokens", 40)], (8, 256), 131072, 131072),
+    ("Qwen3.5-27B", range(3, 64, 4), [("with linear attention or Mamba", 48)], (4, 256), 262144, 262144),
+    ("Granite-4.0-H-Small", range(5, 40, 10), [("with linear attention or Mamba", 36)], (8, 128), 131072, 131072),
     ("Falcon-H1-7B", range(44), [(BESIDE, 44)], (2, 128), 262144, 262144),
 ]
 REFUSED = [

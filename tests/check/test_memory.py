@@ -114,7 +114,13 @@ def coded_specs(shape, sparsity, load):
     return specs, bool(beside_states)
 
 
-LOADS = [Load(4096, 2048), Load(131072, 8192), Load(131072, 2048, gpus=4), Load(32768, 512, concurrent_batches=1)]
+LOADS = [
+    Load(4096, 2048),
+    Load(131072, 8192),
+    Load(131072, 1),  # what a decoding request holds
+    Load(131072, 2048, gpus=4),
+    Load(32768, 512, concurrent_batches=1),
+]
 
 
 @pytest.fixture
@@ -138,6 +144,10 @@ def on_a_gpu(monkeypatch):
         "LFM2-1.2B",
         "Nemotron-3-Nano",
         "Falcon-H1-7B",
+        "Olmo-3-7B",
+        "Gemma-3-12B",
+        "Qwen3.5-27B",
+        "Granite-4.0-H-Small",
     ],
 )
 def test_tokens_are_those_of_vllms_planning(name, write_family, on_a_gpu):
