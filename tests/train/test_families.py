@@ -16,7 +16,7 @@ from vllm_lexico.train.run import train_dictionary
 from vllm_lexico.train.settings import TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES, write_family
+from tiny_models import FAMILIES, write_family
 
 TOKENS = 72  # beyond windows, chunks and a longrope's original context
 
