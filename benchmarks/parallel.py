@@ -9,8 +9,8 @@ exact  Engines with torch.compile and FULL CUDA graphs answer prompts of many le
        prefix cache, and such as repeat themselves: the exact codec with tensor parallelism (TP) and with pipeline
        parallelism (PP) over all GPUs, the same with drafts from the prompt (ngram), and real codes, beside FLASH_ATTN.
        The exact codec must be no further from FLASH_ATTN with TP than that is from itself on one GPU; codes with TP
-       no further from full precision than codes on one GPU, give or take that noise. Of a model whose KV heads GPUs cannot
-       share, a copy with added heads is made that answers the same; without --model there is one of random weights.
+       no further from full precision than codes on one GPU, give or take that noise. Of a model whose KV heads the
+       GPUs cannot share, a copy with added heads is made that answers the same; without --model one of random weights.
 speed  The shape of Llama-3.1-70B with --layers layers, dummy weights, TP: tokens that fit, decode tokens per second of
        8 sequences of 32k, time to the first token of 8,192, against FLASH_ATTN and fp8; and the same ratios on one GPU
        with one rank's part of the model, within 10 % of which they should be. Decode runs in CUDA graphs.

@@ -39,6 +39,7 @@ SERVED = [
     ("Command-R7B", range(3, 32, 4), [("with a window of 4,096 tokens", 24)], (8, 128), 132096, 132096),
     ("EXAONE-4.0-32B", range(3, 64, 4), [("with a window of 4,096 tokens", 48)], (8, 128), 131072, 131072),
     ("Gemma-3-12B", range(5, 48, 6), [("with a window of 1,024 tokens", 40)], (8, 256), 131072, 131072),
+    ("Gemma-2-9B", range(1, 42, 2), [("with a window of 4,096 tokens", 21)], (8, 256), 8192, 8192),
     ("Qwen3.5-27B", range(3, 64, 4), [("with linear attention or Mamba", 48)], (4, 256), 262144, 262144),
     ("Granite-4.0-H-Small", range(5, 40, 10), [("with linear attention or Mamba", 36)], (8, 128), 131072, 131072),
     ("Falcon-H1-7B", range(44), [(BESIDE, 44)], (2, 128), 262144, 262144),
@@ -49,7 +50,6 @@ REFUSED = [
         "layers with a sliding window of 4096 tokens are not supported where a",
     ),
     ("DeepSeek-V3", "multi-head latent attention (MLA) is not supported"),
-    ("Gemma-2-9B", "a soft cap on attention logits (50.0) is not supported"),
     ("BLOOM-7B", "ALiBi position biases are not supported"),
     ("T5", "encoder and encoder-decoder attention is not supported"),
 ]

@@ -60,6 +60,17 @@ FAMILIES = {
     "Qwen3-MoE": Family("Qwen3Moe", {"head_dim": 64, **EXPERTS}),
     "Qwen3-Next": Family("Qwen3Next", {"head_dim": 256, **EXPERTS, **LINEAR}, HALF, "bfloat16"),
     "Gemma 3": Family("Gemma3", {"head_dim": 256, "query_pre_attn_scalar": 256, **WINDOWS}, HALF, text="Text"),
+    "Gemma 2": Family(
+        "Gemma2",
+        {
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "attn_logit_softcapping": 5.0,
+            "tie_word_embeddings": True,
+            **WINDOWS,
+        },
+        HALF,
+    ),
     "gpt-oss": Family("GptOss", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}, HALF),
     "Phi3": Family("Phi3", {"sliding_window": None}),
     "GLM4": Family("Glm4", {"head_dim": 64}),
@@ -100,5 +111,8 @@ def write_checkpoint(family: Family, folder: Path) -> Path:
         transformers, f"{family.name}LMHeadModel" if family.name == "GPT2" else f"{family.name}ForCausalLM"
     )
     config.architectures = [kind.__name__]
-    kind(config).save_pretrained(folder)
+    model = kind(config)
+    if config.tie_word_embeddings:  # else a token's own embedding decides that it is said again
+        model.get_input_embeddings().weight.data.mul_(0.05)
+    model.save_pretrained(folder)
     return folder

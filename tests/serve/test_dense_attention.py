@@ -40,3 +40,14 @@ def test_causal_attention_is_aligned_to_the_last_key():
     torch.testing.assert_close(out[3:], last)
     first, _ = dense_attention(query[:1], keys[:6], keys[:6], packed(0, 1), packed(0, 6), scale=1.0, causal=False)
     torch.testing.assert_close(out[:1], first)
+
+
+def test_scores_are_capped():
+    query, keys, values = torch.randn(1, 2, 64), torch.randn(9, 2, 64), torch.randn(9, 2, 64)
+    rows = packed(0, 1), packed(0, 9)
+    out, lse = dense_attention(query, keys, values, *rows, scale=1.0, causal=False, soft_cap=5.0)
+    scores = 5 * (torch.einsum("qhd,khd->hk", query, keys) / 5).tanh()
+    torch.testing.assert_close(lse[:, 0], scores.logsumexp(-1))
+    torch.testing.assert_close(out[0], torch.einsum("hk,khd->hd", scores.softmax(-1), values))
+    uncapped, _ = dense_attention(query, keys, values, *rows, scale=1.0, causal=False)
+    assert (out - uncapped).abs().max() > 0.1

@@ -122,7 +122,6 @@ LAYERS_BY_SELECTOR = [
 LAYERS_BY_ARGUMENTS = [
     ({"alibi_slopes": [0.5]}, ["ALiBi", "another --attention-backend"]),
     ({"sliding_window": 4095}, ["window of 4095 tokens", "--disable-sliding-window", "another --attention-backend"]),
-    ({"logits_soft_cap": 50.0}, ["soft cap", "50.0"]),
     ({"attn_type": "encoder_decoder"}, ["encoder"]),
     ({"kv_sharing_target": "model.layers.3.attn"}, ["share the cache", "model.layers.3.attn"]),
 ]

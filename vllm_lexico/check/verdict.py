@@ -52,7 +52,6 @@ def _layer_reasons(shape: ModelShape, max_model_len: int) -> Iterator[str]:
         max_model_len=max_model_len,
         alibi_slopes=True if getattr(text, "alibi", False) or text.model_type in ALIBI else None,
         sliding_window=shape.binding_window(max_model_len),
-        logits_soft_cap=getattr(text, "attn_logit_softcapping", None),
         attn_type=attn_type,
         kv_sharing_target=_shared(text),
     )

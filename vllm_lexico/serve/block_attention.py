@@ -22,6 +22,7 @@ def attend_blocks(
     *,
     scale: float,
     out: Tensor,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attend a step's tokens in prefill, once they are in tail pages and coded.
 
@@ -33,6 +34,7 @@ def attend_blocks(
         plan: of the step.
         scale: factor of the scores.
         out: [T, Hq, D], filled.
+        soft_cap: of the scores, see `dense_attention`.
 
     Returns:
         The log-sum-exp, float32 [Hq, T].
@@ -44,14 +46,13 @@ def attend_blocks(
     for tile in plan.raw:
         keys, values = workspace[:, : len(tile.key_row)]
         _gather(key, value, cache, tables, tile, keys, values)
-        _, lse[:, tile.rows] = dense_attention(
-            query[tile.rows], keys, values, tile.queries, tile.keys, scale=scale, causal=True, out=out[tile.rows]
-        )
+        batch = query[tile.rows], keys, values, tile.queries, tile.keys
+        _, lse[:, tile.rows] = dense_attention(*batch, scale=scale, causal=True, soft_cap=soft_cap, out=out[tile.rows])
     coded = dataclasses.replace(tables, raw_start=plan.all_coded)
     for part in plan.coded:
         keys, values = workspace[:, : len(part.token_request)]
         ops.reconstruct(cache, coded, part.token_request, part.token_position, keys, values)
-        seen = paged_attention(query[part.rows], keys, values, part.queries, part.keys, scale=scale)
+        seen = paged_attention(query[part.rows], keys, values, part.queries, part.keys, scale=scale, soft_cap=soft_cap)
         merge_into(out[part.rows], lse[:, part.rows], *seen)
     return lse
 

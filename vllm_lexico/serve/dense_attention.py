@@ -44,6 +44,7 @@ def dense_attention(
     *,
     scale: float,
     causal: bool,
+    soft_cap: float = 0.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences, bottom-right causal or full.
@@ -54,17 +55,18 @@ def dense_attention(
         queries, keys: where each sequence's are; tensors on the query's device. No sequence is empty.
         scale: factor of the scores.
         causal: the last query sees all keys, the one before all but one, and so on.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap), as in Gemma 2; 0 for none.
         out: [Tq, Hq, D] in the query's dtype, filled if given.
 
     Returns:
         [Tq, Hq, D] in the query's dtype and float32 [Hq, Tq] natural log-sum-exp.
     """
     attend = _flash_attention if query.is_cuda else _plain_attention
-    return attend(query, key, value, queries, keys, scale, causal, out)
+    return attend(query, key, value, queries, keys, scale, causal, soft_cap, out)
 
 
 def paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, *, scale: float
+    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, *, scale: float, soft_cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Full attention of packed sequences of queries to keys that they share.
 
@@ -74,14 +76,15 @@ def paged_attention(
         queries: where each sequence's are.
         keys: of the same sequences.
         scale: factor of the scores.
+        soft_cap: as of `dense_attention`.
 
     Returns:
         As `dense_attention`.
     """
     key, value = (part.unflatten(0, (-1, keys.page_tokens)) for part in (key, value))
     if query.is_cuda:
-        return _flash_attention(query, key, value, queries, keys, scale, causal=False, out=None)
-    return _plain_paged(query, key, value, queries, keys, scale)
+        return _flash_attention(query, key, value, queries, keys, scale, causal=False, soft_cap=soft_cap, out=None)
+    return _plain_paged(query, key, value, queries, keys, scale, soft_cap)
 
 
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
@@ -114,6 +117,7 @@ def _flash_attention(
     keys: Packed | Paged,
     scale: float,
     causal: bool,
+    soft_cap: float,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -131,6 +135,7 @@ def _flash_attention(
         max_seqlen_k=keys.longest,
         softmax_scale=scale,
         causal=causal,
+        softcap=soft_cap,
         return_softmax_lse=True,
         out=out,
         fa_version=_flash_version(query.shape[-1]),
@@ -140,14 +145,14 @@ def _flash_attention(
 
 
 def _plain_paged(
-    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, scale: float
+    query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Paged, scale: float, soft_cap: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     starts = queries.starts.tolist()
     for sequence, length in enumerate(keys.lengths.tolist()):
         rows, pages = slice(starts[sequence], starts[sequence + 1]), keys.table[sequence].long()
         seen_key, seen_value = (part[pages].flatten(0, 1)[:length] for part in (key, value))
-        out[rows], lse[:, rows] = _attend(query[rows], seen_key, seen_value, None, scale)
+        out[rows], lse[:, rows] = _attend(query[rows], seen_key, seen_value, None, scale, soft_cap)
     return out, lse
 
 
@@ -159,6 +164,7 @@ def _plain_attention(
     keys: Packed,
     scale: float,
     causal: bool,
+    soft_cap: float,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(query) if out is None else out
@@ -171,15 +177,19 @@ def _plain_attention(
         for row in range(first, end, QUERY_ROWS):
             rows = slice(row, min(row + QUERY_ROWS, end))
             last_seen = torch.arange(rows.start - first, rows.stop - first)[:, None] + ahead if causal else None
-            out[rows], lse[:, rows] = _attend(query[rows], key[seen], value[seen], last_seen, scale)
+            out[rows], lse[:, rows] = _attend(query[rows], key[seen], value[seen], last_seen, scale, soft_cap)
     return out, lse
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, last_seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, last_seen: Tensor | None, scale: float, soft_cap: float
+) -> tuple[Tensor, Tensor]:
     num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads, _ = key.shape
     grouped = query.view(num_queries, num_kv_heads, -1, head_dim).float() * scale
     scores = torch.einsum("qhgd,khd->hgqk", grouped, key.float())
+    if soft_cap:
+        scores = soft_cap * (scores / soft_cap).tanh()
     if last_seen is not None:
         scores.masked_fill_(torch.arange(num_keys) > last_seen, float("-inf"))
     lse = scores.logsumexp(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -65,7 +66,6 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 max_model_len=self.vllm_config.model_config.max_model_len,
                 alibi_slopes=alibi_slopes,
                 sliding_window=sliding_window,
-                logits_soft_cap=logits_soft_cap,
                 attn_type=attn_type,
                 kv_sharing_target=kv_sharing_target_layer_name,
             )
@@ -73,6 +73,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         compat.warn_of_untested_version()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
+        self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks  # the layer's parameter, [Hq]; its numbers come with the weights
         refusals.refuse(refusals.engine_refusals(self.vllm_config))
         self.setup = LexicoSetup.of(self.vllm_config)
@@ -164,6 +165,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 step.token_request[rows],
                 step.token_seq_len[rows],
                 scale=self.scale,
+                soft_cap=self.soft_cap,
                 out=output[rows],
             )
             self._weigh_against_sinks(output[rows], lse)
@@ -171,7 +173,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
             batch, plan = (query[rows], key[rows], value[rows], cache, tables), step.prefill
             if isinstance(plan, BlockPlan):
-                lse = attend_blocks(*batch, plan, scale=self.scale, out=output[rows])
+                lse = attend_blocks(*batch, plan, scale=self.scale, soft_cap=self.soft_cap, out=output[rows])
             else:
                 lse = self._attend_chunks(*batch, plan, output[rows])
             self._weigh_against_sinks(output[rows], lse.T)
@@ -202,13 +204,12 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         Returns the log-sum-exp, float32 [Hq, T].
         """
         chunks = prefill.chunks
-        _, lse = dense_attention(query, key, value, chunks, chunks, scale=self.scale, causal=True, out=output)
+        attend = functools.partial(dense_attention, scale=self.scale, soft_cap=self.soft_cap)
+        _, lse = attend(query, key, value, chunks, chunks, causal=True, out=output)
         for tile in prefill.tiles:
             keys, values = self._workspace(query)[:, : len(tile.token_request)]
             ops.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
-            seen = dense_attention(
-                query[tile.rows], keys, values, tile.queries, tile.keys, scale=self.scale, causal=False
-            )
+            seen = attend(query[tile.rows], keys, values, tile.queries, tile.keys, causal=False)
             merge_into(output[tile.rows], lse[:, tile.rows], *seen)
         return lse
 

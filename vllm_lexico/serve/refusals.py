@@ -118,7 +118,6 @@ def layer_refusals(
     max_model_len: int,
     alibi_slopes: Any = None,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     attn_type: str = "decoder",
     kv_sharing_target: str | None = None,
 ) -> list[str]:
@@ -130,8 +129,6 @@ def layer_refusals(
     reasons = _sliding_window(sliding_window, max_model_len)
     if alibi_slopes is not None:
         reasons.append(f"ALiBi position biases are not supported; {OTHER_BACKEND}")
-    if logits_soft_cap:
-        reasons.append(f"a soft cap on attention logits ({logits_soft_cap}) is not supported; {OTHER_BACKEND}")
     if attn_type != "decoder":
         reasons.append(_encoder())
     if kv_sharing_target is not None:
