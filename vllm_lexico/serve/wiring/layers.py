@@ -96,8 +96,23 @@ ROWS = (
     ),
     Wire(
         Attention,
-        "impl attn_backend kv_cache_torch_dtype num_kv_heads head_size sliding_window get_attn_backend",
+        "impl attn_backend kv_cache_torch_dtype num_kv_heads head_size head_size_v sliding_window get_attn_backend",
         "a layer would keep raw pages",
+    ),
+    Wire(
+        config.AttentionConfig,
+        "backend backend_per_kind",
+        "layers with a window would be taken for layers without",
+    ),
+    Wire(
+        config.CacheConfig,
+        "mamba_block_size mamba_cache_mode prefix_match_unit",
+        "states would be kept where no prefix is found, or be those of other tokens",
+    ),
+    Wire(
+        config.VllmConfig,
+        "validate_block_size",
+        "prompts would be cut where no state is kept, and answered from others'",
     ),
     Wire(
         AttentionLayerBase,
@@ -110,7 +125,11 @@ ROWS = (
         "max_concurrent_batches max_in_flight_tokens",
         "settings or drafts would be ignored",
     ),
-    Wire(config.ModelConfig, "use_mla is_hybrid is_encoder_decoder", "such models would be served wrongly"),
+    Wire(
+        config.ModelConfig,
+        "use_mla is_hybrid is_encoder_decoder is_mm_prefix_lm hf_text_config",
+        "such models would be served wrongly",
+    ),
     Wire(config.ModelConfig, "hf_overrides", "a dictionary would be trained for the model without them"),
     Wire(config.CacheConfig, "cache_dtype block_size user_specified_block_size", "they would be ignored"),
     Wire(config.CacheConfig, "kv_offloading_size", "a refusal would name a flag that was not given"),
