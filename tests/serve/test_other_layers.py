@@ -1,5 +1,6 @@
 """Layers that are left to vLLM: the pages that they share with codes, and the blocks that make room for them."""
 
+import dataclasses
 import types
 
 import pytest
@@ -84,3 +85,47 @@ def test_a_spec_is_changed_once():
     for _ in range(2):
         layers.change_cache_spec(layer, lambda spec, config: [*spec, "changed", config])
     assert layer.get_kv_cache_spec("asked") == ["asked", "changed", "asked"]
+
+
+def a_hybrid(state_layers=36, coded=12):
+    """An engine with the shape of Qwen3-Next: heads of 256, 2 KV heads."""
+    kinds = ["linear_attention"] * state_layers + ["full_attention"] * coded
+    text = types.SimpleNamespace(layer_types=kinds, num_hidden_layers=len(kinds), model_type="qwen3_next")
+    model = types.SimpleNamespace(
+        hf_text_config=text,
+        get_head_size=lambda: 256,
+        get_num_kv_heads=lambda parallel: 2,
+        dtype=torch.bfloat16,
+        max_model_len=131072,
+    )
+    return types.SimpleNamespace(
+        model_config=model,
+        parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
+        cache_config=types.SimpleNamespace(mamba_cache_mode="align"),
+        max_in_flight_tokens=4096,
+    )
+
+
+def test_blocks_beside_states_are_about_as_large_as_a_state():
+    state = 2_146_304  # bytes
+    setup = dataclasses.replace(a_setup(31), beside_states=12)
+    tokens = other_layers.block_beside_states(setup, a_hybrid(), state, None)
+    block = 12 * setup.layout(256, 2, tokens, torch.bfloat16).page_bytes
+    assert tokens in (512, 1024) and state / 2 <= block <= 2 * state
+    assert other_layers.block_beside_states(setup, a_hybrid(), state, 2048) == 2048
+    with pytest.raises(ValueError, match=f"--block-size 128 is too small beside .* leave it out for {tokens}"):
+        other_layers.block_beside_states(setup, a_hybrid(), state, 128)
+    assert other_layers.block_beside_states(setup, a_hybrid(), 50_000, None) == 128
+
+
+def test_a_state_needs_no_padding_and_is_kept_where_blocks_of_codes_end():
+    state = MambaSpec(
+        shapes=((4, 4),), dtypes=(torch.float32,), block_size=384, page_size_padded=4096, mamba_cache_mode="align"
+    )
+    layout = types.SimpleNamespace(block_tokens=512, page_bytes=PAGE)
+    tail = types.SimpleNamespace(layout=lambda config: layout)
+    shared = other_layers._shared("layers.0.mixer", None, tail, state, None)
+    assert (shared.block_size, shared.page_size_padded, shared.page_size_bytes) == (512, None, 64)
+    lasting = dataclasses.replace(state, mamba_cache_mode="none", block_size=4096)
+    assert other_layers._shared("layers.0.mixer", None, tail, lasting, None).block_size == 4096
+    assert other_layers._shared("layers.1.attn", None, tail, None, None) is None

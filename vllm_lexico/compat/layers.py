@@ -86,15 +86,17 @@ def keep_block_of_states() -> None:
     """
     from vllm.config import VllmConfig
 
+    from vllm_lexico import compat
+
     original = VllmConfig.validate_block_size
     if getattr(original, "lexico", False):
         return
 
     @functools.wraps(original)
     def validate_block_size(self: Any) -> None:
-        cache, attention, model = self.cache_config, self.attention_config, self.model_config
-        named = getattr(attention.backend, "name", None) == NAME
-        if named and model is not None and model.is_hybrid and cache.mamba_cache_mode == "align":
+        cache, model = self.cache_config, self.model_config
+        hybrid = model is not None and model.is_hybrid and compat.serves_lexico(self)
+        if hybrid and cache.mamba_cache_mode == "align":
             cache.block_size = cache.mamba_block_size
         original(self)
 

@@ -62,7 +62,7 @@ def leave(vllm_config: Any) -> None:
     given = cache.block_size if getattr(cache, "user_specified_block_size", False) else None
     setup = LexicoSetup.of(vllm_config)
     if setup.beside_states:
-        block_tokens = given or block_beside_states(setup, vllm_config, compat_layers.state_bytes(vllm_config))
+        block_tokens = block_beside_states(setup, vllm_config, compat_layers.state_bytes(vllm_config), given)
         if cache.mamba_cache_mode == "align":
             _hit_whole_blocks(cache, block_tokens, setup.layout(model.get_head_size(), 1, block_tokens, model.dtype))
     else:
@@ -107,13 +107,17 @@ def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
     raise ValueError(refusals.as_sentence([reason if given is None else f"{reason}, or leave --block-size out"]))
 
 
-def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) -> int:
+def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, given: int | None) -> int:
     """Tokens of a code page with which a request of the longest length takes hardly more of the pool than with any.
 
     Args:
         setup: of the engine.
         vllm_config: of the same.
         state_bytes: of a layer that keeps a state, on a rank.
+        given: by the user, or None.
+
+    Raises:
+        ValueError: what the user gave would leave more than half of a block empty, and vLLM enlarges such blocks.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-len(state_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
@@ -126,7 +130,15 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int) 
         tail_pages = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, model.max_model_len)
         return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
-    return state_blocks.block_tokens({size: count(size) for size in refusals.STATE_BLOCK_SIZES})
+    counted = {size: count(size) for size in refusals.STATE_BLOCK_SIZES}
+    if given is None:
+        return state_blocks.block_tokens(counted)
+    layout = setup.layout(model.get_head_size(), heads, given, model.dtype)
+    if 2 * layout.page_bytes * setup.beside_states < state_bytes:
+        best = state_blocks.block_tokens(counted)
+        reason = f"--block-size {given} is too small beside states of {state_bytes:,} bytes; leave it out for {best}"
+        raise ValueError(refusals.as_sentence([reason]))
+    return given
 
 
 def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:
