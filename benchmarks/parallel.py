@@ -23,6 +23,7 @@ Rows go to benchmarks/results/parallel.jsonl. The exit status is 1 where somethi
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -32,9 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
@@ -69,7 +68,7 @@ def serve(options: argparse.Namespace) -> None:
         lock, lexico = Path(settings.pop("lock")), settings.pop("lexico")
         engine = exactness.Engine(settings.pop("model"), settings.pop("attention_backend"), lexico, **settings)
         with held(lock):
-            _answer("exact", lambda: parallel_exact.ask(engine, options.scale))
+            engine_speed.answer("exact", lambda: parallel_exact.ask(engine, options.scale))
         return
     from vllm import LLM
 
@@ -77,19 +76,10 @@ def serve(options: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()  # as engine_speed.py does
     tokens = driver.engine.vllm_config.cache_config.kv_cache_size_tokens
-    _answer("fit", lambda: {"tokens": tokens})
+    engine_speed.answer("fit", lambda: {"tokens": tokens})
     for measure in options.measure:
         if measure != "fit":
-            _answer(measure, lambda: engine_speed.run_measure(measure, driver, options))  # noqa: B023
-
-
-def _answer(measure: str, run: Callable[[], dict[str, Any]]) -> None:
-    began, result = time.perf_counter(), None
-    try:
-        result = run()
-    except Exception:
-        traceback.print_exc()
-    print(f"{engine_speed.ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
+            engine_speed.answer(measure, functools.partial(engine_speed.run_measure, measure, driver, options))
 
 
 def gpus_of(options: argparse.Namespace) -> list[str]:

@@ -70,8 +70,7 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
     except Exception as error:
         raise ValueError(_unavailable(NAME, error)) from error
     last_word.inherit(refusal_file)
-    layers.let_chunked_layers_choose()
-    layers.keep_block_of_states()
+    layers.let_vllm_keep_its_layers()
     return member
 
 

@@ -9,6 +9,12 @@ from typing import Any
 from vllm_lexico import NAME
 
 
+def let_vllm_keep_its_layers() -> None:
+    """Apply what has to be in place before a model's layers are built and its pages are planned."""
+    let_chunked_layers_choose()
+    keep_block_of_states()
+
+
 def let_chunked_layers_choose() -> None:
     """Let layers that attend within chunks have the backend that vLLM chooses without LEXICO.
 

@@ -52,8 +52,7 @@ def leave(vllm_config: Any) -> None:
         ValueError: no page of codes would hold a page of theirs.
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
-    compat_layers.let_chunked_layers_choose()
-    compat_layers.keep_block_of_states()
+    compat_layers.let_vllm_keep_its_layers()
     model = vllm_config.model_config
     if not some_are_left(model) and not model.is_hybrid:
         return
