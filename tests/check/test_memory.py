@@ -97,7 +97,7 @@ def coded_specs(shape, sparsity, load):
     )
     block = 128
     if beside_states:
-        block = other_layers.block_beside_states(setup, engine, shape.state_bytes(load.gpus))
+        block = other_layers.block_beside_states(setup, engine, shape.state_bytes(load.gpus), None)
     elif len(shape.coded) < shape.num_layers:
         block = other_layers.fitting_block(setup, model, None)
     layout = setup.layout(size, heads, block, torch.bfloat16)
