@@ -41,6 +41,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         use_sliding_window=False,
         max_window_layers=36,
     ),
+    "Qwen2.5-VL-7B": config(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        text_config={
+            "model_type": "qwen2_5_vl_text",
+            **sizes(28, 3584, 18944, 28, 4, 152064),
+            "max_position_embeddings": 128000,
+            "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
+    ),
+    "Qwen3-VL-8B": config(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        text_config={
+            "model_type": "qwen3_vl_text",
+            **sizes(36, 4096, 12288, 32, 8, 151936),
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={"depth": 27, "hidden_size": 1152, "out_hidden_size": 4096},
+    ),
     "Qwen2.5-7B": config(
         "qwen2",
         "Qwen2ForCausalLM",

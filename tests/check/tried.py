@@ -9,7 +9,8 @@ class Known(NamedTuple):
     """What is known of a model, or of a family by a tiny checkpoint.
 
     Attributes:
-        engine: name in tests/engine/families.py, whose checkpoints run on a CPU; None where there is none.
+        engine: name in tests/engine/families.py or image_families.py, whose checkpoints run on a CPU; None where
+            there is none.
         gpu: on which GPU its shape or a tiny checkpoint ran, with vLLM 0.33; None where none did.
         refused: why it is not served at its longest context, in up to three words; None where it is.
     """
@@ -25,6 +26,8 @@ MODELS = {
     "Qwen2.5-7B": Known("Qwen2"),
     "Qwen3-8B": Known("Qwen3"),
     "Qwen3-30B-A3B": Known("Qwen3-MoE"),
+    "Qwen2.5-VL-7B": Known("Qwen2.5-VL"),
+    "Qwen3-VL-8B": Known("Qwen3-VL"),
     "Mistral-7B-v0.3": Known("Mistral"),
     "Mixtral-8x7B": Known("Mixtral"),
     "Phi-4-mini": Known("Phi3"),
