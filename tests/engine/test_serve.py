@@ -101,3 +101,12 @@ def test_the_start_line_says_what_the_cache_costs(server):
     said = "packed16", "sparsity 15/11", "SmolLM2-135M-Instruct", "5,040 bytes per token", "23,040", "tokens fit"
     for words in said:
         assert words in line
+
+
+def test_metrics_tell_what_is_served(server):
+    port, _ = server
+    said = ask(port, "/metrics").splitlines()
+    (info,) = [line for line in said if line.startswith("lexico:cache_info{")]
+    assert 'key_sparsity="15"' in info and 'value_sparsity="11"' in info and "SmolLM2-135M-Instruct" in info
+    assert 'lexico:bytes_per_token{model_name="smollm2"} 5040.0' in said
+    assert 'lexico:uncoded_bytes_per_token{model_name="smollm2"} 23040.0' in said

@@ -12,6 +12,7 @@ import vllm_lexico
 from vllm_lexico import compat, last_word
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.train.model import read_facts
 
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -81,6 +82,21 @@ def test_dictionaries(configure, root, tmp_path, monkeypatch):
     assert "does not fit" in said and "num_layers: 30 in the dictionary, 4 in the model" in said
 
 
+def test_a_dictionary_that_was_replaced_is_for_engines_that_start_later(strong_llama, load_benchmark, tmp_path):
+    """All in one process, as a notebook trains and serves."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_lexico.register()
+    path, setups = tmp_path / "dictionary.safetensors", []
+    lexico = {"lexico": {"dictionary": str(path)}}
+    for seed in range(2):
+        load_benchmark("bench/shapes").write_random_dictionary(strong_llama, 32, seed).rename(path)
+        arguments = EngineArgs(str(strong_llama), attention_backend="LEXICO", additional_config=lexico)
+        setups.append(LexicoSetup.of(arguments.create_engine_config()))
+    first, second = (setup.dictionary().tensors["key_atoms"] for setup in setups)
+    assert not first.equal(second) and second.equal(load_dictionary(path).tensors["key_atoms"])
+
+
 def test_a_rotary_embedding_that_was_changed(strong_llama, strong_dictionary, tmp_path, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
 
@@ -106,6 +122,23 @@ def test_engines_and_models(configure):
     assert "hybrid KV cache manager is off" in said
     said = refused(configure, {"head_dim": 72})
     assert "head size 72 is not supported, only 64, 80, 96, 112, 128, 192 or 256" in said
+
+
+@pytest.mark.parametrize("flag", ["--decode-context-parallel-size", "-dcp"])
+def test_decode_context_parallelism_is_refused_before_anything_is_spawned(configure, flag):
+    """What vLLM itself allows: more ranks than KV heads."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    sizes = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    assert configure(heads, **sizes, attention_backend="CPU_ATTN", additional_config={})
+    assert "leave --decode-context-parallel-size at 1" in refused(configure, heads, **sizes)
+    model = configure(heads).model_config.model
+    words = ["--model", model, "--attention-backend", "LEXICO", "--tensor-parallel-size", "4", flag, "2"]
+    words += ["--skip-tokenizer-init", "--additional-config", '{"lexico": {"codec": "exact"}}']
+    given = EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words))
+    assert "leave --decode-context-parallel-size at 1" in refused(given.create_engine_config)
 
 
 def test_cache_dtypes(configure):

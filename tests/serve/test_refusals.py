@@ -250,7 +250,7 @@ def test_layer_by_its_class(kind, words):
 )
 def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatch):
     monkeypatch.setattr(setup, "current_platform", types.SimpleNamespace(device_type=device))
-    monkeypatch.setattr(setup, "_checked_dictionary", lambda *_: None)
+    monkeypatch.setattr(setup, "_checked_dictionary", lambda *_: (None, ()))
     monkeypatch.setattr(setup.ModelFingerprint, "of", lambda *_: None)
     engine = types.SimpleNamespace(
         additional_config={"lexico": {"codec": codec}},

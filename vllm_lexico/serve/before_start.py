@@ -11,14 +11,16 @@ from typing import Any
 
 from vllm_lexico import compat, last_word
 from vllm_lexico.config import without_backend
-from vllm_lexico.serve import other_layers, refusals
-from vllm_lexico.serve.setup import LexicoSetup
+from vllm_lexico.serve import metrics, other_layers, refusals
+from vllm_lexico.serve.setup import LexicoSetup, search_anew
 
 logger = logging.getLogger("vllm.lexico")
 
 
 def check(vllm_config: Any, given_cache_dtype: str) -> None:
     """Refuse what cannot be served, find or train the dictionary, and prepare that later refusals are repeated last.
+
+    What it serves is published for /metrics: in a server this is the process that answers there, or one of several.
 
     Args:
         vllm_config: vLLM's `VllmConfig`, in which LEXICO is asked for by the backend's name or by settings for it.
@@ -36,7 +38,10 @@ def check(vllm_config: Any, given_cache_dtype: str) -> None:
         keep_models_dtype(vllm_config)
     refusals.refuse(refusals.engine_refusals(vllm_config))
     refusals.refuse(refusals.model_refusals(vllm_config))
-    LexicoSetup.of(vllm_config).dictionary()
+    search_anew()
+    setup = LexicoSetup.of(vllm_config)
+    setup.dictionary()
+    metrics.publish(setup, vllm_config.model_config)
     other_layers.leave(vllm_config)
     last_word.prepare()
     compat.repeat_refusals_last()

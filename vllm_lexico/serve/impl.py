@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
 from vllm_lexico.compat import layers as compat_layers
-from vllm_lexico.serve import other_layers, refusals
+from vllm_lexico.serve import other_layers, refusals, start_line
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
@@ -101,7 +101,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         other_layers.share_pages(layers, layers[self.tail_name])
         if self.setup.beside_states:
             compat_layers.prepare_kernels_of_states(self.vllm_config, layers)
-        if not hasattr(layer, CODEBOOKS):
+        if hasattr(layer, CODEBOOKS):
+            start_line.log_new_weights(self.setup)
+        else:
             layer.add_module(CODEBOOKS, LayerCodebooks())
         books = layer_books(
             self.setup,

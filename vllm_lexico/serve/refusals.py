@@ -13,6 +13,7 @@ DEFAULT_BLOCK_SIZE = 128
 STATE_BLOCK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # beside layers that keep a state
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
+DEALT_OUT = "it deals neighbouring tokens out to ranks, which are coded and read together"
 OTHER_BACKEND = "choose another --attention-backend for this model"
 ATTENTION_CLASSES = {  # how the names of vLLM's other layers, and of the backends that they wrap, begin
     "ChunkedLocalAttention": "local attention within chunks (as in Llama 4)",
@@ -55,9 +56,14 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     if parallel.decode_context_parallel_size > 1:
         reasons.append(_dcp())
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        reasons.append("prefill context parallelism is not supported; leave --prefill-context-parallel-size at 1")
+        reasons.append(
+            f"prefill context parallelism is not supported: {DEALT_OUT}; leave --prefill-context-parallel-size at 1"
+        )
     if getattr(parallel, "use_ubatching", False):
-        reasons.append("dual batch overlap is not supported; start without --enable-dbo")
+        reasons.append(
+            "dual batch overlap is not supported: the halves of a step would share one list of tokens to code; "
+            "start without --enable-dbo"
+        )
     if draft is not None and draft.method not in DRAFTS_WITHOUT_ATTENTION:
         reasons.append(
             f"speculative method {draft.method!r} is not supported: its draft layers have no dictionary; "
@@ -256,7 +262,7 @@ def _encoder() -> str:
 
 
 def _dcp() -> str:
-    return "decode context parallelism is not supported; leave --decode-context-parallel-size at 1"
+    return f"decode context parallelism is not supported: {DEALT_OUT}; leave --decode-context-parallel-size at 1"
 
 
 def _asks_for_connector(cache: Any) -> str:

@@ -29,6 +29,7 @@ class LexicoSetup:
 
     config: the user's settings.
     dictionary_path: the model's dictionary; None with the exact codec.
+    dictionary_state: of its file when it was found; one that replaces it later is for engines that start later.
     num_draft_tokens: speculative tokens a step may add and take back.
     concurrent_batches: steps that may be under way at once.
     beside_states: of a model that has layers with states too, the layers of a rank that are coded; else 0.
@@ -39,6 +40,7 @@ class LexicoSetup:
     num_draft_tokens: int
     concurrent_batches: int
     beside_states: int = 0
+    dictionary_state: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
@@ -51,13 +53,16 @@ class LexicoSetup:
         if config.codec not in KERNEL_CODECS and current_platform.device_type != "cpu":
             raise ValueError(refusals.codec_on_gpu(config.codec))
         path, model, parallel = None, vllm_config.model_config, vllm_config.parallel_config
+        state: tuple[int, ...] = ()
         if config.codec != "exact":
             fingerprint = ModelFingerprint.of(model.hf_text_config, model.max_model_len)
-            path = _checked_dictionary(config.dictionary, model.model, fingerprint, _overrides(model.hf_overrides))
+            overrides = _overrides(model.hf_overrides)
+            path, state = _checked_dictionary(config.dictionary, model.model, fingerprint, overrides)
         beside_states = 0
         if model.is_hybrid:
             beside_states = -(-len(coded_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
-        return cls(config, path, vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches, beside_states)
+        drafts, batches = vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches
+        return cls(config, path, drafts, batches, beside_states, state)
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
@@ -94,20 +99,37 @@ class LexicoSetup:
 
     def dictionary(self) -> Dictionary | None:
         """The loaded dictionary; loaded once a process and file."""
-        return None if self.dictionary_path is None else _loaded(self.dictionary_path)
+        return None if self.dictionary_path is None else _loaded(self.dictionary_path, self.dictionary_state)
+
+
+def search_anew() -> None:
+    """Let the next engine of this process find dictionaries that were made or replaced since the last one started."""
+    _checked_dictionary.cache_clear()
 
 
 @functools.cache
-def _loaded(path: Path) -> Dictionary:
+def _loaded(path: Path, state: tuple[int, ...]) -> Dictionary:
     return load_dictionary(path)
 
 
 @functools.cache
-def _checked_dictionary(setting: str | None, model: str, fingerprint: ModelFingerprint, overrides: str | None) -> Path:
+def _checked_dictionary(
+    setting: str | None, model: str, fingerprint: ModelFingerprint, overrides: str | None
+) -> tuple[Path, tuple[int, ...]]:
     wanted = model, fingerprint, overrides
     path = find_or_train(*wanted) if setting == TRAIN else find_dictionary(setting, *wanted)
-    _loaded(path).check(fingerprint, model, overrides)
-    return path
+    state = _state(path)
+    _loaded(path, state).check(fingerprint, model, overrides)
+    return path, state
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced; () where there is none, which loading refuses."""
+    try:
+        of_file = path.stat()
+    except OSError:
+        return ()
+    return of_file.st_ino, of_file.st_mtime_ns, of_file.st_size
 
 
 def _overrides(given: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,21 @@ def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_
     kept = sum(one.max_memory_usage_bytes(vllm_config) for one in others.values())
     clause = f"; {len(others)} layers with windows or states keep {kept / 2**20:,.1f} MiB a request" if others else ""
     logger.info(describe_start(setup, layout, len(coded), num_tokens, clause))
+
+
+@functools.cache
+def log_new_weights(setup: LexicoSetup) -> None:
+    """Say on the first rank, once per process and dictionary, what holds when weights are loaded again."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    dictionary = setup.dictionary()
+    if dictionary is not None and get_tensor_model_parallel_rank() == 0:
+        logger.info(
+            "LEXICO: weights were loaded again; codes go on with the dictionary of %s, which fits any weights of this "
+            "shape, but loses more the further they move from those that it was trained on; reset the prefix cache, "
+            "which has keys and values of the old ones",
+            dictionary.info.model_name,
+        )
 
 
 def _cache_specs(
