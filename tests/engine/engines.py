@@ -37,7 +37,7 @@ def start(model: str, backend: str, lexico: dict[str, Any], settings: dict[str, 
 
     settings = SETTINGS | settings
     if backend == "LEXICO":
-        settings |= {"additional_config": {"lexico": lexico}, "worker_extension_cls": "faults.Faults"}
+        settings = {"additional_config": {"lexico": lexico}, "worker_extension_cls": "faults.Faults"} | settings
     return vllm.LLM(model, attention_backend=backend, **settings)
 
 
