@@ -25,7 +25,10 @@ from vllm_lexico.evals.results.summary import flat_rows, read_metrics
 from vllm_lexico.evals.sealed import read_sealed, write_sealed
 
 RECORDED_FILE = "recorded.json"  # in the evaluation's folder: what has rows already
-ABOUT = ("bytes_percent", "held_percent", "sequence_tokens", "count", "low", "high", "ratio_low", "ratio_high")
+ABOUT = (
+    *("bytes_percent", "held_percent", "sequence_tokens", "count", "low", "high", "ratio_low", "ratio_high"),
+    *("lost", "won"),
+)
 
 
 def record_rows(out: Path, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -49,8 +52,8 @@ def _record_rows(out: Path, folder: Path) -> list[dict[str, Any]]:
     new = [row for row in flat_rows(metrics) if _key(row) not in before and "kind" not in row["case"]]
     rows = []
     for row in new:
-        # A needle's length is part of the case; the metric is the task that it belongs to.
-        metric = "needle" if row["task"] == "needle" else row["metric"]
+        # A size, as a needle's length, is part of the case; the metric is the task that it belongs to.
+        metric = row["task"] if row["case"] else row["metric"]
         peer = (None, None) if row["peer_value"] is None else (metrics["reference"], row["peer_value"])
         rows.append(record("quality", _case(metrics, row), metric, row["value"], *peer, folder=folder))
         write_sealed(path, {"rows": before + [_key(done) for done in new[: len(rows)]]})

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 LENGTH = 320  # of a window and of a document with its question: more than two code pages
 SKIP = 64
+PAIRS = 4  # of keys and values, more than two code pages too
 CHUNK, WINDOW, SINKS = 64, 64, 16
 CACHE = f"lexico:2+window={WINDOW}+sinks={SINKS}"  # codes lose so much that it shows in a few tokens
 FOLDER = f"lexico-2-window-{WINDOW}-sinks-{SINKS}"
@@ -34,14 +35,15 @@ def out(smollm2, root, dictionary, tmp_path_factory):
     (folder / "wikitext2_raw_test.txt.xz").write_bytes(lzma.compress(text.encode()))
     (folder / "train_textbooks.jsonl.xz").write_bytes(lzma.compress(json.dumps({"text": text}).encode()))
     command = [sys.executable, "-m", "vllm_lexico.cli", "eval", str(smollm2), "--data", str(folder)]
-    command += ["--out", str(folder / "out"), "--tasks", "wikitext,needle", "--caches", f"{ABSENT},{CACHE}"]
+    command += ["--out", str(folder / "out"), "--tasks", "wikitext,needle,pairs", "--caches", f"{ABSENT},{CACHE}"]
     command += ["--dictionary", str(dictionary), "--engine-arguments", '{"dtype": "float32"}']
     command += ["--wikitext-windows", "2", "--wikitext-length", str(LENGTH), "--wikitext-skip", str(SKIP)]
     command += ["--chunk-tokens", str(CHUNK)]
     command += ["--needle-lengths", str(LENGTH), "--needle-samples", "1", "--needle-keys", "2", "--enforce-eager"]
+    command += ["--pairs", str(PAIRS), "--pairs-samples", "1"]
     result = subprocess.run(command, env=os.environ, capture_output=True, text=True)
     assert result.returncode == 2, (result.stdout + result.stderr)[-4000:]
-    missing = f"2 of 4 results are missing: {ABSENT} wikitext, {ABSENT} needle"
+    missing = f"3 of 6 results are missing: {ABSENT} pairs, {ABSENT} wikitext, {ABSENT} needle"
     assert missing in result.stderr, result.stderr[-4000:]
     return folder / "out"
 
@@ -107,9 +109,12 @@ def test_documents_come_out_of_the_cache(out):
     answers = rows(out, "needle")
     assert [row["kind"] for row in answers] == ["single", "multi", "multi"]
     assert all(row["cached_tokens"] == 256 and row["answer"] for row in answers)
+    (row,) = rows(out, "pairs")
+    assert row["pairs"] == PAIRS and row["answer"] and len(row["value"]) == 36
+    assert row["cached_tokens"] == 256 and 300 < row["prompt_tokens"] < 512
 
 
 def test_what_failed_says_why(out):
     failures = json.loads((out / "metrics.json").read_text())["caches"][ABSENT]["failures"]
     reason = f"its CPU_ATTN does not know {ABSENT}; the platform does not have this cache"
-    assert set(failures) == {"wikitext", "needle"} and reason in failures["needle"]
+    assert set(failures) == {"wikitext", "needle", "pairs"} and reason in failures["needle"]

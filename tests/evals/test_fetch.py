@@ -10,7 +10,7 @@ from vllm_lexico import cli
 from vllm_lexico.evals import fetch
 from vllm_lexico.evals.caches import parse_caches
 from vllm_lexico.evals.settings import QUICK
-from vllm_lexico.evals.tasks import TASKS, gsm8k, windows
+from vllm_lexico.evals.tasks import TASKS, code, gsm8k, qa, windows
 from vllm_lexico.train.texts import read_documents
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -28,7 +28,25 @@ ARTICLES = [
     " = Bee = \n",
     " Buzz . \n",
 ]
+# As the datasets have them: a row per question, lists of texts, splits in files of their own.
+QUESTIONS = [
+    {"id": str(i), "context": text, "question": f"Who {i}?", "answers": {"text": [f"it {i}"], "answer_start": [4]}}
+    for i, text in enumerate(["Long ago it was.", "Long ago it was.", "Later it was not."])
+]
+
+
+def program(number):
+    """A row of MBPP."""
+    about = {"task_id": number, "text": f"Be {number}.", "code": f"x = {number}", "test_setup_code": ""}
+    return about | {"test_list": [f"assert x == {number}", "assert x"], "challenge_test_list": []}
+
+
 DATASETS = {
+    ("google/xquad", "xquad.en/validation-00000-of-00001.parquet"): QUESTIONS,
+    **{
+        ("google-research-datasets/mbpp", f"full/{split}-00000-of-00001.parquet"): [program(number)]
+        for split, number in (("test", 11), ("train", 601), ("validation", 511), ("prompt", 2))
+    },
     ("openai/gsm8k", "main/test-00000-of-00001.parquet"): PROBLEMS,
     ("openai/gsm8k", "main/train-00000-of-00001.parquet"): PROBLEMS[::-1],
     ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"): [{"text": text} for text in ARTICLES],
@@ -78,7 +96,13 @@ def test_every_file_of_a_task_has_a_source():
 
 def test_files_are_in_the_formats_that_tasks_read(hub, capsys):
     folder = fetch.fetch_data(tuple(TASKS))
-    assert len(hub.asked) == 4
+    assert len(hub.asked) == 9
+    assert qa.read_passages(folder / "xquad_en.jsonl.xz") == [
+        ("Long ago it was.", [("Who 0?", "it 0"), ("Who 1?", "it 1")]), ("Later it was not.", [("Who 2?", "it 2")]),
+    ]  # fmt: skip
+    problems = code.read_problems(folder / "mbpp.jsonl.xz")
+    assert [problem.number for problem in problems] == [2, 11, 511, 601]
+    assert problems[1] == (11, "Be 11.", "x = 11", ("assert x == 11", "assert x"), "")
     assert gsm8k.read_problems(folder / "gsm8k_test.jsonl.xz") == PROBLEMS
     assert gsm8k.read_problems(folder / "gsm8k_train.jsonl.xz") == PROBLEMS[::-1]
     text = " = Ada = \n Ada wrote . \n = = Life = = \n Long . \n = Bee = \n Buzz . \n"
@@ -90,7 +114,7 @@ def test_files_are_in_the_formats_that_tasks_read(hub, capsys):
         "dataset": "openai/gsm8k", "file": "main/test-00000-of-00001.parquet", "revision": COMMIT,
     }  # fmt: skip
     assert set(origins) == set(fetch.SOURCES)
-    assert capsys.readouterr().err.count("is made from") == 4
+    assert capsys.readouterr().err.count("is made from") == 6
 
 
 def test_only_what_a_task_needs_is_fetched_and_only_once(hub):
@@ -123,6 +147,29 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(hub, tmp_path, capsys):
         assert last.startswith("vllm-lexico: error: main/test-00000-of-00001.parquet of the dataset openai/gsm8k")
         assert words in last and last.endswith("give --data the folder of the files that docs/quality.md names")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "place", "rows"),
+    [
+        ("qa", ("google/xquad", "xquad.en/validation-00000-of-00001.parquet"), [QUESTIONS[0] | {"answers": "it"}]),
+        (
+            "qa",
+            ("google/xquad", "xquad.en/validation-00000-of-00001.parquet"),
+            [QUESTIONS[0] | {"answers": {"text": [1]}}],
+        ),
+        ("code", ("google-research-datasets/mbpp", "full/test-00000-of-00001.parquet"), [program("11")]),
+        (
+            "code",
+            ("google-research-datasets/mbpp", "full/test-00000-of-00001.parquet"),
+            [program(1) | {"test_list": "x"}],
+        ),
+    ],
+)
+def test_fields_of_other_types_are_refused(hub, task, place, rows):
+    hub.datasets[place] = rows
+    with pytest.raises(ValueError, match=f"{place[1]} of the dataset {place[0]} has no texts named"):
+        fetch.fetch_data((task,))
 
 
 @pytest.mark.parametrize("rows", [[], [{"text": "of another dataset"}], [{"question": 1, "answer": 2}]])
@@ -161,9 +208,10 @@ def test_quick_asks_little_and_options_come_on_top(hub, asked, tmp_path, data):
     assert cli.main([*command, "--quick", "--needle-samples", "10", "--gsm8k-limit", "30"]) == 2
     settings, caches, tasks = asked.pop()
     assert caches == ["lexico:15", "bf16"] and tasks == tuple(TASKS)
-    assert (settings.gsm8k.limit, settings.gsm8k.shots) == (30, QUICK[0].shots)
-    assert settings.wikitext == QUICK[1] and settings.wikitext.count == 4
+    assert (settings.gsm8k.limit, settings.gsm8k.shots) == (30, QUICK["gsm8k"].shots)
+    assert settings.wikitext == QUICK["wikitext"] and settings.wikitext.count == 4
     assert (settings.needle.lengths, settings.needle.samples) == ((4096,), 10)
+    assert (settings.qa, settings.pairs, settings.code) == (QUICK["qa"], QUICK["pairs"], QUICK["code"])
     assert settings.engine == {"enforce_eager": True}
     assert Path(settings.data) == tmp_path / "cache" / "vllm-lexico" / "eval"
     assert cli.main([*command, "--quick", "--caches", "bf16", "--data", str(data)]) == 2

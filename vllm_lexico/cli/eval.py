@@ -13,9 +13,12 @@ from vllm_lexico.evals.settings import (
     DEFAULT_TASKS,
     QUICK,
     QUICK_CACHES,
+    CodeSettings,
     EvalSettings,
     Gsm8kSettings,
     NeedleSettings,
+    PairsSettings,
+    QaSettings,
     WikitextSettings,
 )
 
@@ -23,7 +26,9 @@ EXAMPLES = """examples:
   vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/first-look --quick
       does it work? some minutes on a GPU, with few questions
   vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/qwen
-      every cache of the default list at every task; GSM8K and WikiText-2 come from the Hugging Face hub
+      every cache of the default list at every task; the data comes from the Hugging Face hub
+  vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/documents --tasks qa,pairs,code
+      what long documents lose: questions about them, exact strings, and programs after long code
   vllm-lexico eval ./my-finetune --data my-data --out results/mine --tasks gsm8k --caches lexico:15,lexico:7,bf16 \\
         --gsm8k-limit 200 --dictionary my-finetune.safetensors
       a quick look at one task; bf16 is what the others are compared with
@@ -36,7 +41,7 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted one stopped, and tries again what failed. More caches and tasks may be
 added to a folder; other settings need another."""
 
-Settings = TypeVar("Settings", Gsm8kSettings, WikitextSettings, NeedleSettings)
+Settings = TypeVar("Settings", Gsm8kSettings, WikitextSettings, NeedleSettings, QaSettings, PairsSettings, CodeSettings)
 CACHES = f"""separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
 --kv-cache-dtype of vLLM; each with +name=value after it for a setting of LEXICO, block_size or
 backend (default: {DEFAULT_CACHES}; {QUICK_CACHES} with --quick)"""
@@ -87,8 +92,13 @@ def add(commands: Any) -> None:
 def _add_tasks(tasks: Any) -> None:
     """Add the options of tasks; None where they are not given, for what `settings_of` takes then."""
     gsm8k, wikitext, needle = Gsm8kSettings(), WikitextSettings(), NeedleSettings()
+    qa, pairs, code = QaSettings(), PairsSettings(), CodeSettings()
     lengths = " ".join(map(str, needle.lengths))
     for flag, metavar, words in (
+        ("--qa-samples", "N", f"questions per number of passages ({qa.samples})"),
+        ("--pairs-samples", "N", f"questions per number of pairs ({pairs.samples})"),
+        ("--code-samples", "N", f"problems ({code.samples})"),
+        ("--code-solved", "N", f"solved problems before each ({code.solved})"),
         ("--gsm8k-limit", "N", "the first N problems (all 1,319)"),
         ("--shots", "N", f"worked problems before each ({gsm8k.shots})"),
         ("--wikitext-windows", "N", "the first N windows (all)"),
@@ -100,6 +110,9 @@ def _add_tasks(tasks: Any) -> None:
     ):
         tasks.add_argument(flag, type=int, metavar=metavar, help=words)
     tasks.add_argument("--needle-lengths", type=int, nargs="+", metavar="TOKENS", help=f"of a document ({lengths})")
+    passages, counts = (" ".join(map(str, sizes)) for sizes in (qa.passages, pairs.pairs))
+    tasks.add_argument("--qa-passages", type=int, nargs="+", metavar="N", help=f"in a context ({passages})")
+    tasks.add_argument("--pairs", type=int, nargs="+", metavar="N", help=f"of keys and values in a context ({counts})")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -107,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Not at the top, since these import torch: a parser, and so --help, must not wait for it.
     from vllm_lexico.evals.caches import parse_caches
     from vllm_lexico.evals.fetch import fetch_data
+    from vllm_lexico.evals.results.losses import loss_lines
     from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
     from vllm_lexico.evals.results.tables import overview, report
     from vllm_lexico.evals.run import run_evaluation
@@ -135,9 +149,12 @@ def run(arguments: argparse.Namespace) -> None:
         parallel=arguments.parallel,
         timeout_seconds=arguments.timeout,
     )
-    print(overview(read_metrics(arguments.out)))
+    metrics = read_metrics(arguments.out)
+    print(overview(metrics))
     written = [name for name in (METRICS_FILE, TABLE_FILE, PICTURE_FILE) if (arguments.out / name).exists()]
     print(f"\nin {arguments.out}: {', '.join(written)}; more tables: vllm-lexico eval --report {arguments.out}")
+    if lines := loss_lines(metrics):
+        print("\n" + "\n".join(lines))
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(caches) * len(tasks)} results are missing: {', '.join(failures)}; the reasons "
@@ -156,23 +173,25 @@ def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
     engine = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
     if arguments.enforce_eager or arguments.quick:
         engine["enforce_eager"] = True
-    gsm8k, wikitext, needle = QUICK if arguments.quick else (Gsm8kSettings(), WikitextSettings(), NeedleSettings())
-    lengths = arguments.needle_lengths
-    return EvalSettings(
-        model=arguments.model,
-        data=str(data),
-        engine=engine | _json_object(arguments.engine_arguments),
-        gsm8k=_with(gsm8k, shots=arguments.shots, limit=arguments.gsm8k_limit),
+    defaults = EvalSettings(arguments.model, str(data), engine | _json_object(arguments.engine_arguments))
+    if arguments.quick:
+        defaults = replace(defaults, **QUICK)
+    return replace(
+        defaults,
+        qa=_with(defaults.qa, passages=_sizes(arguments.qa_passages), samples=arguments.qa_samples),
+        pairs=_with(defaults.pairs, pairs=_sizes(arguments.pairs), samples=arguments.pairs_samples),
+        code=_with(defaults.code, solved=arguments.code_solved, samples=arguments.code_samples),
+        gsm8k=_with(defaults.gsm8k, shots=arguments.shots, limit=arguments.gsm8k_limit),
         wikitext=_with(
-            wikitext,
+            defaults.wikitext,
             length=arguments.wikitext_length,
             skip=arguments.wikitext_skip,
             count=arguments.wikitext_windows,
             chunk=arguments.chunk_tokens,
         ),
         needle=_with(
-            needle,
-            lengths=None if lengths is None else tuple(lengths),
+            defaults.needle,
+            lengths=_sizes(arguments.needle_lengths),
             samples=arguments.needle_samples,
             keys=arguments.needle_keys,
         ),
@@ -182,6 +201,11 @@ def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
 def _with(settings: Settings, **given: Any) -> Settings:
     """Settings of a task, changed where something was given."""
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sizes(given: list[int] | None) -> tuple[int, ...] | None:
+    """Sizes of contexts; None where none were given."""
+    return None if given is None else tuple(given)
 
 
 def _folder(given: str) -> Path | None:

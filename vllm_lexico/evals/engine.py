@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def check_cache(name: str, unread: Sequence[str], token_bytes: float, plain_toke
         )
 
 
+def model_tokens(model: str, arguments: Mapping[str, Any]) -> int:
+    """Tokens that a model reads, as vLLM derives it from its configuration.
+
+    Args:
+        model: a checkpoint's folder or hub id.
+        arguments: of vLLM's engine; those that change the configuration are heeded.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {each.name for each in fields(EngineArgs)} - {"model", "max_model_len"}
+    of_model = {name: value for name, value in arguments.items() if name in known}
+    return EngineArgs(model=model, **of_model).create_model_config().max_model_len
+
+
 def dictionary_paths(worker: Any) -> set[str]:
     """Files of the dictionaries that a worker's layers of LEXICO have loaded."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
@@ -79,6 +94,9 @@ class Engine:
         dictionary_path: LEXICO's dictionary, or None.
         token_bytes: that a token adds to the pool.
         plain_token_bytes: that a token takes in 16 bits.
+        max_model_len: tokens of the longest sequence.
+        limited_by_model: whether the model reads less than `needed_tokens`.
+        notes: what a user has to know of the task that runs; the worker keeps them with its result.
         expect: called with the number of sequences of a task that starts; the worker shows it.
     """
 
@@ -86,8 +104,13 @@ class Engine:
         # The scheduler and its pool are read and steered here, so they must not run in a process of their own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         register()  # a checkout that is only on the path has no entry point for vLLM to find
-        arguments: dict[str, Any] = {"max_model_len": needed_tokens, "seed": 0}
-        arguments |= {**settings.engine, **cache.engine}
+        arguments: dict[str, Any] = {"seed": 0, **settings.engine, **cache.engine}
+        self.limited_by_model = False
+        if "max_model_len" not in arguments:
+            limit = model_tokens(settings.model, arguments)
+            self.limited_by_model = limit < needed_tokens
+            arguments["max_model_len"] = min(limit, needed_tokens)
+        self.notes: list[str] = []
         self.harness: Any = None
         if with_harness:
             self.harness = HarnessModel(settings.model, arguments)
@@ -119,6 +142,16 @@ class Engine:
     def vllm_config(self) -> Any:
         """The configuration that vLLM derived."""
         return self.llm.llm_engine.vllm_config
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence, with its answer."""
+        return self.vllm_config.model_config.max_model_len
+
+    def note(self, words: str) -> None:
+        """Keep a line with the result of the task that runs."""
+        print(words, flush=True)
+        self.notes.append(words)
 
     @property
     def tokenizer(self) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lexico_kernels.files import write_whole
+from pydantic import Field
 
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.fields import Amount, Count, Fields, Printable, Size
@@ -32,7 +33,10 @@ class HeldFields(Fields):
 
 
 class About(Fields):
-    """What TASK.json says beside the checksums. rows: predictions; held: by case, "all" of them among it."""
+    """What TASK.json says beside the checksums.
+
+    rows: predictions; held: by case, "all" of them among it; notes: what a user has to know.
+    """
 
     identity: Identity
     rows: Count
@@ -43,6 +47,7 @@ class About(Fields):
     plain_token_bytes: Size
     capacity_tokens: Count
     held: dict[Printable, HeldFields]
+    notes: list[Printable] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_lexico.errors import check_whole_number, refusal
 
-DEFAULT_TASKS = "gsm8k,wikitext,needle"
+DEFAULT_TASKS = "qa,pairs,code,gsm8k,wikitext,needle"
 QUICK_CACHES = "lexico:15,bf16"
 DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turboquant_3bit_nc"
 
@@ -17,6 +17,13 @@ DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turbo
 def _check(flag: str, value: int | None, low: int, high: int) -> None:
     if value is not None:
         check_whole_number(flag, value, low, high, "change it")
+
+
+def _check_sizes(flag: str, sizes: tuple[int, ...], high: int) -> None:
+    for size in sizes:
+        _check(flag, size, 1, high)
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ValueError(refusal(flag, " ".join(map(str, sizes)), "one size or several, each once", "change it"))
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,60 @@ class NeedleSettings:
 
 
 @dataclass(frozen=True)
+class QaSettings:
+    """Questions about one of many passages.
+
+    passages: in a context.
+    samples: questions per number of passages.
+    seed: of which are asked, and of what stands around their passage.
+    """
+
+    passages: tuple[int, ...] = (20, 60, 100)
+    samples: int = 150
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes("--qa-passages", self.passages, 240)
+        _check("--qa-samples", self.samples, 1, 10**5)
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    """The value of one of many random keys.
+
+    pairs: of a key and a value, in a context.
+    samples: questions per number of pairs.
+    seed: of the pairs.
+    """
+
+    pairs: tuple[int, ...] = (75, 150)
+    samples: int = 150
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes("--pairs", self.pairs, 10**5)
+        _check("--pairs-samples", self.samples, 1, 10**5)
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """Programs that are written after many others.
+
+    solved: problems with their programs before each.
+    samples: problems.
+    seed: of which are asked, and of those before them.
+    """
+
+    solved: int = 50
+    samples: int = 150
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("--code-solved", self.solved, 1, 400)
+        _check("--code-samples", self.samples, 1, 500)
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """An evaluation of one model, whatever caches and tasks of it.
 
@@ -93,6 +154,9 @@ class EvalSettings:
     gsm8k: Gsm8kSettings = Gsm8kSettings()
     wikitext: WikitextSettings = WikitextSettings()
     needle: NeedleSettings = NeedleSettings()
+    qa: QaSettings = QaSettings()
+    pairs: PairsSettings = PairsSettings()
+    code: CodeSettings = CodeSettings()
 
     def __post_init__(self) -> None:
         if not self.model or not self.model.isprintable():
@@ -106,20 +170,25 @@ class EvalSettings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EvalSettings:
         """What `to_json` gave."""
-        needle = dict(values["needle"], lengths=tuple(values["needle"]["lengths"]))
         return cls(
             values["model"],
             values["data"],
             values["engine"],
             Gsm8kSettings(**values["gsm8k"]),
             WikitextSettings(**values["wikitext"]),
-            NeedleSettings(**needle),
+            NeedleSettings(**dict(values["needle"], lengths=tuple(values["needle"]["lengths"]))),
+            QaSettings(**dict(values["qa"], passages=tuple(values["qa"]["passages"]))),
+            PairsSettings(**dict(values["pairs"], pairs=tuple(values["pairs"]["pairs"]))),
+            CodeSettings(**values["code"]),
         )
 
 
-# A first look, some minutes on one GPU: few questions, so that only what is broken shows.
-QUICK = (
-    Gsm8kSettings(limit=20),
-    WikitextSettings(count=4),
-    NeedleSettings(lengths=(4096,), samples=2),
-)
+# A first look, some minutes on one GPU: few questions, so that only what is broken shows. By the task's name.
+QUICK: dict[str, Any] = {
+    "gsm8k": Gsm8kSettings(limit=20),
+    "wikitext": WikitextSettings(count=4),
+    "needle": NeedleSettings(lengths=(4096,), samples=2),
+    "qa": QaSettings(passages=(20,), samples=20),
+    "pairs": PairsSettings(pairs=(75,), samples=20),
+    "code": CodeSettings(solved=20, samples=20),
+}

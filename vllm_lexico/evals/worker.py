@@ -88,10 +88,11 @@ def main(path: Path) -> int:
     job, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
     settings, cache, tasks = EvalSettings.from_json(job["settings"]), Cache(**job["cache"]), job["identities"]
     started = time.perf_counter()
+    needed = {task: TASKS[task].needed_tokens(settings) for task in tasks}
     engine = Engine(
         settings,
         cache,
-        max(TASKS[task].needed_tokens(settings) for task in tasks),
+        max(needed.values()),
         with_harness=any(TASKS[task].NEEDS_HARNESS for task in tasks),
     )
     start_seconds = time.perf_counter() - started
@@ -105,6 +106,7 @@ def main(path: Path) -> int:
     for task, identity in tasks.items():
         progress.begin(task)
         try:
+            check_length(engine, task, needed[task])
             run_task(engine, settings, folder, identity | known, start_seconds)
         except Exception as error:  # whatever it is, the other tasks still run
             failed = True
@@ -136,6 +138,19 @@ def check_neighbours(folder: Path, known: Mapping[str, Any]) -> None:
             )
 
 
+def check_length(engine: Engine, task: str, needed_tokens: int) -> None:
+    """Refuse a task that needs longer sequences than the model reads, and that cannot leave those out.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if engine.limited_by_model and engine.max_model_len < needed_tokens and not TASKS[task].LEAVES_SIZES_OUT:
+        raise ValueError(
+            f"{task} takes sequences of {needed_tokens:,} tokens; allowed: what the model reads, "
+            f"{engine.max_model_len:,}; leave it out of --tasks, or give --max-model-len to run what fits"
+        )
+
+
 def run_task(
     engine: Engine, settings: EvalSettings, folder: Path, identity: Mapping[str, Any], start_seconds: float
 ) -> None:
@@ -154,6 +169,7 @@ def run_task(
     task = identity["task"]
     engine.forget()
     engine.meter.take()
+    engine.notes.clear()
     started = time.perf_counter()
     rows, held = TASKS[task].run(engine, settings)
     seconds = time.perf_counter() - started
@@ -165,6 +181,7 @@ def run_task(
         "plain_token_bytes": engine.plain_token_bytes,
         "capacity_tokens": engine.capacity_tokens(),
         "held": {name: summarize_held(ended) for name, ended in held.items()},
+        "notes": list(engine.notes),
     }
     write_result(folder, task, about, rows)
     print(f"{task}: {len(rows)} rows in {seconds:.1f} s", flush=True)

@@ -10,6 +10,9 @@ from vllm_lexico.dictionary.picture import DOTS_PER_INCH, LOOKS
 
 # Panels by the metric that they show: title, label of the axis, whether less is better, what is drawn of a row.
 PANELS: dict[str, tuple[str, str, bool, tuple[str, str, str]]] = {
+    "qa": ("Questions about one of many passages", "share found", False, ("value", "low", "high")),
+    "pairs": ("Values of random keys", "share found", False, ("value", "low", "high")),
+    "code": ("Programs after long code", "share solved", False, ("value", "low", "high")),
     "gsm8k": ("GSM8K, strict match", "share solved", False, ("value", "low", "high")),
     "wikitext": ("WikiText-2", "perplexity, times bf16's", True, ("ratio", "ratio_low", "ratio_high")),
     "needle": ("Needles in long texts", "share found", False, ("value", "low", "high")),

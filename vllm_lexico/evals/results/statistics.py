@@ -35,8 +35,9 @@ def estimate(measure: Measure, reference: Measure | None = None) -> dict[str, An
         reference: the same measure of the cache that this one is compared with.
 
     Returns:
-        count, value, low, high, peer_value, ratio, ratio_low, ratio_high; None for what cannot be known: an interval of
-        a single sample, a ratio to nothing.
+        count, value, low, high, peer_value, ratio, ratio_low, ratio_high, and of shares lost and won: samples that the
+        reference alone has right, and those that it alone has wrong. None for what cannot be known: an interval of a
+        single sample, a ratio to nothing.
     """
     alone = _pairs(measure, measure)
     value = float(_figure(measure.kind)(alone.sum(0)[1] / alone.sum(0)[0]))
@@ -48,7 +49,16 @@ def estimate(measure: Measure, reference: Measure | None = None) -> dict[str, An
     else:
         low, high = _interval(alone, lambda sums: _figure(measure.kind)(sums[:, 1] / sums[:, 0]))
     found = {"count": len(measure.values), "value": value, "low": low, "high": high}
-    return found | dict.fromkeys(("peer_value", "ratio", "ratio_low", "ratio_high")) | _ratio(measure, reference)
+    unknown = dict.fromkeys(("peer_value", "ratio", "ratio_low", "ratio_high", "lost", "won"))
+    return found | unknown | _ratio(measure, reference) | _in_pairs(measure, reference)
+
+
+def _in_pairs(measure: Measure, reference: Measure | None) -> dict[str, Any]:
+    """How many samples each of the two alone has right."""
+    if reference is None or measure.kind != "share":
+        return {}
+    pairs = [(value, reference.values[at]) for at, value in measure.values.items() if at in reference.values]
+    return {"lost": sum(own < other for own, other in pairs), "won": sum(own > other for own, other in pairs)}
 
 
 def _ratio(measure: Measure, reference: Measure | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vllm_lexico.evals.fields import Count, Fields, NotNegative, Positive, Print
 from vllm_lexico.evals.folder import CacheFolder, Config, read_config, read_folders
 from vllm_lexico.evals.prediction_files import AGAIN, Result, error_path
 from vllm_lexico.evals.results.frontier import plot_frontier
+from vllm_lexico.evals.results.losses import TaskLosses, losses
 from vllm_lexico.evals.results.statistics import estimate
 from vllm_lexico.evals.sealed import read_sealed, write_sealed
 from vllm_lexico.evals.tasks import TASKS
@@ -24,7 +25,8 @@ from vllm_lexico.evals.tasks import TASKS
 METRICS_FILE, TABLE_FILE, PICTURE_FILE = "metrics.json", "frontier.csv", "frontier.png"
 FEW_SAMPLES = 50  # below it an interval of 95 % is wider than what caches differ by
 COLUMNS = (
-    "cache", "task", "metric", "value", "low", "high", "peer_value", "ratio", "ratio_low", "ratio_high", "count",
+    "cache", "task", "metric", "value", "low", "high", "peer_value", "ratio", "ratio_low", "ratio_high", "lost", "won",
+    "count",
     "bytes_per_token", "bytes_percent", "held_bytes_per_token", "held_percent", "sequence_tokens", "seconds",
 )  # fmt: skip
 
@@ -43,6 +45,8 @@ class MeasureFields(Fields):
     ratio: NotNegative | None
     ratio_low: NotNegative | None
     ratio_high: NotNegative | None
+    lost: Count | None = None
+    won: Count | None = None
     held_bytes_per_token: NotNegative | None
     held_percent: NotNegative | None
     sequence_tokens: NotNegative | None
@@ -54,6 +58,7 @@ class TaskFields(Fields):
     seconds: NotNegative
     start_seconds: NotNegative
     capacity_tokens: Count
+    notes: list[Printable] = Field(default_factory=list)
     measures: list[MeasureFields]
 
 
@@ -69,12 +74,16 @@ class CacheMetrics(Fields):
 
 
 class Metrics(Fields):
-    """What metrics.json has; see `collect`. few_samples: of tasks with too few to tell caches apart by."""
+    """What metrics.json has; see `collect`.
+
+    few_samples: of tasks with too few to tell caches apart by; losses: of LEXICO's caches, by task.
+    """
 
     config: Config
     reference: Printable
     few_samples: dict[Printable, Count] = Field(default_factory=dict)
     caches: dict[Printable, CacheMetrics]
+    losses: dict[Printable, TaskLosses] = Field(default_factory=dict)
 
 
 def write_summary(out: Path) -> dict[str, Any]:
@@ -124,11 +133,13 @@ def collect(out: Path) -> dict[str, Any]:
     found = {name: _cache_metrics(folder, reference) for name, folder in folders.items()}
     # Those that never ran have no bytes and come last.
     order = sorted(found, key=lambda name: (-(found[name]["bytes_percent"] or 0), name))
+    caches, few = {name: found[name] for name in order}, _few_samples(found.values())
     return {
         "config": read_config(out),
         "reference": REFERENCE,
-        "few_samples": _few_samples(found.values()),
-        "caches": {name: found[name] for name in order},
+        "few_samples": few,
+        "caches": caches,
+        "losses": losses(caches, few),
     }
 
 
@@ -165,7 +176,8 @@ def task_metrics(task: str, result: Result, reference: Result | None) -> dict[st
     peers = {measure.name: measure for measure in TASKS[task].measures(others, others)} if others else {}
     plain, measures = about["plain_token_bytes"], []
     for measure in TASKS[task].measures(result.rows, others):
-        held = about["held"].get(str(measure.case.get("length", "all")), about["held"]["all"])
+        size = next(iter(measure.case.values()), "all")  # a length in tokens, a number of passages or pairs
+        held = about["held"].get(str(size), about["held"]["all"])
         of_token = held["bytes_per_token"]
         measures.append(
             {"metric": measure.name, "kind": measure.kind, "case": dict(measure.case)}
@@ -177,7 +189,7 @@ def task_metrics(task: str, result: Result, reference: Result | None) -> dict[st
             }
         )
     kept = {name: about[name] for name in ("seconds", "start_seconds", "capacity_tokens")}
-    return kept | {"measures": measures}
+    return kept | {"notes": about.get("notes", []), "measures": measures}
 
 
 def flat_rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

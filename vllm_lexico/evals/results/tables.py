@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_lexico.evals.results.losses import loss_lines
 from vllm_lexico.evals.results.summary import flat_rows
 
 # Columns of the first table: metric, heading, whether the ratio is shown rather than the figure, decimals.
 OVERVIEW = (
+    ("qa", "questions about passages", False, 3),
+    ("pairs", "values of keys", False, 3),
+    ("code", "programs", False, 3),
     ("gsm8k", "GSM8K", False, 3),
     ("wikitext", "perplexity, times bf16's", True, 4),
     ("needle", "needles found", False, 3),
@@ -36,11 +40,13 @@ def report(metrics: Mapping[str, Any]) -> str:
     ]
     if failures:
         parts.append("### Failed\n\n" + "\n".join(failures))
+    if lines := loss_lines(metrics):
+        parts.append("\n".join(["### What is lost\n", lines[0], "", *lines[1:]]))
     return "\n\n".join(parts) + "\n"
 
 
 def overview(metrics: Mapping[str, Any]) -> str:
-    """One line per cache, one column per task; below it what tasks have few samples."""
+    """One line per cache, one column per task; below it what tasks have few samples, and what results note."""
     rows = {(row["cache"], row["metric"]): row for row in flat_rows(metrics)}
     shown = [column for column in OVERVIEW if any(metric == column[0] for _, metric in rows)]
     head = ["cache", "bytes per token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
@@ -58,7 +64,14 @@ def overview(metrics: Mapping[str, Any]) -> str:
                 text += f", {row['ratio']:.3f} of bf16"
             cells.append(text)
         lines.append(cells)
-    return "\n\n".join([table(head, lines), *few_samples(metrics)])
+    return "\n\n".join([table(head, lines), *few_samples(metrics), *_notes(metrics)])
+
+
+def _notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What the results of tasks say that a user has to know, each once."""
+    of_caches = (task["notes"] for cache in metrics["caches"].values() for task in cache["tasks"].values())
+    notes = dict.fromkeys(note for of_task in of_caches for note in of_task)
+    return ["\n".join(f"- {note}." for note in notes)] if notes else []
 
 
 def few_samples(metrics: Mapping[str, Any]) -> list[str]:
@@ -71,7 +84,8 @@ def few_samples(metrics: Mapping[str, Any]) -> list[str]:
 
 def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All that is known of one metric."""
-    head = ["cache", "% of 16 bits", "held, %", "tokens", "samples", "value (95 %)", "times bf16 (95 %)", "s"]
+    head = ["cache", "% of 16 bits", "held, %", "tokens", "samples", "value (95 %)", "times bf16 (95 %)"]
+    head += ["lost : won", "s"]
     lines = []
     for row in rows:
         digits = 1 if row["metric"] == "agreement_tokens" else 4
@@ -85,6 +99,7 @@ def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['count']:,}",
                 _interval(row["value"], row["low"], row["high"], digits),
                 ratio,
+                "" if row["lost"] is None else f"{row['lost']} : {row['won']}",
                 f"{row['seconds']:.0f}",
             ]
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm_lexico.errors import refusal
 from vllm_lexico.evals.measure import Measure
 from vllm_lexico.evals.settings import EvalSettings
-from vllm_lexico.evals.tasks import gsm8k, needle, wikitext
+from vllm_lexico.evals.tasks import code, gsm8k, needle, pairs, qa, wikitext
 
 if TYPE_CHECKING:
     from vllm_lexico.evals.engine import Engine
@@ -19,11 +19,13 @@ class Task(Protocol):
 
     DATA_FILES: names of the files that it reads in the folder --data.
     NEEDS_HARNESS: whether it runs through lm-evaluation-harness's model.
+    LEAVES_SIZES_OUT: whether it goes on with what an engine can read that reads less than `needed_tokens`.
     ROWS: type of a list of predictions; the fields that `measures` reads.
     """
 
     DATA_FILES: tuple[str, ...]
     NEEDS_HARNESS: bool
+    LEAVES_SIZES_OUT: bool
     ROWS: Any
 
     def needed_tokens(self, settings: EvalSettings) -> int:
@@ -43,7 +45,14 @@ class Task(Protocol):
         """The figures of a task's rows. reference: rows of the cache that the others are compared with."""
 
 
-TASKS: dict[str, Task] = {"gsm8k": gsm8k, "wikitext": wikitext, "needle": needle}
+TASKS: dict[str, Task] = {
+    "qa": qa,
+    "pairs": pairs,
+    "code": code,
+    "gsm8k": gsm8k,
+    "wikitext": wikitext,
+    "needle": needle,
+}
 
 
 def parse_tasks(names: str) -> tuple[str, ...]:

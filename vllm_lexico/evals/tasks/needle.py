@@ -1,15 +1,14 @@
 """Retrieval from long texts: a key's value, hidden once or among others of its kind in pages of textbooks.
 
-A document is computed first, and its questions come after it as they would in a conversation: with the prefix cache on,
-all of the document but its last block is then read out of the KV cache. Keys and values are random words, so that
-nothing but the text can tell them.
+Answers read the text out of the KV cache (`asking`). Keys and values are random words, so that nothing but the text can
+tell them.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm_lexico.evals.fields import Count, Fields, Flag, Printable
 from vllm_lexico.evals.measure import Measure
 from vllm_lexico.evals.settings import EvalSettings, NeedleSettings
+from vllm_lexico.evals.tasks.asking import Frame, ask, sizes_that_fit
 from vllm_lexico.train.texts import read_documents
 
 if TYPE_CHECKING:
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 DATA_FILES: tuple[str, ...] = ("train_textbooks.jsonl.xz",)
 NEEDS_HARNESS = False
+LEAVES_SIZES_OUT = True
 ANSWER_TOKENS = 24
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 KINDS = ("single", "multi")
 VOCABULARY = 4000  # words that keys and values are drawn from
-POOL_SHARE = 3  # documents that are worked on at a time take this part of the pool at most
 
 OPENING = "Read the text below. A question about it follows at its end.\n\n"
 NEEDLE = 'Note: the password of "{key}" is "{value}".'
 QUESTION = (
     '\n\nThe text above says in a note what the password of "{key}" is. Which is it? Answer with the password alone.'
 )
-_MARK = "<|the document goes here|>"
+ENDING = "\nAnswer: The password is"
 
 
 class Row(Fields):
@@ -83,11 +83,8 @@ class Builder:
     def __init__(self, texts: Sequence[str], tokenizer: Any, settings: NeedleSettings) -> None:
         self.texts, self.tokenizer, self.settings = texts, tokenizer, settings
         self.words = vocabulary(texts)
-        self.before, self.after = _frame(tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without what a tokenizer puts before a text."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.frame = Frame(tokenizer, OPENING, ENDING)
+        self.encode = self.frame.encode
 
     def document(self, length: int, kind: str, index: int) -> Document:
         """A document whose longest question and answer together with it take `length` tokens.
@@ -104,9 +101,9 @@ class Builder:
         count = 1 if kind == "single" else self.settings.keys
         words = generator.sample(self.words, 4 * count)
         pairs = [(" ".join(words[4 * i : 4 * i + 2]), " ".join(words[4 * i + 2 : 4 * i + 4])) for i in range(count)]
-        asked = [self.encode(QUESTION.format(key=key) + self.after) for key, _ in pairs]
+        asked = [self.frame.question(QUESTION.format(key=key)) for key, _ in pairs]
         needles = [self.encode(NEEDLE.format(key=key, value=value) + "\n\n") for key, value in pairs]
-        before = self._opening()
+        before = self.frame.opening()
         room = length - len(before) - max(map(len, asked)) - ANSWER_TOKENS - sum(map(len, needles))
         if room < 1:
             raise ValueError(
@@ -120,13 +117,6 @@ class Builder:
             for (key, value), place, prompt in zip(pairs, addresses, asked, strict=True)
         ]
         return Document(f"{length}/{kind}/{index}", length, kind, before + ids, questions)
-
-    def _opening(self) -> list[int]:
-        """What comes before the document, with a begin-of-sequence token where the model wants one and has none yet."""
-        ids = self.encode(self.before + OPENING)
-        bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
-        return [bos, *ids] if adds and ids[:1] != [bos] else ids
 
     def _paragraphs(self, generator: random.Random, room: int) -> list[list[int]]:
         """Paragraphs of consecutive texts from a random place on, `room` tokens in all."""
@@ -185,18 +175,6 @@ def vocabulary(texts: Sequence[str]) -> list[str]:
     return sorted(frequent)
 
 
-def _frame(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template puts before and after a user's message; plain words for a model without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return "", "\nAnswer: The password is"
-    message = [{"role": "user", "content": _MARK}]
-    shown = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, mark, after = shown.partition(_MARK)
-    if not mark:
-        raise ValueError("the model's chat template does not show the user's message as it is; needle cannot use it")
-    return before, after
-
-
 def is_found(value: str, answer: str) -> bool:
     """Whether the answer has the value's words, one after the other, whatever the case and what stands between them."""
     words = re.findall(r"[a-z]+", answer.lower())
@@ -208,35 +186,15 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
     """Rows of one question each, and what the sequences held, all and by length."""
     task = settings.needle
     builder = Builder(read_documents(Path(settings.data) / DATA_FILES[0]), engine.tokenizer, task)
-    engine.expect(len(task.lengths) * task.samples * (len(KINDS) + 1 + task.keys))
+    lengths = sizes_that_fit(engine, "needle", {length: length for length in task.lengths})
+    engine.expect(len(lengths) * task.samples * (len(KINDS) + 1 + task.keys))
     rows: list[dict[str, Any]] = []
     held: dict[str, Any] = {}
-    for length in task.lengths:
+    for length in lengths:
         documents = [builder.document(length, kind, i) for kind in KINDS for i in range(task.samples)]
-        for batch in batches(documents, engine.capacity_tokens() // POOL_SHARE):
-            engine.generate([document.prompt for document in batch], max_tokens=1, detokenize=False)
-            engine.meter.take()  # what the documents held alone is no sequence that a user would ask for
-            asked = [(document, question) for document in batch for question in document.questions]
-            outputs = engine.generate([d.prompt + q.prompt for d, q in asked], max_tokens=ANSWER_TOKENS)
-            held.setdefault(str(length), []).extend(engine.meter.take())
-            rows += [_row(d, q, output) for (d, q), output in zip(asked, outputs, strict=True)]
-            engine.forget()
+        answered, held[str(length)] = ask(engine, documents, ANSWER_TOKENS)
+        rows += [_row(document, question, output) for document, question, output in answered]
     return rows, {"all": [one for of_length in held.values() for one in of_length]} | held
-
-
-def batches(documents: Sequence[Document], tokens: int) -> Iterator[list[Document]]:
-    """Documents to work on together, one at least: of at most so many tokens, those of their questions among them."""
-    batch: list[Document] = []
-    taken = 0
-    for document in documents:
-        size = document.length + sum(len(q.prompt) + ANSWER_TOKENS for q in document.questions)
-        if batch and taken + size > tokens:
-            yield batch
-            batch, taken = [], 0
-        batch.append(document)
-        taken += size
-    if batch:
-        yield batch
 
 
 def _row(document: Document, question: Question, output: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DATA_FILES: tuple[str, ...] = ("wikitext2_raw_test.txt.xz",)
 NEEDS_HARNESS = False
+LEAVES_SIZES_OUT = False
 TOGETHER = 16  # windows side by side: 2,048 tokens per step in chunks of 128, whose logits fit beside any model
 MARGIN_TOKENS = 8  # beyond a window
 MOST_NATS = 500.0  # exp of it is a number still; guessing among all tokens loses 12

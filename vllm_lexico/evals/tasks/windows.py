@@ -65,6 +65,14 @@ def texts_of(row: Any, *names: str) -> list[str]:
     return texts
 
 
+def list_of_texts(values: Any) -> list[str]:
+    """A list that has texts alone; ValueError, KeyError or TypeError where it is none."""
+    if not isinstance(values, list):
+        raise TypeError("a field is no list")
+    named = {str(i): value for i, value in enumerate(values)}
+    return texts_of(named, *named)
+
+
 def _row_text(row: Any) -> str:
     if "question" in row:
         question, answer = texts_of(row, "question", "answer")
