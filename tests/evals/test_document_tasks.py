@@ -150,6 +150,13 @@ def test_program_of_an_answer(answer):
     assert code.program_of(answer) == "x = 1"
 
 
+def test_what_an_answer_that_was_cut_ends_with_is_left_out():
+    answer = "```python\ndef f(x):\n    return x\n\ndef f(x):\n    return x[0"
+    assert code.program_of(answer, was_cut=True) == "def f(x):\n    return x\n"
+    assert code.program_of(answer).endswith("return x[0")
+    assert code.program_of("def f(:", was_cut=True) == ""
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -206,7 +213,9 @@ class AnsweringEngine:
         self.asked += [self.tokenizer.read(prompt) for prompt in prompts]
         texts = [self.answer(self.tokenizer.read(prompt)) for prompt in prompts]
         return [
-            SimpleNamespace(outputs=[SimpleNamespace(text=text)], prompt_token_ids=prompt, num_cached_tokens=1)
+            SimpleNamespace(
+                outputs=[SimpleNamespace(text=text, finish_reason="stop")], prompt_token_ids=prompt, num_cached_tokens=1
+            )
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 

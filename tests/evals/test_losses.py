@@ -35,7 +35,8 @@ def metrics_of(*caches, task="qa", few=None):
     for name, bytes_percent, measured in caches:
         tasks = {task: {"measures": [measured | {"metric": task}]}}
         found[name] = {"family": "lexico", "bytes_percent": bytes_percent, "tasks": tasks}
-    return {"reference": "bf16", "losses": losses(found, {} if few is None else {task: few})}
+    of_few = {} if few is None else {task: few}
+    return {"reference": "bf16", "caches": found, "few_samples": of_few, "losses": losses(found, of_few)}
 
 
 def test_lost_and_won_are_counted_over_common_samples():
@@ -122,8 +123,9 @@ def test_perplexity_loses_by_growing():
 def test_without_a_reference_nothing_is_said():
     alone = {"metric": "qa", "kind": "share"} | estimate(Measure("qa", "share", {0: 1, 1: 0}))
     never = figure([0] * 60, [0] * 60)
-    assert metrics_of(("lexico:7", 6.25, alone))["losses"] == {} == metrics_of(("lexico:7", 6.25, never))["losses"]
-    assert loss_lines({"reference": "bf16", "losses": {}}) == loss_lines({}) == []
+    for measured in (alone, never):
+        metrics = metrics_of(("lexico:7", 6.25, measured))
+        assert metrics["losses"] == {} and loss_lines(metrics) == []
 
 
 def test_results_and_the_command_end_with_the_lines(settings, tmp_path, capsys, about):

@@ -69,7 +69,7 @@ def losses(caches: Mapping[str, Mapping[str, Any]], few_samples: Mapping[str, in
             for name, cache in caches.items()
             if cache["family"] == LEXICO and task in cache["tasks"]
             for measure in cache["tasks"][task]["measures"]
-            if measure["metric"] == task and measure["ratio"] is not None
+            if measure["metric"] == task and measure["ratio"] is not None and measure["peer_value"]
         ]
         if of_task:
             of_task.sort(key=lambda loss: (loss["bytes_percent"], loss["cache"]))
@@ -88,8 +88,9 @@ def loss_of(name: str, bytes_percent: float, measure: Mapping[str, Any]) -> dict
     sign = -1 if measure["kind"] == "perplexity" else 1
     loss = 100 * sign * (1 - measure["ratio"])
     ends = [100 * sign * (1 - measure[end]) for end in ("ratio_low", "ratio_high") if measure[end] is not None]
-    if measure["lost"] is not None and ends:
-        low, high = paired_difference(measure["lost"], measure["won"], measure["count"])
+    lost, won = measure.get("lost"), measure.get("won")  # absent in files of earlier versions
+    if lost is not None and won is not None and ends:
+        low, high = paired_difference(lost, won, measure["count"])
         ends += [100 * low / measure["peer_value"], 100 * high / measure["peer_value"]]
     most, least = (max(ends), min(ends)) if ends else (None, None)
     return {"cache": name, "bytes_percent": bytes_percent, "loss": loss, "most": most, "least": least}
@@ -99,7 +100,7 @@ def paired_difference(lost: int, won: int, count: int) -> tuple[float, float]:
     """The 95 % interval of the share lost less the share won: Wald's, with one sample more of each kind."""
     of_lost, of_won = (lost + 1) / (count + 2), (won + 1) / (count + 2)
     middle = of_lost - of_won
-    half = Z95 * math.sqrt((of_lost + of_won - middle**2) / (count + 2))
+    half = Z95 * math.sqrt(max(of_lost + of_won - middle**2, 0) / (count + 2))
     return middle - half, middle + half
 
 
@@ -115,7 +116,8 @@ def _answer(of_task: list[dict[str, Any]], limit: int, few: bool) -> dict[str, s
 
 def loss_lines(metrics: Mapping[str, Any]) -> list[str]:
     """A line per task, after one that says what they are; nothing where no task has a reference."""
-    lines = [_line(task, of_task) for task, of_task in metrics.get("losses", {}).items()]
+    found = losses(metrics["caches"], metrics.get("few_samples", {}))  # also of files that do not have them yet
+    lines = [_line(task, of_task) for task, of_task in found.items()]
     if not lines:
         return []
     head = f"The sparsity that loses less than so much of {metrics['reference']}'s, smallest first, where it is shown "

@@ -69,7 +69,7 @@ def overview(metrics: Mapping[str, Any]) -> str:
 
 def _notes(metrics: Mapping[str, Any]) -> list[str]:
     """What the results of tasks say that a user has to know, each once."""
-    of_caches = (task["notes"] for cache in metrics["caches"].values() for task in cache["tasks"].values())
+    of_caches = (task.get("notes", []) for cache in metrics["caches"].values() for task in cache["tasks"].values())
     notes = dict.fromkeys(note for of_task in of_caches for note in of_task)
     return ["\n".join(f"- {note}." for note in notes)] if notes else []
 
@@ -99,7 +99,7 @@ def metric_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['count']:,}",
                 _interval(row["value"], row["low"], row["high"], digits),
                 ratio,
-                "" if row["lost"] is None else f"{row['lost']} : {row['won']}",
+                "" if row.get("lost") is None else f"{row['lost']} : {row.get('won')}",
                 f"{row['seconds']:.0f}",
             ]
         )

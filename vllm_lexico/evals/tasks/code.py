@@ -6,6 +6,7 @@ those before them of its other splits. Programs run in a sandbox (`sandbox`).
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -114,11 +115,28 @@ def _shown(words: str, problem: Problem) -> str:
     return words.format(text=problem.text, tests="\n".join(problem.tests), program=problem.program)
 
 
-def program_of(answer: str) -> str:
-    """The program in an answer: what stands between [BEGIN] and [DONE], and in a fence where there is one."""
+def program_of(answer: str, *, was_cut: bool = False) -> str:
+    """The program in an answer: what stands between [BEGIN] and [DONE], and in a fence where there is one.
+
+    Args:
+        answer: of a model.
+        was_cut: the answer was as long as answers may be; lines at its end that are no Python are then left out.
+    """
     inside = answer.partition("[DONE]")[0].rpartition("[BEGIN]")[2]
     fenced = re.search(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:```|\Z)", inside, re.DOTALL)
-    return (fenced[1] if fenced else inside).strip("\n")
+    lines = (fenced[1] if fenced else inside).strip("\n").split("\n")
+    whole = len(lines)
+    while was_cut and whole and not _is_python("\n".join(lines[:whole])):
+        whole -= 1
+    return "\n".join(lines[:whole])
+
+
+def _is_python(program: str) -> bool:
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -137,7 +155,8 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
     for _, question, output in answered:
         row = row_of(question, output)
         problem = problems[row["id"]]
-        outcome = run_program(program_of(row["answer"]), [problem.setup, *problem.tests])
+        program = program_of(row["answer"], was_cut=output.outputs[0].finish_reason == "length")
+        outcome = run_program(program, [problem.setup, *problem.tests])
         rows.append(row | {"solved": int(outcome.passed), "why": outcome.reason})
     return rows, {"all": held}
 
