@@ -27,3 +27,9 @@ def _check_before_start(vllm_config: Any, given_cache_dtype: str) -> None:
     from vllm_lexico.serve.before_start import check
 
     check(vllm_config, given_cache_dtype)
+
+
+def _adopt_connector(connector: Any, vllm_config: Any, kv_cache_config: Any) -> None:
+    from vllm_lexico.serve.connectors.adopt import adopt
+
+    adopt(connector, vllm_config, kv_cache_config)

@@ -117,7 +117,9 @@ def test_a_rotary_embedding_that_was_changed(strong_llama, strong_dictionary, tm
 
 
 def test_engines_and_models(configure):
-    assert "start without --kv-offloading-size" in refused(configure, kv_offloading_size=1.0)
+    strict = {"codec": "exact", "prefix_hits": "window"}
+    assert "start without --kv-offloading-size" in refused(configure, lexico=strict, kv_offloading_size=1.0)
+    assert configure(kv_offloading_size=1.0).kv_transfer_config.kv_connector == "OffloadingConnector"
     said = refused(configure, disable_hybrid_kv_cache_manager=True)
     assert "hybrid KV cache manager is off" in said
     said = refused(configure, {"head_dim": 72})

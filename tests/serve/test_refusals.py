@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_lexico.serve import refusals, setup
+from vllm_lexico.serve.allowed_connectors import group_refusals
 
 
 def an_engine(**changes):
@@ -33,6 +34,7 @@ def an_engine(**changes):
         scheduler_config=types.SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
         speculative_config=None,
+        additional_config={},
     )
     for path, value in changes.items():
         *owners, name = path.split("__")
@@ -41,6 +43,15 @@ def an_engine(**changes):
             owner = getattr(owner, part)
         setattr(owner, name, value)
     return config
+
+
+def connector(name, module=None, policy="fail", **extra):
+    return types.SimpleNamespace(
+        kv_connector=name,
+        kv_connector_module_path=module,
+        kv_load_failure_policy=policy,
+        kv_connector_extra_config=extra,
+    )
 
 
 A_CONNECTOR = types.SimpleNamespace(kv_connector="LMCacheConnectorV1")
@@ -89,6 +100,34 @@ ENGINES = [
             "cache_config__kv_offloading_size": 4.0,
         },
         ["turns the hybrid KV cache manager off", "start without --kv-offloading-size"],
+    ),
+    ({"kv_transfer_config": connector("SomeConnector", "some.module")}, ["SomeConnector is not supported", "Nixl"]),
+    (
+        {"kv_transfer_config": connector("OffloadingConnector", spec_name="TieringOffloadingSpec")},
+        ["'spec_name' as 'TieringOffloadingSpec'", "leave it out", "cpu_bytes_to_use"],
+    ),
+    (
+        {"kv_transfer_config": connector("SimpleCPUOffloadConnector", lazy_offload=True)},
+        ["'lazy_offload' as True", "leave it out"],
+    ),
+    (
+        {"kv_transfer_config": connector("NixlConnector", enforce_handshake_compat=False)},
+        ["'enforce_handshake_compat' as False", "leave it out"],
+    ),
+    (
+        {
+            "kv_transfer_config": connector("OffloadingConnector"),
+            "additional_config": {"lexico": {"prefix_hits": "same"}},
+        },
+        ["brings no window", 'set prefix_hits to "codes"', "without --kv-transfer-config"],
+    ),
+    (
+        {"kv_transfer_config": connector("NixlConnector"), "model_config__is_hybrid": True},
+        ["models with states", "without --kv-transfer-config"],
+    ),
+    (
+        {"kv_transfer_config": connector("NixlConnector", policy="recompute")},
+        ["kv_load_failure_policy 'recompute'", "leave it at 'fail'"],
     ),
     ({"parallel_config__decode_context_parallel_size": 2}, ["decode context parallelism", "at 1"]),
     ({"parallel_config__prefill_context_parallel_size": 2}, ["prefill context parallelism", "at 1"]),
@@ -214,6 +253,9 @@ def test_vllm_names_what_the_selector_hands_over():
         (config.AttentionConfig, "backend_per_kind"),
         (config.SpeculativeConfig, "method"),
         (config.KVTransferConfig, "kv_connector"),
+        (config.KVTransferConfig, "kv_connector_module_path"),
+        (config.KVTransferConfig, "kv_connector_extra_config"),
+        (config.KVTransferConfig, "kv_load_failure_policy"),
     ]:
         assert name in {field.name for field in dataclasses.fields(owner)}, name
 
@@ -272,3 +314,14 @@ def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatc
 def test_a_mask_that_is_not_causal_is_refused(mask):
     check(refusals.mask_refusals(*mask), ["attention in both directions", "another --attention-backend"])
     assert refusals.mask_refusals(True) == []
+
+
+def test_connectors_and_settings_that_are_served():
+    for given in (
+        connector("OffloadingConnector", cpu_bytes_to_use=1 << 30, spec_name="CPUOffloadingSpec"),
+        connector("SimpleCPUOffloadConnector", cpu_bytes_to_use=1 << 30, lazy_offload=False),
+        connector("NixlConnector", backends=["UCX"], enforce_handshake_compat=True),
+    ):
+        assert refusals.engine_refusals(an_engine(kv_transfer_config=given)) == []
+    assert group_refusals("NixlConnector", 1, 1, 2) == []
+    check(group_refusals("NixlConnector", 1, 1, 3), ["not supported where some layers are not coded", "of 3 cache"])

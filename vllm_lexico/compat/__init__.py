@@ -1,6 +1,7 @@
 """Every workaround for vLLM: why it is there, how it works, and when it can go.
 
-Those that other modules use are functions here, and in `layers.py` those that change what vLLM's own layers ask for.
+Those that other modules use are functions here, in `layers.py` those that change what vLLM's own layers ask for, and in
+`connectors.py` those for KV connectors.
 Those that are part of another module's own work stay there and are listed in `elsewhere.py`. What LEXICO relies on
 without working around it is in the tables of `serve/wiring/`.
 """
@@ -59,8 +60,8 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
     Raises:
         ValueError: it cannot be registered with this vLLM.
     """
-    from vllm_lexico import BACKEND, NAME, _check_before_start, last_word
-    from vllm_lexico.compat import layers
+    from vllm_lexico import BACKEND, NAME, _adopt_connector, _check_before_start, last_word
+    from vllm_lexico.compat import connectors, layers
 
     try:
         _register(NAME, BACKEND, _check_before_start)
@@ -71,6 +72,7 @@ def registered_member(refusal_file: str | None = None) -> AttentionBackendEnum:
         raise ValueError(_unavailable(NAME, error)) from error
     last_word.inherit(refusal_file)
     layers.let_vllm_keep_its_layers()
+    connectors.tell_of_connectors(_adopt_connector)
     return member
 
 

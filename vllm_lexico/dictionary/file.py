@@ -168,6 +168,11 @@ def read_info(path: Path) -> DictionaryInfo:
     return DictionaryInfo.from_metadata(_read(path, with_tensors=False)[0], path)
 
 
+def read_checksum(path: Path) -> str:
+    """The hash by which a file is known: hexadecimal SHA-256, from its header. Errors as `load_dictionary`."""
+    return _read(path, with_tensors=False)[0].get("sha256", "")
+
+
 def load_dictionary(path: Path | str) -> Dictionary:
     """Read a dictionary file.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm_lexico import compat, last_word
+from vllm_lexico import _adopt_connector, compat, last_word
+from vllm_lexico.compat import connectors
 from vllm_lexico.config import without_backend
 from vllm_lexico.serve import metrics, other_layers, refusals
 from vllm_lexico.serve.setup import LexicoSetup, search_anew
@@ -45,6 +46,8 @@ def check(vllm_config: Any, given_cache_dtype: str) -> None:
     other_layers.leave(vllm_config)
     last_word.prepare()
     compat.repeat_refusals_last()
+    if vllm_config.kv_transfer_config is not None:
+        connectors.tell_of_connectors(_adopt_connector)
 
 
 def keep_models_dtype(vllm_config: Any) -> None:

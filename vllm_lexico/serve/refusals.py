@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_lexico import NAME
 from vllm_lexico.errors import either, shown
+from vllm_lexico.serve.allowed_connectors import connector_refusals
 
 SUPPORTED_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
@@ -49,10 +50,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     if scheduler.disable_hybrid_kv_cache_manager:
         reasons.append(_hybrid_manager_off(connector, cache))
     elif connector is not None:
-        reasons.append(
-            f"KV connector {connector.kv_connector} is not supported: it would bring codes without their first "
-            f"full-precision tokens; start without {_asks_for_connector(cache)}"
-        )
+        reasons += connector_refusals(vllm_config, _asks_for_connector(cache))
     if parallel.decode_context_parallel_size > 1:
         reasons.append(_dcp())
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,25 @@ _completing: WeakKeyDictionary[BlockPool, set[Any]] = WeakKeyDictionary()
 def completing(pool: BlockPool) -> set[Any]:
     """The hashes of prefixes in `pool` whose last block is completed by the step that is being scheduled."""
     return _completing.setdefault(pool, set())
+
+
+# Tokens before those whose hashes are looked for, by pool: a connector may ask for what follows a local hit.
+_looking_from: WeakKeyDictionary[BlockPool, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def looking_from(pool: BlockPool, num_tokens: int) -> Iterator[None]:
+    """Meanwhile hits in `pool` are of a prompt's hashes from this token on, so that its sinks are elsewhere."""
+    _looking_from[pool] = num_tokens
+    try:
+        yield
+    finally:
+        del _looking_from[pool]
+
+
+def tokens_before(pool: BlockPool) -> int:
+    """Tokens of a prompt before those whose hashes are being looked for."""
+    return _looking_from.get(pool, 0)
 
 
 def page_hashes(hashes: BlockHashList, pool: BlockPool, page_tokens: int, alignment_tokens: int) -> BlockHashList:
@@ -48,6 +68,7 @@ def longest_hit(
     max_length: int,
     alignment_tokens: int,
     unwritten: set[Any],
+    tokens_before: int = 0,
 ) -> Hit:
     """Find the longest hit that has its sinks and, where the spec asks for it, the window before it.
 
@@ -61,6 +82,7 @@ def longest_hit(
         max_length: tokens that a hit may have at most.
         alignment_tokens: what a hit's length is a multiple of: tokens of a code page.
         unwritten: hashes that no hit may end with, from `completing`.
+        tokens_before: tokens of the prompt, with sinks among them, that come before the first hash.
     """
     size = spec.block_size
     length = max_length - max_length % alignment_tokens
@@ -68,7 +90,7 @@ def longest_hit(
         length -= alignment_tokens
     while length > 0:
         pages: list[Sequence[KVCacheBlock] | None] = [None] * (length // size)
-        sinks = range(min(spec.sink_blocks, len(pages)))
+        sinks = range(min(max(spec.sink_blocks - tokens_before // size, 0), len(pages)))
         for page in sinks:
             pages[page] = cached(hashes[page])
         if not all(pages[page] for page in sinks):

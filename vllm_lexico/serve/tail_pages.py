@@ -143,7 +143,10 @@ class LexicoTailManager(SlidingWindowManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Free pages that the next step takes, or with `apply_admission_cap` that the request may yet take."""
+        """Free pages that the next step takes, or with `apply_admission_cap` that the request may yet take.
+
+        `total_computed_tokens` has those that a connector brings too; of their pages only sinks are taken.
+        """
         num_pages, num_known = cdiv(num_tokens, self.block_size), len(new_computed_blocks)
         num_known += len(self.req_to_blocks.get(request_id, ()))
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
@@ -151,7 +154,10 @@ class LexicoTailManager(SlidingWindowManager):
             fresh = max(num_pages - num_known, 0) + evictable
             assert self.max_admission_blocks_per_request is not None
             return min(fresh, self.max_admission_blocks_per_request - self._num_kept(request_id, new_computed_blocks))
-        return sum(self._takes_page(page, num_tokens_main_model) for page in range(num_known, num_pages)) + evictable
+        brought = max(num_known, total_computed_tokens // self.block_size)
+        sinks = range(num_known, min(brought, self.kv_cache_spec.sink_blocks))
+        fresh = sum(self._takes_page(page, num_tokens_main_model) for page in range(brought, num_pages))
+        return len(sinks) + fresh + evictable
 
     def _num_kept(self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]) -> int:
         """Pages that a request holds and will keep or give back to the pool, so that they cost it no free page.
@@ -172,18 +178,34 @@ class LexicoTailManager(SlidingWindowManager):
     ) -> None:
         """Take over the pages of a prefix-cache hit; those that it does not need are null already."""
         request_blocks = self.req_to_blocks[request_id]
-        assert not request_blocks and not num_external_computed_tokens
+        assert not request_blocks
         self.block_pool.touch([block for block in new_computed_blocks if not block.is_null])
         request_blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(request_blocks)
 
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Extend the table to what a connector brings: whole blocks of codes with their sinks, and no window."""
+        end = num_local_computed_tokens + num_external_computed_tokens
+        assert end % self.cache_hit_alignment_tokens == 0, "a connector brings part of a block of codes"
+        pages = range(len(self.req_to_blocks[request_id]), end // self.block_size)
+        self._extend(request_id, [page < self.kv_cache_spec.sink_blocks for page in pages], record_for_zeroing)
+
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the table to `num_tokens`; tokens that are outside the window when the step ends get no page."""
+        pages = range(len(self.req_to_blocks[request_id]), cdiv(num_tokens, self.block_size))
+        return self._extend(request_id, [self._takes_page(page, num_tokens_main_model) for page in pages])
+
+    def _extend(self, request_id: str, takes: list[bool], record_for_zeroing: bool = True) -> list[KVCacheBlock]:
+        """Put a page, or the null block, at the end of a request's table for each place."""
         request_blocks = self.req_to_blocks[request_id]
-        pages = range(len(request_blocks), cdiv(num_tokens, self.block_size))
-        takes = [self._takes_page(page, num_tokens_main_model) for page in pages]
         fresh = self.block_pool.get_new_blocks(sum(takes))
-        if self._record_new_block_ids:
+        if self._record_new_block_ids and record_for_zeroing:
             self.new_block_ids.extend(block.block_id for block in fresh)
         supply = iter(fresh)
         new_blocks = [next(supply) if take else self._null_block for take in takes]
@@ -234,6 +256,7 @@ class LexicoTailManager(SlidingWindowManager):
             max_length,
             alignment_tokens,
             tail_hits.completing(block_pool),
+            tail_hits.tokens_before(block_pool),
         )
         nulls = [block_pool.null_block] * len(kv_cache_group_ids)
         columns = [blocks or nulls for blocks in hit.pages]

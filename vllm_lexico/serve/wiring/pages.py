@@ -42,9 +42,9 @@ ROWS = (
     ),
     Wire(
         SlidingWindowManager,
-        "get_num_blocks_to_allocate allocate_new_blocks add_local_computed_blocks pop_blocks_for_free "
-        "remove_skipped_blocks cache_blocks reachable_block_mask find_longest_cache_hit new_step_starts "
-        "get_num_skipped_tokens",
+        "get_num_blocks_to_allocate allocate_new_blocks add_local_computed_blocks allocate_external_computed_blocks "
+        "pop_blocks_for_free remove_skipped_blocks cache_blocks reachable_block_mask find_longest_cache_hit "
+        "new_step_starts get_num_skipped_tokens",
         "sinks would be freed, the window kept whole, or pages read before they are coded",
         "LexicoTailManager",
     ),

@@ -1,0 +1,46 @@
+"""What two engines have to agree on before one reads the other's codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_lexico import __version__
+from vllm_lexico.dictionary.file import read_checksum
+from vllm_lexico.serve.setup import LexicoSetup
+
+if TYPE_CHECKING:
+    from lexico_kernels import CodeLayout
+
+    from vllm_lexico.serve.tail_pages import LexicoTailSpec
+
+
+def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec) -> str:
+    """One line that is the same for engines whose code pages mean the same.
+
+    It has the dictionary's hash in full, so that who reads two of them sees which dictionaries they are.
+
+    Args:
+        setup: of the engine.
+        layout: of a layer's codes on a rank.
+        tail: the cache spec of its raw tokens.
+    """
+    dictionary = "none" if setup.dictionary_path is None else read_checksum(setup.dictionary_path)
+    sparsity = setup.config.sparsity
+    return (
+        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}, "
+        f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
+        f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}"
+    )
+
+
+def engine_identity(vllm_config: Any, tail: LexicoTailSpec, block_tokens: int) -> str:
+    """The same, from what an engine has when its cache is planned.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+        tail: the cache spec of the group of tails.
+        block_tokens: P, of the group of codes.
+    """
+    setup = LexicoSetup.of(vllm_config)
+    layout = setup.layout(tail.head_size, tail.num_kv_heads, block_tokens, tail.dtype)
+    return identity(setup, layout, tail)
