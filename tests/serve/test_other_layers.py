@@ -52,8 +52,8 @@ def test_what_keeps_something_else_than_tokens_is_refused():
         other_layers.fitted(state, a_backend(16), PAGE, "layers.0.mixer")
 
 
-def a_model(dtype=torch.bfloat16):
-    return types.SimpleNamespace(get_head_size=lambda: 128, dtype=dtype)
+def a_model(dtype=torch.bfloat16, head_size=128):
+    return types.SimpleNamespace(get_head_size=lambda: head_size, dtype=dtype)
 
 
 def a_setup(sparsity):
@@ -61,7 +61,9 @@ def a_setup(sparsity):
     return LexicoSetup(config, None, num_draft_tokens=0, concurrent_batches=1)
 
 
-@pytest.mark.parametrize(("on_cpu", "sparsity", "tokens"), [(False, 15, 128), (False, 7, 256), (True, 15, 256)])
+@pytest.mark.parametrize(
+    ("on_cpu", "sparsity", "tokens"), [(False, 15, 128), (False, 7, 256), (True, 15, 256), (True, 7, 512)]
+)
 def test_blocks_of_codes_have_room_for_raw_ones(monkeypatch, on_cpu, sparsity, tokens):
     """FlashAttention reads blocks of 16 tokens, CPU_ATTN of 32."""
     monkeypatch.setattr(other_layers, "current_platform", types.SimpleNamespace(is_cpu=lambda: on_cpu))
@@ -76,8 +78,8 @@ def test_blocks_of_codes_have_room_for_raw_ones(monkeypatch, on_cpu, sparsity, t
 
 def test_too_few_atoms_for_other_layers(monkeypatch):
     monkeypatch.setattr(other_layers, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(ValueError, match=r"blocks of 128 or 256 tokens, coded in 3\.12%.*raise the sparsity$"):
-        other_layers.fitting_block(a_setup(3), a_model(), None)
+    with pytest.raises(ValueError, match=r"128, 256, 512 or 1024 tokens, coded in 0\.78%.*raise the sparsity$"):
+        other_layers.fitting_block(a_setup(1), a_model(head_size=256), None)
 
 
 def test_a_spec_is_changed_once():

@@ -149,6 +149,14 @@ MODELS = [
         },
         ["window of 512 tokens", "--disable-sliding-window, which limits sequences", "another --attention-backend"],
     ),
+    (
+        {
+            "model_config__hf_text_config": types.SimpleNamespace(
+                layer_types=["sliding_attention", "full_attention"], sliding_window=None
+            )
+        },
+        ["sliding windows are switched off", "sliding_window is None", "leave sliding_window in --hf-overrides out"],
+    ),
 ]
 LAYERS_BY_SELECTOR = [
     ({"kv_cache_dtype": "turboquant_3bit_nc"}, ["KV cache in turboquant_3bit_nc", "--kv-cache-dtype bfloat16"]),

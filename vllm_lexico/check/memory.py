@@ -14,7 +14,7 @@ from vllm_lexico.check.model import ELEMENT_BYTES, Heads, ModelShape, OtherLayer
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.serve import state_blocks
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
-from vllm_lexico.serve.refusals import DEFAULT_BLOCK_SIZE, STATE_BLOCK_SIZES, SUPPORTED_BLOCK_SIZES
+from vllm_lexico.serve.refusals import DEFAULT_BLOCK_SIZE, FITTING_BLOCK_SIZES, STATE_BLOCK_SIZES
 from vllm_lexico.serve.state_blocks import States
 
 SPARSITIES = (31, 23, 15, 11, 7)
@@ -144,7 +144,7 @@ def code_layout(shape: ModelShape, sparsity: int, gpus: int) -> CodeLayout:
     """The layout of a coded layer; where other layers keep tokens, its pages have room for as many as backends read."""
     sizes = [DEFAULT_BLOCK_SIZE]
     if len(shape.coded) < shape.num_layers:
-        sizes = [size for size in SUPPORTED_BLOCK_SIZES if size >= DEFAULT_BLOCK_SIZE]
+        sizes = list(FITTING_BLOCK_SIZES)
     layouts = [_layout(shape, sparsity, gpus, size) for size in sizes]
     return next((one for one in layouts if one.tail_tokens >= PLAIN_BLOCK_TOKENS), layouts[0])
 

@@ -48,6 +48,16 @@ def coded_layers(config: Any) -> tuple[int, ...]:
     )
 
 
+def are_mixed(config: Any) -> bool:
+    """Whether full attention stands beside layers of other kinds.
+
+    Args:
+        config: a text config of transformers, or as vLLM holds it in `model_config.hf_text_config`.
+    """
+    kinds = set(layer_kinds(config))
+    return bool(kinds & FULL) and bool(kinds - FULL)
+
+
 def state_layers(config: Any) -> tuple[int, ...]:
     """Indices of the layers that keep a state per request, coded ones with attention beside it among them.
 

@@ -93,8 +93,7 @@ def fitting_block(setup: LexicoSetup, model: Any, given: int | None) -> int:
         ValueError: there is none.
     """
     least = SMALLEST_PAGE_ON_CPU if current_platform.is_cpu() else SMALLEST_PAGE
-    sizes = [size for size in refusals.SUPPORTED_BLOCK_SIZES if size >= refusals.DEFAULT_BLOCK_SIZE]
-    sizes = sizes if given is None else [given]
+    sizes = refusals.FITTING_BLOCK_SIZES if given is None else (given,)
     for block_tokens in sizes:
         layout = setup.layout(model.get_head_size(), 1, block_tokens, model.dtype)
         if layout.tail_tokens >= least:
@@ -185,7 +184,7 @@ def fitted(spec: Any, backend: Any, page_bytes: int, name: str) -> Any:
     if not sizes:
         reason = (
             f"a page of codes has room for {room} raw tokens of layer {name}, too few for {backend.get_name()}; "
-            f"raise the sparsity, or start with --block-size {refusals.SUPPORTED_BLOCK_SIZES[-1]}"
+            f"raise the sparsity, or start with --block-size {refusals.FITTING_BLOCK_SIZES[-1]}"
         )
         raise ValueError(refusals.as_sentence([reason]))
     padded = page_bytes if sizes[-1] * token_bytes < page_bytes else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_lexico import NAME
+from vllm_lexico.dictionary.coded_layers import are_mixed
 from vllm_lexico.errors import either, shown
 from vllm_lexico.serve.allowed_connectors import connector_refusals
 
 SUPPORTED_HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 SUPPORTED_BLOCK_SIZES = (64, 128, 256)
 DEFAULT_BLOCK_SIZE = 128
+FITTING_BLOCK_SIZES = (128, 256, 512, 1024)  # beside layers whose raw tokens have to fit a page of codes
 STATE_BLOCK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # beside layers that keep a state
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
@@ -68,7 +70,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             f"use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
     if getattr(cache, "user_specified_block_size", False):
-        reasons += _block_size(cache.block_size, STATE_BLOCK_SIZES if model.is_hybrid else SUPPORTED_BLOCK_SIZES)
+        reasons += _block_size(cache.block_size, _block_sizes(model))
     return reasons
 
 
@@ -79,7 +81,7 @@ def model_refusals(vllm_config: Any) -> list[str]:
         vllm_config: vLLM's `VllmConfig`, read only; of a model that `engine_refusals` has nothing against.
     """
     model = vllm_config.model_config
-    reasons = _head_size(model.get_head_size())
+    reasons = _head_size(model.get_head_size()) + _windows_off(model.hf_text_config)
     attention = vllm_config.attention_config
     backend = attention.backend_per_kind.get("sliding_window", attention.backend)
     if backend is not None and backend.name == NAME:
@@ -214,6 +216,13 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _block_sizes(model: Any) -> tuple[int, ...]:
+    """Tokens that a block of codes may have, given or chosen."""
+    if model.is_hybrid:
+        return STATE_BLOCK_SIZES
+    return (64, *FITTING_BLOCK_SIZES) if are_mixed(model.hf_text_config) else SUPPORTED_BLOCK_SIZES
+
+
 def _block_size(given: int, supported: tuple[int, ...]) -> list[str]:
     if given in supported:
         return []
@@ -243,6 +252,18 @@ def _sliding_window(sliding_window: int | None, max_model_len: int) -> list[str]
         f"layers with a sliding window of {sliding_window} tokens are not supported where a sequence may have "
         f"{max_model_len}; start with --disable-sliding-window, which limits sequences to the window, "
         f"or {OTHER_BACKEND}"
+    )
+    return [reason]
+
+
+def _windows_off(text: Any) -> list[str]:
+    """vLLM gives layers without their window the engine's backend, and no dictionary has them."""
+    kinds = getattr(text, "layer_types", None) or []
+    if not {"sliding_attention", "full_attention"} <= set(kinds) or getattr(text, "sliding_window", 0) is not None:
+        return []
+    reason = (
+        "layers whose sliding windows are switched off (sliding_window is None) are not supported beside layers that "
+        "never had one: a dictionary has these alone; leave sliding_window in --hf-overrides out"
     )
     return [reason]
 

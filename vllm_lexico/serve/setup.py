@@ -66,7 +66,7 @@ class LexicoSetup:
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
-        sizes = refusals.STATE_BLOCK_SIZES if self.beside_states else refusals.SUPPORTED_BLOCK_SIZES
+        sizes = refusals.STATE_BLOCK_SIZES if self.beside_states else (64, *refusals.FITTING_BLOCK_SIZES)
         assert block_tokens in sizes and block_tokens % SPAN_TOKENS == 0, block_tokens
         return CodeLayout(
             head_dim=head_dim,
