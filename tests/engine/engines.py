@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from faults import FAULTS
+from written import written
 
 SETTINGS = {"max_model_len": 768, "enforce_eager": True, "dtype": "float32", "seed": 0, "skip_tokenizer_init": True}
 COLD_TOKENS, WARM_TOKENS = 40, 16
@@ -29,6 +30,9 @@ def make_tokens(seed: int, count: int) -> list[int]:
     """Random tokens of a vocabulary of 100, none of them special."""
     draw = random.Random(seed)
     return [draw.randrange(3, 100) for _ in range(count)]
+
+
+TEXT = make_tokens(23, 160)  # longer than windows and chunks
 
 
 def start(model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -104,6 +108,7 @@ def answer_beside(
         tokens, logprobs: of the first tokens of each answer, cold and continued.
         hits: tokens of each prompt that the prefix cache had.
         faulty: log-probabilities of cold answers with a fault planted; of LEXICO alone.
+        written: K and V of `TEXT`, see `written`; of LEXICO alone.
     """
     import vllm
 
@@ -129,6 +134,8 @@ def answer_beside(
             "hits": [output.num_cached_tokens for output in outputs],
         }
         if backend == "LEXICO":
+            with written() as found[backend]["written"]:
+                ask(llm, [TEXT], 1)
             llm.reset_prefix_cache()
             llm.collective_rpc("plant_fault", args=(next(iter(FAULTS)),))
             found[backend]["faulty"] = [logprobs(output) for output in answers(llm, prompts)]

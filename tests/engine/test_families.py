@@ -7,9 +7,10 @@ prefix cache. Families that vLLM's build for CPUs cannot run (Nemotron-H, Bamba,
 import pytest
 
 pytest.importorskip("vllm")
-from engines import answer_beside
+from engines import TEXT, answer_beside
 from families import FAMILIES, write_checkpoint
 from processes import in_a_process
+from written import away_from_training
 
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 
@@ -17,6 +18,7 @@ CHUNKS = {"max_model_len": 1024, "max_num_batched_tokens": 256, "enable_prefix_c
 # Log-probabilities. bfloat16, which the CPU build wants for linear attention, differs by so much by its rounding alone.
 MOST_APART = {"float32": 1e-4, "bfloat16": 0.15}
 FAULTY_APART = 1e-2
+FROM_TRAINING = {"float32": 1e-4, "bfloat16": 0.05}  # of a vector's norm
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -53,6 +55,19 @@ def test_a_fault_in_coded_pages_is_seen(family):
     _, _, found = family
     sound, faulty = flat(found["LEXICO"]["logprobs"][:2]), flat(found["LEXICO"]["faulty"])
     assert max(abs(a - b) for a, b in zip(sound, faulty, strict=True)) > FAULTY_APART
+
+
+def test_training_captures_what_is_written(family):
+    family, model, found = family
+    case = str(model), family.dtype, CHUNKS["max_model_len"], TEXT, found["LEXICO"]["written"]
+    if family.name == "Falcon":
+        with pytest.raises(ValueError, match="keys and values cannot be captured"):
+            away_from_training(*case)
+        return
+    away = away_from_training(*case)
+    # In bfloat16 some tokens get other experts, whose vectors are far away.
+    furthest = away[-1] if family.dtype == "float32" else away[len(away) // 2]
+    assert len(away) >= 500 and furthest <= FROM_TRAINING[family.dtype]
 
 
 def test_a_dictionary_has_the_coded_layers(family):

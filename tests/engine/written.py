@@ -36,8 +36,8 @@ def written() -> Iterator[Written]:
             found[layer] = keys, values
 
 
-def furthest_from_training(model: str, dtype: str, max_model_len: int, prompt: list[int], found: Written) -> float:
-    """The largest distance of a vector that training captures from the one that was written, by the mean norm.
+def away_from_training(model: str, dtype: str, max_model_len: int, prompt: list[int], found: Written) -> list[float]:
+    """Distances between vectors that training captures and those that were written, by the mean norm, ascending.
 
     Args:
         model: folder.
@@ -57,12 +57,12 @@ def furthest_from_training(model: str, dtype: str, max_model_len: int, prompt: l
     text, kept = torch.tensor([prompt]), len(prompt) - SKIPPED_TOKENS
     loaded = load_model(model, "cpu", dtype, max_model_len=max_model_len)
     captured = capture(loaded, text, kept, fingerprint.layers, shape, seed=0, batch=1).float()
-    worst = 0.0
+    distances = []
     for row, layer in enumerate(fingerprint.layers):
         for kv in range(2):
             ours, theirs = captured[row, kv], torch.from_numpy(found[layer][kv])[SKIPPED_TOKENS:].view(kept, *shape)
             # Training draws an order of positions; the nearest of one is the same token's of the other.
             apart = torch.cdist(ours.flatten(1), theirs.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-            furthest = max(apart.amin(0).max(), apart.amin(1).max())
-            worst = max(worst, float(furthest / theirs.flatten(1).norm(dim=1).mean()))
-    return worst
+            nearest = torch.cat((apart.amin(0), apart.amin(1))) / theirs.flatten(1).norm(dim=1).mean()
+            distances += nearest.tolist()
+    return sorted(distances)
