@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 from bench.record import record
 from bench.texts import TEXT
 
-from vllm_lexico.evals.processes import stop
+from vllm_lexico.processes import stop
 
 QUESTION = "\n\nSay in two sentences what the text above is about."
 SHORT = [

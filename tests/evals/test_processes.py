@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lexico.evals.processes import has_ended, last_lines, stop
+from vllm_lexico.evals.processes import last_lines
+from vllm_lexico.processes import has_ended, stop
 
 WAIT_SECONDS = 60
 # What `start_worker` starts here in place of Python: a worker that starts a process of its own, and says both numbers.
 WORKER = """
     import os, subprocess, sys, time
     from pathlib import Path
-    from vllm_lexico.evals.processes import end_with_parent
+    from vllm_lexico.processes import end_with_parent
     end_with_parent()
     child = subprocess.Popen(["sleep", "600"])
     Path(sys.argv[1]).with_name("part").write_text(f"{os.getpid()} {child.pid}")
@@ -78,7 +79,7 @@ def test_stop_ends_what_an_ended_process_left_behind():
 
 
 def test_stop_ends_a_process_that_does_not_listen(monkeypatch):
-    monkeypatch.setattr("vllm_lexico.evals.processes.STOP_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_lexico.processes.STOP_SECONDS", 0.3)
     process = subprocess.Popen(
         ["sh", "-c", "trap '' TERM; echo; while :; do sleep 0.1; done"], stdout=subprocess.PIPE, start_new_session=True
     )

@@ -18,11 +18,12 @@ from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.folder import alone_in, missing_tasks, settle
 from vllm_lexico.evals.identity import identities
 from vllm_lexico.evals.prediction_files import error_path, read_result, result_path
-from vllm_lexico.evals.processes import has_ended, last_lines, start_worker, stop
+from vllm_lexico.evals.processes import last_lines, start_worker
 from vllm_lexico.evals.results.summary import write_summary
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks import TASKS
 from vllm_lexico.evals.worker import PROGRESS_FILE, read_progress, write_job
+from vllm_lexico.processes import has_ended, stop
 
 JOB_FILE, LOG_FILE = "job.json", "log.txt"
 POLL_SECONDS = 0.5

@@ -24,10 +24,10 @@ from vllm_lexico.evals.fields import Count, Fields
 from vllm_lexico.evals.held import summarize_held
 from vllm_lexico.evals.identity import UNKNOWN_AT_FIRST, weights_of
 from vllm_lexico.evals.prediction_files import error_path, read_result, write_result
-from vllm_lexico.evals.processes import end_with_parent
 from vllm_lexico.evals.sealed import check, parse, read_bytes
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks import TASKS
+from vllm_lexico.processes import end_with_parent
 from vllm_lexico.train.identity import file_checksum
 
 PROGRESS_FILE = "progress.json"
