@@ -163,8 +163,8 @@ def test_check_names_the_fields(make_dictionary, fingerprint, name):
     assert name in words and words.endswith("vllm-lexico train other/model")
 
 
-def test_check_warns_of_another_name(caplog, make_dictionary, fingerprint, name):
-    with caplog.at_level("WARNING", logger="vllm.lexico"):
+def test_another_models_dictionary_is_said_in_one_line_and_no_warning(caplog, make_dictionary, fingerprint, name):
+    with caplog.at_level("INFO", logger="vllm.lexico"):
         make_dictionary().check(fingerprint, name.upper())
         make_dictionary().check(fingerprint, f"/data/{name}")
         make_dictionary().check(fingerprint, "/cache/models--someone--some-model/snapshots/0123abc")
@@ -172,8 +172,10 @@ def test_check_warns_of_another_name(caplog, make_dictionary, fingerprint, name)
         make_dictionary().check(fingerprint, "other/model")
         make_dictionary().check(fingerprint, "/elsewhere/some-model")
     other, ending = [record.getMessage() for record in caplog.records]
-    assert f"trained on {name}, the model is other/model: same shape" in other
-    assert "the model is /elsewhere/some-model: their names end alike" in ending
+    assert f"the dictionary of {name} serves other/model: shape and rotary embedding agree" in other
+    assert other.endswith("(vllm-lexico train other/model)")
+    assert "serves /elsewhere/some-model: their names end alike" in ending
+    assert {record.levelname for record in caplog.records} == {"INFO"} and "\n" not in caplog.records[0].getMessage()
 
 
 def test_a_checkpoint_of_one_run_does_not_serve_another_in_silence(
@@ -183,14 +185,14 @@ def test_a_checkpoint_of_one_run_does_not_serve_another_in_silence(
         (tmp_path / run / "checkpoint").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     made = make_dictionary(name="run-A/checkpoint")
-    with caplog.at_level("WARNING", logger="vllm.lexico"):
+    with caplog.at_level("INFO", logger="vllm.lexico"):
         made.check(fingerprint, str(tmp_path / "run-A" / "checkpoint"))
         assert not caplog.records
         made.check(fingerprint, "run-B/checkpoint")
-    assert "trained on run-A/checkpoint, the model is run-B/checkpoint: same shape" in caplog.text
+    assert "the dictionary of run-A/checkpoint serves run-B/checkpoint: shape and rotary" in caplog.text
     monkeypatch.chdir(tmp_path / "run-A")  # from where the relative name means nothing
     caplog.clear()
-    with caplog.at_level("WARNING", logger="vllm.lexico"):
+    with caplog.at_level("INFO", logger="vllm.lexico"):
         made.check(fingerprint, str(tmp_path / "run-B" / "checkpoint"))
     assert "their names end alike" in caplog.text
 

@@ -124,12 +124,12 @@ def hub():
 def in_process(hub, tmp_path):
     """Run Python against the stand-in with an empty cache of its own; the hub's client reads its settings at import."""
 
-    def run(*arguments: str, cache: str = "one", token: str = TOKEN) -> subprocess.CompletedProcess:
+    def run(*arguments: str, cache: str = "one", token: str = TOKEN, **more: str) -> subprocess.CompletedProcess:
         unset = {"HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}
         env = {name: value for name, value in os.environ.items() if name not in unset}
         env |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / cache), "XDG_CACHE_HOME": str(tmp_path / cache)}
         env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        env |= {"HF_TOKEN": token} if token else {}
+        env |= ({"HF_TOKEN": token} if token else {}) | more
         return subprocess.run([sys.executable, "-P", *arguments], env=env, capture_output=True, text=True, timeout=100)
 
     return run
@@ -162,6 +162,11 @@ listed = {"repository": "vllm-lexico/some_Model-1", "revision": "c" * 40}
 for setting in ("me/shared", "me/shared/dictionary.safetensors", None):
     print(search.find_dictionary(setting, info.model_name, info.fingerprint))
     search._listed_on_hub = lambda: {info.model_name: listed}
+"""
+
+FIND_ONE = """
+from vllm_lexico.dictionary.search import find_dictionary
+print(find_dictionary("me/shared", "some/Model-1", None))
 """
 
 
@@ -204,6 +209,29 @@ def test_pushed_and_loaded_again(hub, in_process, dictionary, tmp_path):
         assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in dictionary.tensors.items())
 
 
+def test_offline_the_cache_answers_and_nothing_is_pushed(hub, in_process, dictionary, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    dictionary.save(path)
+    assert in_process("-c", PUSH, json.dumps([[TOKEN, str(path), "me/shared"]])).returncode == 0
+    online = in_process("-c", FIND_ONE, cache="fresh")
+    hub.files.clear()
+    offline = in_process("-c", FIND_ONE, cache="fresh", HF_HUB_OFFLINE="1")
+    assert offline.stdout == online.stdout and "fresh" in offline.stdout, offline.stderr
+    pushed = in_process("-c", PUSH, json.dumps([[TOKEN, str(path), "me/other"]]), HF_HUB_OFFLINE="1")
+    assert "cannot be pushed while HF_HUB_OFFLINE is set; unset it" in pushed.stderr and "me/other" not in hub.private
+
+
+def test_the_projects_own_repository_is_named_after_the_model(hub, in_process, dictionary, tmp_path, capsys):
+    path, local = tmp_path / "mine.safetensors", tmp_path / "local.safetensors"
+    dictionary.save(path)
+    pushed = in_process("-c", PUSH, json.dumps([[TOKEN, str(path)]]))
+    assert '"dictionary": "vllm-lexico/some_Model-1"' in pushed.stdout, pushed.stderr
+    assert b"base_model: some/Model-1" in hub.files["vllm-lexico/some_Model-1", "README.md"]
+    replace(dictionary, info=replace(dictionary.info, model_name="/home/me/tiny")).save(local)
+    assert cli.main(["push", str(local)]) == 2
+    assert "no model's id on the hub that a repository could be named after" in capsys.readouterr().err
+
+
 def test_no_token(dictionary, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     dictionary.save(tmp_path / "mine.safetensors")
@@ -236,5 +264,9 @@ def test_model_card(dictionary):
         """--attention-backend LEXICO \\\n        --additional-config '{"lexico": {"dictionary": "me/shared"}}'"""
         in card
     )
+    recipe = {"passes": 8, "own_text": {"writer": "vLLM 0.33", "tokens": {"chat": 90_000, "code": 70}}}
+    made = model_card(replace(dictionary.info, recipe=recipe), "me/shared")
+    assert "\n- passes: 8\n- own text: writer vLLM 0.33, tokens (chat 90,000, code 70)\n" in made
+    assert "\n    vllm-lexico train some/Model-1 --continue-from dictionary.safetensors --data MY-TEXTS\n" in made
     local = model_card(replace(dictionary.info, model_name="/home/me/tiny", errors={}), "me/shared")
     assert "base_model" not in local and "/home/me" not in local and "It was not measured." in local

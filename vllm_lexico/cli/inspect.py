@@ -75,6 +75,8 @@ def _print_facts(dictionary: Dictionary) -> None:
     print(f"  trained    at {info.sparsity} atoms per vector on {seen}")
     print(f"  data       {printable(info.data)}")
     print(f"  made by    {printable(info.version)}, seed {info.seed}")
+    for name, words in info.recipe_words():
+        print(f"  {name:<9}  {words}")
     print(f"  your own   {train_command(info.model_name)}")
     for kv in KV:
         usage = dictionary.usage(kv)

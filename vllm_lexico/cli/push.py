@@ -9,6 +9,8 @@ from vllm_lexico.dictionary.push import push_dictionary
 EXAMPLES = """examples:
   vllm-lexico push ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors me/qwen2.5-7b-lexico
       then serve with: --additional-config '{"lexico": {"dictionary": "me/qwen2.5-7b-lexico"}}'
+  vllm-lexico push ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors
+      for members of the project: into vllm-lexico/Qwen_Qwen2.5-7B-Instruct
   vllm-lexico push my-finetune.safetensors me/my-finetune-lexico --private
       keep the repository to yourself
 
@@ -27,7 +29,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a dictionary file")
     parser.add_argument(
-        "repo", metavar="REPO", help="repository on the hub, org/name; it is created if it does not exist"
+        "repo",
+        metavar="REPO",
+        nargs="?",
+        help="repository on the hub, org/name; it is created if it does not exist (default: vllm-lexico/ORG_MODEL)",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.set_defaults(run=run, after_interrupt="the same command starts the upload again")
@@ -35,5 +40,5 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Upload and say where it can be seen and how it is used."""
-    url = push_dictionary(arguments.file, arguments.repo, private=arguments.private)
-    print(f'pushed to {url}; serve with it: --additional-config \'{{"lexico": {{"dictionary": "{arguments.repo}"}}}}\'')
+    repo, url = push_dictionary(arguments.file, arguments.repo, private=arguments.private)
+    print(f'pushed to {url}; serve with it: --additional-config \'{{"lexico": {{"dictionary": "{repo}"}}}}\'')

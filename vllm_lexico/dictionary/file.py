@@ -125,7 +125,7 @@ class Dictionary:
         return layers.index(layer)
 
     def check(self, fingerprint: ModelFingerprint, model_name: str, overrides: str | None = "") -> None:
-        """Check that it can serve a model; log a warning when it may have been trained on another one.
+        """Check that it can serve a model; say it in one line of the log when it was trained on another one.
 
         overrides: of the model's configuration, see `train_command`.
 
@@ -143,13 +143,10 @@ class Dictionary:
         if same_model(own, model_name):
             return
         if alike(own, model_name):
-            words = "their names end alike and their shapes agree, so it is taken for this model's; if it is another's"
+            words = "their names end alike, shape and rotary embedding agree; if it is another's, its own loses less"
         else:
-            words = "same shape, so it works, but"
-        logger.warning(
-            "the dictionary was trained on %s, the model is %s: %s one of its own loses less: %s",
-            *(own, name, words, command),
-        )
+            words = "shape and rotary embedding agree, as with fine-tunes and quantized twins; its own would lose less"
+        logger.info("the dictionary of %s serves %s: %s (%s)", own, name, words, command)
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all.

@@ -9,7 +9,7 @@ from lexico_kernels.memory.layout import KV, MAX_ATOMS, MAX_SPARSITY
 
 from vllm_lexico.dictionary.atoms import ATOM_BITS
 from vllm_lexico.dictionary.fingerprint import LAYERS, ModelFingerprint
-from vllm_lexico.dictionary.names import check_name
+from vllm_lexico.dictionary.names import check_name, printable
 from vllm_lexico.errors import check_whole_number, either, refusal, shown
 
 FORMAT = "lexico-dictionary"
@@ -36,6 +36,7 @@ class DictionaryInfo:
     errors: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # kv -> sparsity -> energy lost by layer
     version: str = "unknown"  # commit or release that trained it
     seed: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)  # how it came about, in JSON; files of before have none
 
     def __post_init__(self) -> None:
         check_name(self.model_name)
@@ -47,6 +48,8 @@ class DictionaryInfo:
         check_whole_number("vectors_seen", self.vectors_seen, 0, 2**63, _CHANGE)
         check_whole_number("seed", self.seed, -(2**64), 2**64, _CHANGE)
         self._check_errors()
+        if not isinstance(self.recipe, dict):
+            raise ValueError(refusal("recipe", self.recipe, "a JSON object", _CHANGE))
 
     def _check_errors(self) -> None:
         coded = len(self.fingerprint.layers)
@@ -60,6 +63,10 @@ class DictionaryInfo:
                 known = known and all(type(share) in (float, int) and 0 <= share <= MOST_LOST for share in lost)
         if not known:
             raise ValueError(refusal("errors", self.errors, allowed, _CHANGE))
+
+    def recipe_words(self) -> list[tuple[str, str]]:
+        """How it came about: name and words of each thing that `recipe` holds."""
+        return [(printable(name.replace("_", " ")), printable(_words(value))) for name, value in self.recipe.items()]
 
     def to_metadata(self) -> dict[str, str]:
         """Strings from which `from_metadata` makes the same."""
@@ -84,18 +91,27 @@ class DictionaryInfo:
                 f"{path} has dictionary format version {shown(metadata.get('format_version'))}, this release reads "
                 f"{either(READ_VERSIONS)}; install the release that wrote the file or train the dictionary again"
             )
-        absent = [f.name for f in fields(DictionaryInfo) if f.name not in metadata]
+        known = [f for f in fields(DictionaryInfo) if f.name in metadata or f.name != "recipe"]
+        absent = [f.name for f in known if f.name not in metadata]
         if absent:
             raise ValueError(f"{path} is damaged: its metadata lacks {', '.join(absent)}; {REMEDY}")
         try:
             values: dict[str, Any] = {}
-            for f in fields(DictionaryInfo):
+            for f in known:
                 values[f.name] = metadata[f.name] if f.type is str else json.loads(metadata[f.name])
             layers = json.loads(metadata[LAYERS]) if LAYERS in metadata else None
             values["fingerprint"] = _fingerprint(values["fingerprint"], layers)
             return DictionaryInfo(**values)
         except (ValueError, RecursionError) as error:  # ValueError: also JSON, and numbers of thousands of digits
             raise ValueError(f"{path} is damaged: its metadata cannot be right ({error}); {REMEDY}") from error
+
+
+def _words(value: Any) -> str:
+    """A value of JSON on one line: "writer vLLM 0.33, tokens (chat 90,000, code 80,000)"."""
+    if isinstance(value, dict):
+        parts = (f"({_words(part)})" if isinstance(part, dict) else _words(part) for part in value.values())
+        return ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in zip(value, parts, strict=True))
+    return f"{value:,}" if type(value) is int and value > 9999 else str(value)
 
 
 def _fingerprint(given: Any, layers: Any) -> ModelFingerprint:

@@ -12,6 +12,7 @@ from vllm_lexico.errors import refusal
 LONGEST_ID = 200  # letters; the hub allows 96 in each part
 HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-))*"
 # A folder of the hub's cache, .../models--ORG--NAME/snapshots/COMMIT; the hub allows no "--" in names.
+HUB_OWNER = "vllm-lexico"  # of the project's own dictionaries on the hub
 SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+")
 
 
@@ -101,6 +102,22 @@ def file_name(model_name: str, rope: str = "") -> str:
     readable = Path(plain).name if _is_path(plain) else plain
     stem = re.sub(r"[^A-Za-z0-9.-]+", "_", readable)[:LONGEST_ID] or "model"
     return f"{stem}@{_short_hash(plain)}{suffix}"
+
+
+def hub_repository(model_name: str) -> str:
+    """The repository that the project keeps a model's dictionary in: "vllm-lexico/Qwen_Qwen2.5-7B".
+
+    Raises:
+        ValueError: the model is none of the hub's, so that its name means nothing to others.
+    """
+    plain = plain_name(model_name)
+    stem = Path(file_name(plain)).stem
+    if not is_hub_id(plain) or "@" in stem:
+        raise ValueError(
+            f"the dictionary is of {printable(plain)}, which is no model's id on the hub that a repository could be "
+            f"named after; allowed: org/name; name the repository, or train with --name ORG/MODEL"
+        )
+    return f"{HUB_OWNER}/{stem}"
 
 
 def _short_hash(text: str) -> str:

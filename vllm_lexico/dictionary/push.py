@@ -9,13 +9,14 @@ from typing import Any
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.fingerprint import ranges
 from vllm_lexico.dictionary.info import DictionaryInfo
-from vllm_lexico.dictionary.names import is_hub_id, printable
+from vllm_lexico.dictionary.names import hub_repository, is_hub_id, printable, train_command
 from vllm_lexico.dictionary.search import HUB_FILE
 
 CARD = """\
 ---
 library_name: vllm-lexico
 {base_model}tags:
+- vllm-lexico
 - vllm
 - kv-cache
 - lexico
@@ -46,22 +47,30 @@ embedding `{rope}`. Another model is refused when vLLM starts.
 - data: {data}
 - {vectors_seen:,} vectors per layer, of {tokens_seen:,} tokens of text, coded with {sparsity} atoms per vector
 - {atom_bits} bits per number of an atom, seed {seed}, vllm-lexico {version}
+{recipe}
+Make your own, or adapt this one to your text:
+
+    {command}
+    {command} --continue-from dictionary.safetensors --data MY-TEXTS
 """
 
 
 def model_card(info: DictionaryInfo, repo: str) -> str:
     """README.md of the repository `repo` (org/name) that holds the dictionary, in Markdown with the hub's header."""
     known = is_hub_id(info.model_name)
+    recipe = "".join(f"- {name}: {words}\n" for name, words in info.recipe_words())
+    model = Path(info.model_name).name if Path(info.model_name).is_absolute() else info.model_name
     setting = f' \\\n        --additional-config \'{{"lexico": {{"dictionary": "{repo}"}}}}\''
     texts = {"data": printable(info.data), "version": printable(info.version)}
     shape = info.fingerprint
     all_layers, some_layers = f"the {shape.num_layers} layers", f"the layers {ranges(shape.layers)}"
     return CARD.format(
-        **vars(info) | texts,
+        **vars(info) | texts | {"recipe": recipe},
         shape=shape.words(),
         rope=shape.rope,
         coded=all_layers if shape.all_layers else some_layers,
-        model=Path(info.model_name).name if Path(info.model_name).is_absolute() else info.model_name,
+        model=model,
+        command=train_command(info.model_name) if known else f"vllm-lexico train {model}",
         base_model=f"base_model: {info.model_name}\n" if known else "",
         setting=setting,
         losses=_losses(info),
@@ -84,23 +93,29 @@ def _losses(info: DictionaryInfo) -> str:
     return "\n".join(rows)
 
 
-def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
-    """Upload a dictionary file and its model card in one commit; returns the address of the repository.
+def push_dictionary(path: Path, repo: str | None = None, *, private: bool = False) -> tuple[str, str]:
+    """Upload a dictionary file and its model card in one commit.
 
     Args:
         path: the file.
-        repo: "org/name"; it is created where there is none.
+        repo: "org/name"; it is created where there is none. None for the project's own, see `hub_repository`.
         private: the repository must be private.
 
+    Returns:
+        The repository's name and its address.
+
     Raises:
-        ValueError: the file is damaged, `repo` is no repository's name or holds a model, there is no token, a private
-            upload would go into a public repository, or the hub refuses.
+        ValueError: the file is damaged, HF_HUB_OFFLINE switches the hub off, `repo` is no repository's name or holds a
+            model, there is no token, a private upload would go into a public repository, or the hub refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
     dictionary = load_dictionary(path)
+    repo = hub_repository(dictionary.info.model_name) if repo is None else repo
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
         raise ValueError(f"{repo!r} is no name of a repository on the hub; allowed: org/name, as in me/my-dictionary")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{path} cannot be pushed while HF_HUB_OFFLINE is set; unset it")
     if not get_token():
         raise ValueError("there is no Hugging Face token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="vllm-lexico")
@@ -120,7 +135,7 @@ def push_dictionary(path: Path, repo: str, *, private: bool = False) -> str:
             ) from error
     if refused:
         raise ValueError(refused)
-    return str(url)
+    return repo, str(url)
 
 
 def _refusal(api: Any, repo: str, private: bool) -> str:
