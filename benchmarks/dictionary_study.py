@@ -103,7 +103,7 @@ class Trained:
             atoms=variant.atoms, sparsity=variant.sparsity, atom_bits=variant.atom_bits, shared=True
         )
         learners = LayerLearners(list(range(len(rows))), settings, seed, str(store.device))
-        learners.learn(rows, passes, 0, cooling=(0.0, 1.0), quiet=True)
+        learners.learn(rows, passes, 0, cooling=(0.0, 1.0))
         atoms, levels = [], []
         for learner, kv in learners._groups():
             atoms.append(learners._stored_atoms(learner))

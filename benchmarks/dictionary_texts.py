@@ -1,15 +1,19 @@
 """What a dictionary is trained on, and what it then loses on text of other kinds.
 
     python benchmarks/dictionary_texts.py MODEL --data DIR
+    python benchmarks/dictionary_texts.py MODEL --data DIR --trained-on "all;own;written;written: bare;written: code"
 
 Trains the same short way on all kinds of text, on books alone, on text that the model writes itself, and without
-reading far positions; measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
+reading far positions. "written" is what vLLM has the model write from the prompts of `train/prompts.py`, as
+`vllm-lexico train` does without --data; "written: KIND, KIND" are its texts of those kinds alone, and "written: no
+KIND" those of all others. Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
 stand far into a context. Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import sys
 import tempfile
@@ -29,10 +33,16 @@ from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings, evaluate
 from vllm_lexico.train.levels import learn_levels
-from vllm_lexico.train.texts import TextSequences, sequences_from_model
+from vllm_lexico.train.own_text import join, sequences_from_model
+from vllm_lexico.train.progress import Progress, Stage
+from vllm_lexico.train.prompts import SHARES
+from vllm_lexico.train.texts import TextSequences
+from vllm_lexico.train.vllm_writer import WriterJob
+from vllm_lexico.train.writing import write
 
 KINDS = ("books", "textbooks", "docs", "math", "code")
-TESTED = ("books", "math", "code", "wikitext")
+TESTED = ("books", "math", "code", "wikitext", "chat")
+CHAT_FILE = "gsm8k_test.jsonl.xz"  # questions and answers, through the model's chat template
 SPARSITIES = (7, 15)
 FAR = 16384
 
@@ -50,14 +60,52 @@ class Texts:
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.shape = ModelFingerprint.of(self.loaded.config)
         self.folder = Path(tempfile.mkdtemp())
+        self._written: dict[str, Tensor] | None = None
 
     def source(self, kind: str) -> str:
+        if kind == "chat":
+            return str(self._chats())
         if kind != "wikitext":
             return str(self.args.data / f"train_{kind}.jsonl.xz")
         plain = self.folder / "wikitext.txt"
         with lzma.open(self.args.data / "wikitext2_raw_test.txt.xz", "rt") as text:
             plain.write_text(text.read())
         return str(plain)
+
+    def _chats(self) -> Path:
+        """A file of conversations; plain text where the model has no chat template."""
+        chats, path = [], self.folder / "chat.jsonl"
+        with lzma.open(self.args.data / CHAT_FILE, "rt") as file:
+            rows = [json.loads(line) for line in file]
+        for row in rows:
+            turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+            if self.tokenizer.chat_template:
+                chats.append(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            else:
+                chats.append(f"{row['question']}\n{row['answer']}")
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chats))
+        return path
+
+    def written(self, name: str, count: int) -> Tensor:
+        """What vLLM has the model write, or some kinds of it: int64 [count, tokens]; too little is repeated."""
+        if self._written is None:
+            job = WriterJob(
+                self.args.model, "", self.args.written_texts * count * self.args.sequence_tokens,
+                self.args.sequence_tokens, self.args.device, "auto", 0, "",
+            )  # fmt: skip
+            progress = Progress([Stage("write", "vLLM writes", job.tokens, 1e-4)])
+            self._written, made = write(job, self.args.device, progress)
+            progress.close()
+            print(f"written: {json.dumps(made)}", flush=True)
+        kinds, chosen = list(SHARES), name.partition(":")[2]
+        wanted = set(kinds)
+        if chosen.strip():
+            named = {kind.strip() for kind in chosen.replace(" no ", " ").split(",")}
+            wanted = wanted - named if chosen.startswith(" no ") else named
+        texts = self._written["ids"].split(self._written["lengths"].tolist())
+        own = [text for text, kind in zip(texts, self._written["kinds"].tolist(), strict=True) if kinds[kind] in wanted]
+        rows = join(torch.cat(own), self.args.sequence_tokens)
+        return rows[torch.arange(count) % len(rows)]
 
     def vectors(self, sequences: Tensor, furthest: int = 0) -> Tensor:
         layers, pair = range(self.shape.num_layers), (self.shape.num_kv_heads, self.shape.head_dim)
@@ -93,11 +141,14 @@ def run(args: argparse.Namespace) -> None:
     }
     for name in args.trained_on.split(";"):
         started = time.perf_counter()
-        store = stores[name]()
+        if name.startswith("written"):
+            store = texts.vectors(texts.written(name, count), 2 * FAR if far > FAR else 0)
+        else:
+            store = stores[name]()
         read = time.perf_counter() - started
         settings = LearnSettings(atoms=args.atoms, shared=True)
         learners = LayerLearners(list(range(texts.shape.num_layers)), settings, 0, str(store.device))
-        learners.learn(store, args.passes, 0, cooling=(0.0, 1.0), quiet=True)
+        learners.learn(store, args.passes, 0, cooling=(0.0, 1.0))
         print(f"{name}: read in {read:.1f} s, learned in {time.perf_counter() - started - read:.1f} s", flush=True)
         for kind, test in tests.items():
             lost = losses(learners, store, test)
@@ -136,6 +187,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=4, help="over the vectors (default: %(default)s)")
     parser.add_argument("--sequence-tokens", type=int, default=2048, help="(default: %(default)s)")
     parser.add_argument("--own-tokens", type=int, default=1024, help="of a self-written text (default: %(default)s)")
+    parser.add_argument(
+        "--written-texts",
+        type=int,
+        default=1,
+        help="how many times as much as is trained on vLLM writes, so that one kind has enough (default: %(default)s)",
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )

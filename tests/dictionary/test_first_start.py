@@ -191,7 +191,7 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
     model = addresses / "tiny model"
     LlamaForCausalLM(config).save_pretrained(model)
     small = ["--atoms", "16", "--vectors", "64", "--sequence-tokens", "64", "--passes", "1", "--rounds", "1"]
-    small += ["--device", "cpu"]
+    small += ["--device", "cpu", "--writer", "transformers"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so small that threads only wait for each other
     command = first_start._command
     monkeypatch.setattr(first_start, "_command", lambda *given: command(*given) + small)

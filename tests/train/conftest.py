@@ -2,9 +2,16 @@
 
 import json
 import lzma
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from vllm_lexico.train import rounds
+from vllm_lexico.train.layer_learners import LayerLearners
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests find small_runs.py by its name
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,3 +48,23 @@ def texts(tmp_path_factory):
         file.writelines(json.dumps({"text": words * count}) + "\n" for count in (1, 20))
     (folder / "b.txt").write_text("zzz" * 1000)
     return str(folder / "a.jsonl.xz"), str(folder / "b.txt")
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """(first layer, round, annealed) of what is learned; the call numbered `learned.stop_at` is interrupted."""
+
+    class Learned(list):
+        stop_at = None
+
+    seen, learn = Learned(), LayerLearners.learn
+
+    def noted(self, store, passes, number, *, cooling, **more):
+        if len(seen) == seen.stop_at:
+            raise KeyboardInterrupt
+        seen.append((self.layers[0], number, cooling is not None))
+        learn(self, store, passes, number, cooling=cooling, **more)
+
+    monkeypatch.setattr(LayerLearners, "learn", noted)
+    monkeypatch.setattr(rounds, "LEAST_GAIN", -1e9)  # no round is the last before its time
+    return seen

@@ -33,7 +33,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--key-metric", "nan"], "--key-metric is nan; allowed: 0 to 1"),
         (["--passes", "0"], "--passes is 0; allowed: 1 or more"),
         (["--rounds", "0"], "--rounds is 0; allowed: 1 or more"),
-        (["--vectors", "8191"], "--vectors is 8191; allowed: 8192 or more (2 per atom)"),
+        (["--atoms", "4096", "--vectors", "8191"], "--vectors is 8191; allowed: 8192 or more (2 per atom)"),
         (["--sequence-tokens", "63"], "--sequence-tokens is 63; allowed: 64 or more"),
         (["--sequence-tokens", "0"], "--sequence-tokens is 0; allowed: 64 or more"),
         (["--sequence-tokens", "4096"], "--sequence-tokens is 4096; allowed: up to 2048, the model's longest"),

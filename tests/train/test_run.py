@@ -11,54 +11,17 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_runs import same, settings_for, train
 
 import vllm_lexico.files
 from vllm_lexico import cli
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train import rounds, run, settings, state
-from vllm_lexico.train.layer_learners import LayerLearners
-from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.run import checked_devices, train_dictionary
-from vllm_lexico.train.settings import Plan, TrainSettings, share_layers
+from vllm_lexico.train.settings import Plan, share_layers
 
-LEARN = LearnSettings(atoms=32, sparsity=4, batch=128)
 FINGERPRINT = ModelFingerprint("llama", 2, 2, 16, 64, "{}")
-
-
-@pytest.fixture
-def learned(monkeypatch):
-    """(first layer, round, annealed) of what is learned; the call numbered `learned.stop_at` is interrupted."""
-
-    class Learned(list):
-        stop_at = None
-
-    seen, learn = Learned(), LayerLearners.learn
-
-    def noted(self, store, passes, number, *, cooling, **more):
-        if len(seen) == seen.stop_at:
-            raise KeyboardInterrupt
-        seen.append((self.layers[0], number, cooling is not None))
-        learn(self, store, passes, number, cooling=cooling, **more)
-
-    monkeypatch.setattr(LayerLearners, "learn", noted)
-    monkeypatch.setattr(rounds, "LEAST_GAIN", -1e9)  # no round is the last before its time
-    return seen
-
-
-def settings_for(data: tuple[str, ...] = (), **changes) -> TrainSettings:
-    rounds.texts_of.cache_clear()
-    usual = {"data": data, "learn": LEARN, "vectors": 768, "passes": 2, "rounds": 3, "sequence_tokens": 64}
-    return TrainSettings(**(usual | changes))
-
-
-def train(model, settings, out):
-    return load_dictionary(train_dictionary(str(model), settings, name="me/tiny", out=out, device="cpu"))
-
-
-def same(one, other) -> bool:
-    tensors = one.tensors.keys() == other.tensors.keys()
-    return tensors and one.info == other.info and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
 
 
 def test_rounds_grow_with_memory(monkeypatch):
@@ -206,6 +169,7 @@ def test_what_is_overridden_is_trained_for(tiny_model, tmp_path, texts, monkeypa
 def test_command_line(tiny_model, tmp_path, capsys):
     out = tmp_path / "d.safetensors"
     small = ["--atoms", "16", "--atom-bits", "4", "--vectors", "512", "--sequence-tokens", "64"]
+    small += ["--writer", "transformers", "--verbose"]
     arguments = ["train", str(tiny_model), *small, "--passes", "1", "--rounds", "2", "--out", str(out)]
     assert cli.main([*arguments, "--name", "me/tiny", "--device", "cpu"]) == 0
     words = capsys.readouterr().out

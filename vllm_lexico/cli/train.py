@@ -15,16 +15,18 @@ from vllm_lexico.dictionary.atoms import ATOM_BITS
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.names import printable
 from vllm_lexico.train.learn import LearnSettings
-from vllm_lexico.train.run import train_dictionary
-from vllm_lexico.train.settings import TrainSettings
+from vllm_lexico.train.run import checked_devices, train_dictionary
+from vllm_lexico.train.settings import ADAPTING, EFFORTS, Effort, TrainSettings, check
+from vllm_lexico.train.writing import WRITERS
 
 DESCRIPTION = """\
 Make the dictionary of a model: run it over text and learn atoms from its keys and values.
 
-On one H100, a model of 1.5B parameters takes two minutes with --data, and eleven without: the model then writes its
-text itself. Where only some layers' cache grows with the context, as in Gemma 3, gpt-oss and Qwen3-Next, these layers
-are learned; of a model that also reads images, the language model. Progress is shown. A run that was interrupted goes
-on from its last finished round when the same command is given again."""
+On one H100, a model of 1.5B parameters takes two minutes with --data. Without, the model writes its text itself first:
+under vLLM where it is installed, else with transformers, which takes nine minutes more. On a CPU less is learned, from
+less text. Where only some layers' cache grows with the context, as in Gemma 3, gpt-oss and Qwen3-Next, these layers are
+learned; of a model that also reads images, the language model. One bar shows how far the whole run is. A run that was
+interrupted goes on from its last finished round when the same command is given again."""
 
 EXAMPLES = """examples:
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct
@@ -33,6 +35,8 @@ EXAMPLES = """examples:
       from your own text, each of the three counting the same
   vllm-lexico train Qwen/Qwen2.5-7B-Instruct --data HuggingFaceFW/fineweb:sample-10BT notes.txt
       half of it from a dataset on the Hugging Face hub, read as a stream (pip install datasets)
+  vllm-lexico train Qwen/Qwen2.5-7B-Instruct --continue-from FILE --data my-texts/
+      adapt a dictionary to your text, in a fraction of the time
   vllm-lexico train ./my-finetune --name me/my-finetune --out my-finetune.safetensors
       serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'"""
 
@@ -78,6 +82,7 @@ def add(commands: Any) -> None:
         "factors, for short and for long contexts (default: the model's longest)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of everything random (%(default)s)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell every layer's errors after each round")
     parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)  # for a first start
     parser.set_defaults(run=run, after_interrupt="the same command goes on from the last finished round")
 
@@ -93,30 +98,42 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
         "samples itself)",
     )
     parser.add_argument(
-        "--vectors",
-        type=int,
-        default=default.vectors,
-        help="training vectors per layer, for keys and values each (%(default)s)",
+        "--writer",
+        default="auto",
+        choices=WRITERS,
+        help="what has the model write its text where there is no --data (default: vLLM if it is installed and can)",
     )
     parser.add_argument(
-        "--sequence-tokens",
+        "--continue-from",
+        default=default.continue_from,
+        metavar="FILE",
+        help="a dictionary to adapt, of a model of the same shape and rotary embedding; its atoms are where learning "
+        "starts, and a few short rounds are enough",
+    )
+    parser.add_argument(
+        "--vectors",
         type=int,
-        help="length of the texts read (2048 from --data, 1024 from the model itself)",
+        help=f"training vectors per layer, for keys and values each ({_usual('vectors')})",
+    )
+    parser.add_argument(
+        "--sequence-tokens", type=int, help="length of the texts read (default: 2048, or the model's longest)"
     )
 
 
 def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> None:
     learn = default.learn
-    parser.add_argument("--atoms", type=int, default=learn.atoms, help="atoms per dictionary, 2 to 4096 (%(default)s)")
+    usual = f"{EFFORTS['cuda'].atoms} on a GPU, {EFFORTS['cpu'].atoms} on a CPU"
+    parser.add_argument("--atoms", type=int, help=f"atoms per dictionary, 2 to 4096 (default: {usual})")
     parser.add_argument(
         "--atom-bits",
         type=int,
         choices=ATOM_BITS,
-        default=learn.atom_bits,
-        help="bits per number of a stored atom (%(default)s)",
+        help=f"bits per number of a stored atom (default: {learn.atom_bits})",
     )
     parser.add_argument(
-        "--shared", action="store_true", help="one dictionary for all KV heads of a layer instead of one for each"
+        "--shared",
+        action=argparse.BooleanOptionalAction,
+        help="one dictionary for all KV heads of a layer instead of one for each (default: on a CPU)",
     )
     parser.add_argument(
         "--key-metric",
@@ -127,45 +144,82 @@ def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> No
     parser.add_argument(
         "--sparsity", type=int, default=learn.sparsity, help="atoms per vector while learning (%(default)s)"
     )
-    parser.add_argument(
-        "--passes", type=int, default=default.passes, help="how often each vector is learned from (%(default)s)"
-    )
+    parser.add_argument("--passes", type=int, help=f"how often each vector is learned from ({_usual('passes')})")
     parser.add_argument(
         "--rounds",
         type=int,
-        default=default.rounds,
         help="rounds of reading and learning, of which the last half anneals; more are made where memory is short, "
-        "fewer where they gain nothing (%(default)s)",
+        f"fewer where they gain nothing ({_usual('rounds')})",
     )
+
+
+def _usual(name: str) -> str:
+    """The defaults of a setting of `Effort`, in words."""
+    on = {kind: (getattr(EFFORTS[kind], name), getattr(ADAPTING[kind], name)) for kind in ("cuda", "cpu")}
+    words = {kind: f"{usual}, with --continue-from {adapting}" for kind, (usual, adapting) in on.items()}
+    return f"default: {words['cuda']}; on a CPU {words['cpu']}"
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then draw the picture of what came of it."""
     if arguments.end_with_parent:
         _end_with_parent()
+    settings = settings_of(arguments)
+    try:
+        path = train_dictionary(
+            arguments.model,
+            settings,
+            name=arguments.name,
+            out=arguments.out,
+            device=arguments.device,
+            verbose=arguments.verbose,
+        )
+    except BaseException as error:
+        arguments.after_interrupt = getattr(error, "__notes__", [arguments.after_interrupt])[-1]
+        raise
+    size, words = path.stat().st_size / 2**20, printable(str(path))
+    print(f"wrote {words} ({size:.1f} MiB); look at it with: vllm-lexico inspect {words}")
+    draw(load_dictionary(path), path.with_suffix(".png"))
+
+
+def settings_of(arguments: argparse.Namespace) -> TrainSettings:
+    """What the command line asks for; the rest is what is usual on the device.
+
+    Raises:
+        ValueError: a value is out of range, or contradicts the dictionary that is adapted.
+    """
+    kind = "cpu" if checked_devices(arguments.device) == ["cpu"] else "cuda"
+    usual = (ADAPTING if arguments.continue_from else EFFORTS)[kind]
+    for name in ("atoms", "atom_bits", "shared") if arguments.continue_from else ():
+        given = getattr(arguments, name)
+        check(f"--{name.replace('_', '-')}", given, given is None, "none with --continue-from, whose file decides it")
+
+    def asked(name: str, effort: Effort = usual) -> Any:
+        given = getattr(arguments, name)
+        return getattr(effort, name) if given is None else given
+
     learn = LearnSettings(
-        atoms=arguments.atoms,
-        atom_bits=arguments.atom_bits,
-        shared=arguments.shared,
+        atoms=asked("atoms", EFFORTS[kind]),
+        atom_bits=arguments.atom_bits or LearnSettings().atom_bits,
+        shared=asked("shared", EFFORTS[kind]),
         sparsity=arguments.sparsity,
+        batch=usual.batch,
         key_metric=arguments.key_metric,
     )
-    settings = TrainSettings(
+    return TrainSettings(
         data=tuple(arguments.data),
         learn=learn,
-        vectors=arguments.vectors,
-        passes=arguments.passes,
-        rounds=arguments.rounds,
+        vectors=asked("vectors"),
+        passes=asked("passes"),
+        rounds=asked("rounds"),
         sequence_tokens=arguments.sequence_tokens,
         dtype=arguments.dtype,
         seed=arguments.seed,
         hf_overrides=arguments.hf_overrides,
         max_model_len=arguments.max_model_len,
+        writer=arguments.writer,
+        continue_from=arguments.continue_from,
     )
-    path = train_dictionary(arguments.model, settings, name=arguments.name, out=arguments.out, device=arguments.device)
-    size, words = path.stat().st_size / 2**20, printable(str(path))
-    print(f"wrote {words} ({size:.1f} MiB); look at it with: vllm-lexico inspect {words}")
-    draw(load_dictionary(path), path.with_suffix(".png"))
 
 
 def _end_with_parent() -> None:

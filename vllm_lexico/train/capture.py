@@ -1,13 +1,12 @@
 """K (after RoPE) and V of every layer, taken from a transformers model while it reads training text."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lexico_kernels.memory.layout import KV
-from tqdm.auto import tqdm
 
 from vllm_lexico.train.attention import exact_attention
 from vllm_lexico.train.model import is_causal_lm, read_config
@@ -139,6 +138,7 @@ def capture(
     *,
     furthest: int = 0,
     queries: torch.Tensor | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """K and V of random positions of some texts.
 
@@ -153,6 +153,7 @@ def capture(
         furthest: every other pair of sequences is read as if it stood somewhere in a context of so many tokens (0: all
             at its start), which turns keys as a long context does and costs nothing.
         queries: float32 [layers, Hk, D] to which the squares of all queries of a head's group are added, if given.
+        advance: told of the tokens that were read since the last call.
 
     Returns:
         [layers, 2, sequences * kept, Hk, D] in the model's dtype, on its device, sequence by sequence.
@@ -167,7 +168,7 @@ def capture(
     generator = torch.Generator().manual_seed(seed)
     reader = text_model(model)
     with _listening(listener):
-        for at in tqdm(range(0, count, batch), desc="reading text", unit="batch", leave=False, mininterval=1.0):
+        for at in range(0, count, batch):
             ids = sequences[at : at + batch].to(model.device)
             first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
             first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
@@ -176,6 +177,8 @@ def capture(
             listener.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
             listener.offset = at * kept
             reader(ids, position_ids=addresses, use_cache=False)
+            if advance is not None:
+                advance(ids.numel())
     _check_heard(listener)
     return listener.store
 

@@ -5,19 +5,20 @@ Everything here has the axes [layers, 2, heads, ...], 2 for keys and values. `fl
 way back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from lexico_kernels.memory.layout import KV
-from tqdm.auto import tqdm
+from torch.nn.functional import normalize
 
 from vllm_lexico.dictionary.atoms import pack_atoms, unit_atoms
 from vllm_lexico.train.capture import check_finite
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import Levels, learn_levels
 
-LEVEL_VECTORS = {"cuda": 8192, "cpu": 1024}  # per layer, for keys and for values each, by kind of device
+LEVEL_VECTORS = {"cuda": 8192, "cpu": 512}  # per layer, for keys and for values each, by kind of device
+EVALUATED_VECTORS = {"cuda": 1 << 20, "cpu": 1024}  # the same, of those held out, at the end
 REPORTED_SPARSITIES = (7, 15)  # 1/16 and 1/8 of heads of 128
 LARGE_HEADS_REPORTED = (15, 31)  # the same of heads of 256
 LARGE_HEAD = 256
@@ -26,6 +27,28 @@ LAYERS_AT_ONCE = {"cuda": 8, "cpu": 1}  # K and V of each: enough vectors per la
 LEAST_RATE = 0.02  # of the rate, at the end of annealing
 REVIVALS = 4  # per round
 LEAST_QUERY_ENERGY = 1e-3  # of the mean number's: what keeps stretches finite where queries are silent
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A dictionary that is adapted: some layers of it.
+
+    Args:
+        atoms: float32 [layers, 2, heads, N, D], unit rows, row 0 null; one head where they share.
+        stretch: float32 [layers, 2, Hk, D], which keys and values were divided by when these were learned.
+    """
+
+    atoms: torch.Tensor
+    stretch: torch.Tensor
+
+    def atoms_at(self, stretch: torch.Tensor, layers: slice, shared: bool) -> torch.Tensor:
+        """The atoms of some layers as they are where vectors are divided by another stretch; unit rows, row 0 null.
+
+        Heads that share their atoms have one stretch for them, the geometric mean.
+        """
+        ratio = (self.stretch[layers].to(stretch) / stretch[layers]).log()
+        ratio = (ratio.mean(2, keepdim=True) if shared else ratio).exp()
+        return normalize(self.atoms[layers].to(stretch) * ratio[:, :, :, None], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -82,17 +105,26 @@ class LayerLearners:
         settings: how atoms are learned.
         seed: of everything random.
         device: where learning happens.
+        parent: what is adapted, of these layers; None to start from training vectors.
         first: how many of the coded layers come before these; None for the first one's number.
     """
 
     STATE = ("mean", "stretch", "scale")
 
     def __init__(
-        self, layers: list[int], settings: LearnSettings, seed: int, device: str, *, first: int | None = None
+        self,
+        layers: list[int],
+        settings: LearnSettings,
+        seed: int,
+        device: str,
+        *,
+        first: int | None = None,
+        parent: Parent | None = None,
     ) -> None:
         self.layers, self.settings, self.device = layers, settings, torch.device(device)
         first = layers[0] if first is None else first
         self.seed = seed + 2 * first  # with a group's first row added, the same however devices share the layers
+        self.parent = parent
         self.copies = 1  # heads that have atoms of their own: Hk, or 1 where they share
         self.learners: list[Learner] = []
         self.mean = torch.zeros(0)  # float32 [layers, 2, Hk, D]
@@ -108,7 +140,7 @@ class LayerLearners:
         *,
         cooling: tuple[float, float] | None = None,
         queries: torch.Tensor | None = None,
-        quiet: bool = False,
+        advance: Callable[[int], None] | None = None,
     ) -> None:
         """One round over captured vectors.
 
@@ -120,7 +152,7 @@ class LayerLearners:
                 whole, and codes are the stored ones. None: the full rate.
             queries: float32 [layers, Hk, D], energy of what keys will meet, for the first round; without it keys are
                 not stretched.
-            quiet: show no progress.
+            advance: told of the codes that were made since the last call.
 
         Raises:
             ValueError: a layer's vectors are too large to be learned from.
@@ -129,12 +161,11 @@ class LayerLearners:
             self._start(store, queries)
         rows = self._rows(store)
         steps = passes * (rows // min(self.settings.batch, rows))
-        with tqdm(
-            total=len(self.layers) * steps, desc=f"round {number + 1}", unit="step", mininterval=1.0, disable=quiet
-        ) as progress:
-            for learner, layers in self._groups():
-                for _ in self._steps(learner, layers, store, steps, number, cooling):
-                    progress.update(layers.stop - layers.start)
+        codes = min(self.settings.batch, rows) * len(KV) * self.copies
+        for learner, layers in self._groups():
+            for _ in self._steps(learner, layers, store, steps, number, cooling):
+                if advance is not None:
+                    advance(codes * (layers.stop - layers.start))
 
     def _steps(
         self,
@@ -200,7 +231,7 @@ class LayerLearners:
         for learner, layers in self._groups():
             atoms = self._stored_atoms(learner)
             levels = learn_levels(self._vectors(store, layers, self._sample(store)), atoms, sharing=self.copies)
-            others = self._vectors(held_out, layers, torch.arange(self._rows(held_out), device=self.device))
+            others = self._vectors(held_out, layers, self._sample(held_out, EVALUATED_VECTORS))
             for sparsity, values in self._evaluate(others, atoms, levels).items():
                 losses[sparsity].append(values)
             integers = round_atoms(learner.atoms, self.settings.atom_bits)
@@ -285,6 +316,8 @@ class LayerLearners:
             generator = torch.Generator(self.device).manual_seed(self.seed + 2 * layers.start)
             some = torch.randperm(rows, generator=generator, device=self.device)[: 4 * self.settings.atoms]
             learner.start_from(self._vectors(store, layers, some), generator)
+            if self.parent is not None:
+                learner.atoms = flat(self.parent.atoms_at(self.stretch, layers, self.settings.shared))
 
     def _make_learners(self) -> None:
         heads, dim = self.mean.shape[2:]
@@ -318,10 +351,10 @@ class LayerLearners:
         vectors = vectors.sub_(mean[:, :, None]).div_(stretch[:, :, None]).div_(scale[..., None])
         return flat(vectors.transpose(2, 3))
 
-    def _sample(self, store: torch.Tensor) -> torch.Tensor:
-        """Rows for the levels: all heads of tokens spread evenly."""
+    def _sample(self, store: torch.Tensor, most: Mapping[str, int] = LEVEL_VECTORS) -> torch.Tensor:
+        """About so many rows, by kind of device: all heads of tokens spread evenly."""
         tokens, heads = store.shape[2:4]
-        stride = max(1, tokens * heads // self.copies // LEVEL_VECTORS[self.device.type])
+        stride = max(1, tokens * heads // self.copies // most[self.device.type])
         spread = torch.arange(0, tokens, stride, device=self.device)
         together = heads // self.copies
         return (spread[:, None] * together + torch.arange(together, device=self.device)).flatten()

@@ -4,22 +4,34 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from lexico_kernels.memory.layout import KV
-from tqdm.auto import tqdm
 
+from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
+from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model
-from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners
+from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners, Parent
+from vllm_lexico.train.memory import words_for_memory
+from vllm_lexico.train.own_text import sequences_from_model, split
+from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.settings import Plan, TrainSettings
 from vllm_lexico.train.state import Kept, RunFolder
-from vllm_lexico.train.texts import TextSequences, sequences_from_model
+from vllm_lexico.train.texts import TextSequences
+from vllm_lexico.train.writing import written_rows
 
 LEAST_GAIN = 0.003  # of the error, from round to round; with less annealing begins
 SEQUENCES_WRITTEN = {"cuda": 512, "cpu": 8}  # at once, by kind of device
 SEQUENCES_READ = {"cuda": 8, "cpu": 1}
+# Seconds for a token written or read and for a code, by kind of device, until the run has told its own.
+GUESSES = {
+    "cuda": {"write": 1 / 25_000, "read": 1 / 30_000, "learn": 1 / 15_000_000, "finish": 1 / 15_000_000},
+    "cpu": {"write": 1 / 150, "read": 1 / 400, "learn": 1 / 10_000, "finish": 1 / 10_000},
+}
+FINISH_CODES = 16_000  # for the levels and the last errors, per layer, for keys and for values each
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,8 @@ class Job:
         fingerprint: of the model.
         plan: how the reading is divided.
         run: where state is kept.
+        started: `time.time()` then.
+        verbose: every layer's errors are told.
     """
 
     model: str
@@ -39,6 +53,8 @@ class Job:
     fingerprint: ModelFingerprint
     plan: Plan
     run: RunFolder
+    started: float
+    verbose: bool = False
 
 
 @lru_cache(1)
@@ -51,35 +67,77 @@ def texts_of(model: str, settings: TrainSettings) -> TextSequences:
 
 def finished_layers(run: RunFolder, layers: list[int]) -> FinishedLayers | None:
     """What some layers add to the file, if they are done."""
-    kept = run.load(_finished_name(layers))
+    kept = run.load(finished_name(layers))
     return None if kept is None else FinishedLayers(kept.tensors, **kept.facts)
 
 
-def _finished_name(layers: list[int]) -> str:
+def finished_name(layers: list[int]) -> str:
+    """Of the state in which a device's layers are done."""
     return f"layers_{layers[0]:03d}_finished"
 
 
-def _rounds_name(layers: list[int]) -> str:
+def rounds_name(layers: list[int]) -> str:
+    """Of the state after a device's rounds."""
     return f"layers_{layers[0]:03d}_rounds"
 
 
-def train_share(rank: int, job: Job, shares: list[tuple[str, list[int]]]) -> None:
-    """Train the layers of one device and leave their part of the file in the run's folder."""
+def train_share(rank: int, job: Job, shares: list[tuple[str, list[int]]], progress: Progress | None = None) -> None:
+    """Train the layers of one device and leave their part of the file in the run's folder.
+
+    progress: of the run; None in a process of its own, of which the first shows how far it is.
+    """
     device, layers = shares[rank]
-    if finished_layers(job.run, layers) is None:
-        _Share(job, layers, device, rank).train()
+    progress = progress or Progress(shown=rank == 0, verbose=job.verbose, started=job.started)
+    try:
+        if finished_layers(job.run, layers) is None:
+            with words_for_memory("loading the model", device):
+                share = _Share(job, layers, device, progress)
+            share.train()
+    finally:
+        progress.close()
+
+
+def stages_of(job: Job, layers: int, kind: str, *, writes: bool, done: int = 0) -> list[Stage]:
+    """The stages of a device's share.
+
+    Args:
+        job: of the run.
+        layers: that the device has.
+        kind: of device.
+        writes: whether transformers writes the text.
+        done: rounds that are finished.
+    """
+    plan, settings, guesses = job.plan, job.settings, GUESSES[kind]
+    dictionaries = layers * len(KV)
+
+    def reading(words: str, sequences: int) -> list[Stage]:
+        tokens = sequences * settings.length
+        written = [Stage("write", f"writing text {words}", tokens, guesses["write"])] if writes else []
+        return [*written, Stage("read", f"reading text {words}", tokens, guesses["read"])]
+
+    stages = reading("to test with", plan.held_out_sequences)
+    vectors = plan.sequences * settings.kept_tokens * job.fingerprint.num_kv_heads
+    for number in range(done, plan.rounds):
+        words = f"round {number + 1} of {plan.rounds}"
+        stages += reading(f"({words})", plan.sequences)
+        codes = vectors * settings.passes * dictionaries
+        stages.append(Stage("learn", f"learning atoms ({words})", codes, guesses["learn"]))
+    copies = 1 if settings.learn.shared else job.fingerprint.num_kv_heads
+    codes = FINISH_CODES * copies * dictionaries
+    return [*stages, Stage("finish", "measuring what is lost", codes, guesses["finish"])]
 
 
 class _Share:
     """One device's rounds."""
 
-    def __init__(self, job: Job, layers: list[int], device: str, rank: int) -> None:
-        self.job, self.layers, self.rank = job, layers, rank
-        self.started = time.monotonic()
+    def __init__(self, job: Job, layers: list[int], device: str, progress: Progress) -> None:
+        self.job, self.layers, self.device, self.progress = job, layers, device, progress
         self.reading = self.learning = 0.0  # seconds
         first = job.fingerprint.layers.index(layers[0])
-        self.learners = LayerLearners(layers, job.settings.learn, job.settings.seed, device, first=first)
-        kept = job.run.load(_rounds_name(layers))
+        parent = read_parent(Path(job.settings.continue_from), layers) if job.settings.continue_from else None
+        learn, seed = job.settings.learn, job.settings.seed
+        self.learners = LayerLearners(layers, learn, seed, device, first=first, parent=parent)
+        kept = job.run.load(rounds_name(layers))
         self.done = 0  # rounds
         if kept is not None:
             self.learners.load_state(kept.tensors)
@@ -87,22 +145,27 @@ class _Share:
         loaded = load_model(
             job.model, device, job.settings.dtype, job.settings.hf_overrides, job.settings.max_model_len
         )
-        self.reader = _Reader(loaded, job, layers)
+        self.reader = _Reader(loaded, job, layers, progress)
+        kind = self.reader.kind
+        progress.plan(stages_of(job, len(layers), kind, writes=self.reader.writes, done=self.done))
 
     def train(self) -> None:
         """Go on from the last finished round to the end."""
         plan, learners, reader = self.job.plan, self.learners, self.reader
-        held_out = reader.read(None, plan.held_out_sequences)
+        held_out = self._read(None, plan.held_out_sequences, reader.sequences(None))
         with ThreadPoolExecutor(1) as ahead:
             number = self.done
             waiting = ahead.submit(reader.sequences, number)
             while number < plan.rounds:
                 if number < plan.first_annealed and learners.settled(LEAST_GAIN):
+                    skipped = plan.first_annealed - number
+                    for stage in ("read", "learn", *(["write"] if reader.writes else [])):
+                        self.progress.skip(stage, skipped)
                     number = plan.first_annealed
                     waiting = ahead.submit(reader.sequences, number)
                 before = time.monotonic()
                 queries = None if learners.learners else reader.no_queries()
-                store = reader.read(number, plan.sequences, waiting.result(), queries)
+                store = self._read(number, plan.sequences, waiting.result(), queries)
                 self.reading += time.monotonic() - before
                 if number + 1 < plan.rounds:
                     waiting = ahead.submit(reader.sequences, number + 1)
@@ -110,33 +173,37 @@ class _Share:
                 number += 1
                 if number < plan.rounds:
                     kept = Kept(learners.state(), {"rounds_done": number})
-                    self.job.run.save(_rounds_name(self.layers), kept)
-        finished = learners.finish(store, held_out)
+                    self.job.run.save(rounds_name(self.layers), kept)
+        with words_for_memory("learning", self.device), self.progress.stage("finish"):
+            finished = learners.finish(store, held_out)
         facts = {"errors": finished.errors, "rounds": finished.rounds}
-        self.job.run.save(_finished_name(self.layers), Kept(finished.tensors, facts))
-        if self.rank == 0:
-            self._report_end(store)
+        self.job.run.save(finished_name(self.layers), Kept(finished.tensors, facts))
+        self._report_end(store)
+
+    def _read(self, number: int | None, *args: Any) -> torch.Tensor:
+        with words_for_memory("reading", self.device):
+            return self.reader.read(number, *args)
 
     def _learn(self, number: int, store: torch.Tensor, queries: torch.Tensor | None, held_out: torch.Tensor) -> None:
         """One round of learning, and its errors."""
         before, plan = time.monotonic(), self.job.plan
-        self.learners.learn(
-            store,
-            self.job.settings.passes,
-            number,
-            cooling=plan.cooling(number),
-            queries=queries,
-            quiet=self.rank > 0,
-        )
-        lost = self.learners.held_out(held_out)  # waits for the device
+        with words_for_memory("learning", self.device), self.progress.stage("learn"):
+            self.learners.learn(
+                store,
+                self.job.settings.passes,
+                number,
+                cooling=plan.cooling(number),
+                queries=queries,
+                advance=self.progress.advance,
+            )
+            lost = self.learners.held_out(held_out)  # waits for the device
         self.learning += time.monotonic() - before
-        if self.rank == 0:
-            _report(number, plan.rounds, self.layers, lost, time.monotonic() - self.started)
+        _report(self.progress, number, plan.rounds, self.layers, lost, time.time() - self.job.started)
 
     def _report_end(self, store: torch.Tensor) -> None:
         tokens = store.shape[2] * len(self.learners.losses)
         codes = tokens * self.job.settings.passes * len(KV) * store.shape[3] * len(self.layers)
-        tqdm.write(
+        self.progress.say(
             f"kept {tokens} tokens in {self.reading:.1f} s of reading, made {codes} codes in {self.learning:.1f} s"
         )
 
@@ -144,14 +211,27 @@ class _Share:
 class _Reader:
     """Text of every round, and the vectors that the model makes of it."""
 
-    def __init__(self, loaded: Any, job: Job, layers: list[int]) -> None:
-        self.loaded, self.job, self.layers = loaded, job, layers
+    def __init__(self, loaded: Any, job: Job, layers: list[int], progress: Progress) -> None:
+        self.loaded, self.job, self.layers, self.progress = loaded, job, layers, progress
         self.kind = loaded.device.type
         self.texts = texts_of(job.model, job.settings) if job.settings.data else None
+        self.rows = None if job.settings.data else written_rows(job.run, job.settings.length)
+        self.writes = self.texts is None and self.rows is None
 
-    def sequences(self, number: int) -> torch.Tensor | None:
-        """A round's text from files, which can be made while the GPU learns; None where the model writes it."""
-        return None if self.texts is None else self.texts.take(self.job.plan.sequences, number)
+    def sequences(self, number: int | None) -> torch.Tensor | None:
+        """A round's text, the held-out one for None, which can be made while the GPU learns.
+
+        None where transformers is still to write it.
+        """
+        plan = self.job.plan
+        if self.texts is not None:
+            return self.texts.take(plan.held_out_sequences if number is None else plan.sequences, number)
+        if self.rows is None:
+            return None
+        if number is None:
+            return self.rows[: plan.held_out_sequences]
+        first = plan.held_out_sequences + number * plan.sequences
+        return self.rows[first : first + plan.sequences]
 
     def no_queries(self) -> torch.Tensor:
         """Zeros to which `read` adds the energy of queries."""
@@ -162,41 +242,71 @@ class _Reader:
         self,
         number: int | None,
         count: int,
-        sequences: torch.Tensor | None = None,
+        sequences: torch.Tensor | None,
         queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """K and V of a round, or the held-out ones for None: see `capture.capture`."""
         settings, shape = self.job.settings, self.job.fingerprint
-        if sequences is None and self.texts is not None:
-            sequences = self.texts.take(count, number)
-        elif sequences is None:
-            seed = settings.seed * 1000 + (999 if number is None else number)
-            at_once = SEQUENCES_WRITTEN[self.kind]
-            sequences = sequences_from_model(self.loaded, settings.length, count, seed, at_once)
-        return capture(
+        if sequences is None:
+            with self.progress.stage("write"):
+                sequences = self._written(number, count)
+        with self.progress.stage("read"):
+            return capture(
+                self.loaded,
+                sequences,
+                settings.kept_tokens,
+                self.layers,
+                (shape.num_kv_heads, shape.head_dim),
+                settings.seed + (number or 0),
+                batch=SEQUENCES_READ[self.kind],
+                furthest=0 if number is None else self.job.plan.furthest,
+                queries=queries,
+                advance=self.progress.advance,
+            )
+
+    def _written(self, number: int | None, count: int) -> torch.Tensor:
+        """Text that the model writes under transformers: int64 [count, length], long rows of several texts."""
+        settings = self.job.settings
+        seed, parts = settings.seed * 1000 + (999 if number is None else number), split(settings.length)
+        sequences = sequences_from_model(
             self.loaded,
-            sequences,
-            settings.kept_tokens,
-            self.layers,
-            (shape.num_kv_heads, shape.head_dim),
-            settings.seed + (number or 0),
-            batch=SEQUENCES_READ[self.kind],
-            furthest=0 if number is None else self.job.plan.furthest,
-            queries=queries,
+            -(-settings.length // parts),
+            count * parts,
+            seed,
+            SEQUENCES_WRITTEN[self.kind],
+            self.progress.advance,
         )
+        return sequences.view(count, -1)[:, : settings.length]
 
 
-def _report(number: int, rounds: int, layers: list[int], lost: dict[int, torch.Tensor], seconds: float) -> None:
-    """Each layer's error after a round."""
+def read_parent(path: Path, layers: list[int]) -> Parent:
+    """Some layers of a dictionary that is adapted. layers: the model's numbers of them."""
+    dictionary = load_dictionary(path)
+    rows = [dictionary.info.fingerprint.layers.index(layer) for layer in layers]
+    kept, bits = dictionary.tensors, dictionary.info.atom_bits
+    atoms = torch.stack([unit_atoms(unpack_atoms(kept[f"{kv}_atoms"][rows], bits)) for kv in KV], 1)
+    stretch = torch.stack([kept[f"{kv}_stretch"][rows] for kv in KV], 1)
+    return Parent(atoms[:, :, None] if dictionary.shared else atoms, stretch)
+
+
+def _report(
+    progress: Progress,
+    number: int,
+    rounds: int,
+    layers: list[int],
+    lost: dict[int, torch.Tensor],
+    seconds: float,
+) -> None:
+    """What is lost after a round; of each layer where details are wanted."""
     start = f"round {number + 1}/{rounds}"
     for row, layer in enumerate(layers):
         words = "  ".join(
             f"{kv} " + " ".join(f"s={sparsity} {values[row, at]:.4f}" for sparsity, values in lost.items())
             for at, kv in enumerate(KV)
         )
-        tqdm.write(f"{start}  layer {layer:3d}  energy lost  {words}")
+        progress.say(f"{start}  layer {layer:3d}  energy lost  {words}", detail=True)
     means = "  ".join(
         f"{kv} " + " ".join(f"s={sparsity} {values[:, at].mean():.4f}" for sparsity, values in lost.items())
         for at, kv in enumerate(KV)
     )
-    tqdm.write(f"{start}  mean       energy lost  {means}  after {seconds:.0f} s")
+    progress.say(f"{start}  mean       energy lost  {means}  after {seconds:.0f} s")

@@ -1,5 +1,7 @@
 """A dictionary from a model: rounds of reading text and learning from it, then one file.
 
+Where vLLM is to write the text, it does so first, in a process that has ended when the rounds begin.
+
 A round captures as many vectors as memory is set aside for, learns from them and lets them go; so memory does not grow
 with the amount of text. After a round its state is kept: an interrupted run goes on from there. The last half of the
 rounds anneals: the step falls to nothing, and codes are the stored ones.
@@ -7,7 +9,10 @@ rounds anneals: the step falls to nothing, and codes are the stored ones.
 
 import re
 import subprocess
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,15 +21,27 @@ import torch
 from lexico_kernels.files import cache_folder
 from lexico_kernels.memory.layout import KV
 
-from vllm_lexico.dictionary.file import Dictionary, check_out
+from vllm_lexico.dictionary.file import Dictionary, check_out, load_dictionary
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import check_name, file_name, plain_name
-from vllm_lexico.train.identity import model_identity
+from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
 from vllm_lexico.train.model import ModelFacts, read_facts
-from vllm_lexico.train.rounds import Job, finished_layers, texts_of, train_share
-from vllm_lexico.train.settings import Plan, TrainSettings, check, share_layers
+from vllm_lexico.train.progress import Progress, Stage
+from vllm_lexico.train.rounds import (
+    GUESSES,
+    Job,
+    finished_layers,
+    finished_name,
+    rounds_name,
+    stages_of,
+    texts_of,
+    train_share,
+)
+from vllm_lexico.train.settings import READ_TOKENS, Plan, TrainSettings, check, share_layers
 from vllm_lexico.train.state import RunFolder
+from vllm_lexico.train.vllm_writer import WriterJob
+from vllm_lexico.train.writing import TEXT, own_text
 
 
 def train_dictionary(
@@ -34,6 +51,7 @@ def train_dictionary(
     name: str | None = None,
     out: Path | None = None,
     device: str | None = None,
+    verbose: bool = False,
 ) -> Path:
     """Train the dictionary of a transformers model and write it. Everything that can be known is checked before.
 
@@ -46,15 +64,18 @@ def train_dictionary(
         out: the file (default: in the user's cache).
         device: "cuda" for every GPU that PyTorch sees, which share the layers, "cuda:1" for one, or "cpu" (default:
             cuda when there is one).
+        verbose: tell every layer's errors after each round. What interrupts it gets a note that says what is kept.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: bad settings, an unsuitable model, text that cannot be read, another training of this file, an
-            OUT.partial of another run, or vectors that cannot be learned from.
+        ValueError: bad settings, an unsuitable model, a dictionary to go on from that does not fit it, text that cannot
+            be read, another training of this file, an OUT.partial of another run, too little memory, or vectors that
+            cannot be learned from.
         OSError: the model is not there, or a file cannot be read or written.
     """
+    started = time.time()
     settings = settings or TrainSettings()
     devices = checked_devices(device)
     check_name(model if name is None else name)
@@ -66,17 +87,43 @@ def train_dictionary(
         out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
         check_out(out, name)
     longest = facts.longest or settings.length
+    settings = _settled(settings, facts, longest)
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
     shares = share_layers(facts.fingerprint.layers, devices, together)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
+    job = Job(model, settings, facts.fingerprint, plan, run, started, verbose)
     with run.locked():
-        _train_shares(Job(model, settings, facts.fingerprint, plan, run), shares)
-        _collect(run, shares, name, facts, settings, plan).save(out)
+        with _noting_what_is_kept(run, shares, plan):
+            made = _train_shares(job, shares)
+        _collect(run, shares, name, facts, settings, plan, made).save(out)
         run.remove()
     return out
+
+
+def _settled(settings: TrainSettings, facts: ModelFacts, longest: int) -> TrainSettings:
+    """Settings with what the model and the dictionary that is adapted decide.
+
+    Raises:
+        ValueError: that dictionary cannot be read, or is of a model of another shape or rotary embedding.
+    """
+    if settings.sequence_tokens is None:
+        settings = replace(settings, sequence_tokens=min(READ_TOKENS, longest))
+    if not settings.continue_from:
+        return settings
+    parent = load_dictionary(settings.continue_from)
+    differences = parent.info.fingerprint.differences(facts.fingerprint)
+    if differences:
+        raise ValueError(
+            f"--continue-from is {settings.continue_from}, a dictionary of {parent.info.model_name}, and does not fit "
+            f"({'; '.join(differences)}); allowed: a dictionary of the same shape and rotary embedding; name another, "
+            f"or leave it out to learn from nothing"
+        )
+    info = parent.info
+    learn = replace(settings.learn, atoms=info.atoms, atom_bits=info.atom_bits, shared=parent.shared)
+    return replace(settings, learn=learn)
 
 
 def checked_devices(device: str | None) -> list[str]:
@@ -100,9 +147,11 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that decides the file: a run goes on from state of the same alone."""
     text = texts_of(model, settings).identity() if settings.data else {}
+    parent = file_checksum(Path(settings.continue_from)) if settings.continue_from else ""
     return asdict(settings) | {
         "data": list(settings.data),
         "text": text,
+        "parent": parent,
         "model": name,
         "weights": model_identity(model, facts.revision),
         "fingerprint": facts.fingerprint.to_json(),
@@ -112,11 +161,20 @@ def _identity(
     }
 
 
-def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> None:
-    """Train every layer: here for one device, else in a process per device, which end with this one."""
-    if len(shares) == 1:
-        train_share(0, job, shares)
-        return
+def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> dict[str, Any]:
+    """Train every layer: here for one device, else in a process per device, which end with this one.
+
+    Returns:
+        How the text came about, as the dictionary says it.
+    """
+    progress = Progress(verbose=job.verbose, started=job.started)
+    try:
+        made = {} if job.settings.data else _write(job, shares, progress)
+        if len(shares) == 1:
+            train_share(0, job, shares, progress)
+            return made
+    finally:
+        progress.close()
     try:
         torch.multiprocessing.spawn(train_share, (job, shares), nprocs=len(shares), daemon=True)
     except torch.multiprocessing.ProcessRaisedException as error:
@@ -124,6 +182,44 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> None:
         if not words.startswith(("ValueError: ", "OSError: ")):
             raise
         raise ValueError(words.split(": ", 1)[1]) from error
+    return made
+
+
+def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) -> dict[str, Any]:
+    """Have vLLM write the text of the run where it can; how it came about, or will."""
+    settings, (device, layers) = job.settings, shares[0]
+    kind = torch.device(device).type
+    tokens = (job.plan.rounds * job.plan.sequences + job.plan.held_out_sequences) * settings.length
+    writing = Stage("write", "vLLM writes the text", tokens, GUESSES[kind]["write"])
+    progress.plan([writing, *stages_of(job, len(layers), kind, writes=False)])
+    wanted = WriterJob(
+        job.model, "", tokens, settings.length, kind, settings.dtype, settings.seed, settings.hf_overrides
+    )
+    made = own_text(settings.writer, wanted, job.run, device, progress)
+    return {"writer": "transformers", "texts": "bare"} if made is None else made
+
+
+@contextmanager
+def _noting_what_is_kept(run: RunFolder, shares: list[tuple[str, list[int]]], plan: Plan) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM, where they end what is done inside, say how to go on: in a note of the exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            error.add_note(f"{kept_words(run, shares, plan)}; the same command goes on from there")
+        raise
+
+
+def kept_words(run: RunFolder, shares: list[tuple[str, list[int]]], plan: Plan) -> str:
+    """What an interrupted run has done and where it is."""
+    done = []
+    for _, layers in shares:
+        rounds = (run.facts(rounds_name(layers)) or {"rounds_done": 0})["rounds_done"]
+        done.append(rounds if run.facts(finished_name(layers)) is None else plan.rounds)
+    text = "the text and " if run.facts(TEXT) is not None else ""
+    if not text and not any(done):
+        return "nothing is finished yet that could be kept"
+    return f"{text}{min(done)} of {plan.rounds} rounds are kept in {run.folder}"
 
 
 def _collect(
@@ -133,6 +229,7 @@ def _collect(
     facts: ModelFacts,
     settings: TrainSettings,
     plan: Plan,
+    made: dict[str, Any],
 ) -> Dictionary:
     """The dictionary of what all devices have finished. ValueError when a part was damaged meanwhile."""
     done: list[FinishedLayers] = []
@@ -157,8 +254,24 @@ def _collect(
         errors=errors,
         version=_version(),
         seed=settings.seed,
+        recipe=_recipe(settings, made),
     )
     return Dictionary(info, tensors)
+
+
+def _recipe(settings: TrainSettings, made: dict[str, Any]) -> dict[str, Any]:
+    """How a dictionary came about, beyond what its other facts say."""
+    recipe: dict[str, Any] = {"passes": settings.passes, "rounds": settings.rounds}
+    if made:
+        recipe["own_text"] = made
+    if settings.continue_from:
+        parent = load_dictionary(settings.continue_from).info
+        recipe["parent"] = {
+            "model": parent.model_name,
+            "data": parent.data,
+            "sha256": file_checksum(Path(settings.continue_from)),
+        }
+    return recipe
 
 
 def _release() -> str:

@@ -13,11 +13,37 @@ from vllm_lexico.train.capture import SKIPPED_TOKENS
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.model import check_overrides
 from vllm_lexico.train.texts import check_source
+from vllm_lexico.train.writing import WRITERS
 
 ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
-HELD_OUT_TOKENS = 8192  # positions kept, of texts that are not trained on
+HELD_OUT_TOKENS = {"cuda": 8192, "cpu": 2048}  # positions kept, of texts that are not trained on
 FURTHEST_TOKENS = 32768  # where in a context text is read, if the model goes so far
+READ_TOKENS = 2048  # of a text, where nothing else is asked for and the model takes as many
 LARGEST_SEED = 2**32 - 1  # the seeds of rounds and layers, made of it, fit into 64 bits
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What is learned from where nothing else is asked for; see `TrainSettings` and `LearnSettings`."""
+
+    atoms: int
+    batch: int
+    vectors: int
+    passes: int
+    rounds: int
+    shared: bool = False
+
+
+# By kind of device. On two cores of a CPU all that is learned is some millions of codes.
+EFFORTS = {
+    "cuda": Effort(atoms=4096, batch=8192, vectors=2_000_000, passes=8, rounds=4),
+    "cpu": Effort(atoms=1024, batch=1024, vectors=60_000, passes=1, rounds=2, shared=True),
+}
+# The same where a dictionary is adapted, which has its atoms.
+ADAPTING = {
+    "cuda": Effort(atoms=0, batch=8192, vectors=500_000, passes=4, rounds=2),
+    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +56,15 @@ class TrainSettings:
         vectors: different ones per layer, for keys and for values each.
         passes: how often each vector is learned from.
         rounds: of reading and learning; more where memory asks for it, fewer where they gain nothing.
-        sequence_tokens: length of the texts read; None for 2048 from data and 1024 from the model, which writes many
-            short texts in the time of a few long ones.
+        sequence_tokens: length of the texts read; None for READ_TOKENS, or the model's longest.
         dtype: of the model; "auto" for its own.
         seed: of everything random, 0 to 2**32 - 1.
         hf_overrides: of the model's configuration, a JSON object as vLLM's --hf-overrides takes it; "" for none.
         max_model_len: tokens of the longest sequence that is served; None for the model's own longest. It bounds where
             in a context text is read, and chooses between two sets of rotary factors where the model has them.
+        writer: what has the model write where there is no data, one of WRITERS; "auto" for vLLM where it is installed
+            and can.
+        continue_from: a dictionary file that is adapted, whose number of atoms, bits and sharing are kept; "" for none.
 
     Raises:
         ValueError: a setting is out of range, or a source of data is neither a path nor a dataset.
@@ -52,6 +80,8 @@ class TrainSettings:
     seed: int = 0
     hf_overrides: str = ""
     max_model_len: int | None = None
+    writer: str = "transformers"
+    continue_from: str = ""
 
     def __post_init__(self) -> None:
         learn, least = self.learn, 2 * self.learn.atoms
@@ -68,13 +98,14 @@ class TrainSettings:
         check("--max-model-len", self.max_model_len, self.max_model_len is None or self.max_model_len >= 1, "1 or more")
         if self.hf_overrides:
             check_overrides(self.hf_overrides)
+        check("--writer", self.writer, self.writer in WRITERS, ", ".join(WRITERS))
         for name in self.data:
             check_source(name)
 
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
-        return self.sequence_tokens or (2048 if self.data else 1024)
+        return self.sequence_tokens or READ_TOKENS
 
     @property
     def kept_tokens(self) -> int:
@@ -119,7 +150,7 @@ class Plan:
         tokens = math.ceil(settings.vectors / heads)
         rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
         sequences = max(1, math.ceil(tokens / rounds / kept))
-        held_out = max(1, min(HELD_OUT_TOKENS // kept, math.ceil(sequences / 4)))
+        held_out = max(1, min(HELD_OUT_TOKENS[kind] // kept, math.ceil(sequences / 4)))
         return Plan(rounds, sequences, held_out, min(max_tokens, FURTHEST_TOKENS))
 
 

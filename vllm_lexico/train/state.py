@@ -22,7 +22,7 @@ from vllm_lexico.files import save_tensors
 
 logger = logging.getLogger("vllm.lexico")
 
-STATE_FORMAT = 1  # of these files and of what learning makes of them
+STATE_FORMAT = 2  # of these files and of what learning makes of them
 SUFFIX = ".state"
 LOCK = "lock"
 LOCK_SECONDS = 5.0  # in which a training that is being stopped has ended
@@ -70,7 +70,7 @@ class RunFolder:
             self._check_owner()
             yield
         finally:
-            if not any(self.folder.glob(f"*{SUFFIX}")):
+            if not self.has_state():
                 self._remove()
             lock.release()
 
@@ -101,6 +101,18 @@ class RunFolder:
                 f"{self.folder} holds rounds of another run ({words}); delete it, or repeat that run as it was"
             )
         return kept
+
+    def facts(self, name: str) -> Any:
+        """The facts of what `save` wrote, unchecked, without its tensors; None where there are none to read."""
+        try:
+            with safe_open(str(self.folder / (name + SUFFIX)), framework="pt") as file:
+                return json.loads((file.metadata() or {})["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def has_state(self) -> bool:
+        """Whether anything is kept."""
+        return any(self.folder.glob(f"*{SUFFIX}"))
 
     def remove(self) -> None:
         """Forget the run, which is finished."""

@@ -1,9 +1,8 @@
-"""Training text as sequences of token ids: local files, datasets of the hub, or text that the model writes itself."""
+"""Training text as sequences of token ids: local files and datasets of the hub."""
 
 import hashlib
 import json
 import lzma
-import math
 import random
 import re
 import zlib
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 CHARACTERS_PER_TOKEN = 6  # generous: a piece of text this much longer than a sequence nearly always fills it
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz")
@@ -221,64 +219,3 @@ def _parts(documents: list[str]) -> list[str]:
 def _repeated(documents: list[str], rng: random.Random) -> Iterator[str]:
     while True:
         yield from rng.sample(documents, len(documents))
-
-
-@torch.no_grad()
-def sequences_from_model(model: Any, length: int, count: int, seed: int, batch: int) -> torch.Tensor:
-    """Text that a model samples itself at temperature 1, each from a random first token. Needs no data, no tokenizer.
-
-    The start token, where the model has one, comes before it. Tokens that stand for images or sound are never taken.
-
-    Args:
-        model: of transformers.
-        length: tokens per sequence.
-        count: of sequences.
-        seed: of everything random.
-        batch: sequences at once.
-
-    Returns:
-        int64 [count, length] token ids, on the CPU.
-    """
-    torch.manual_seed(seed)
-    text = model.config.get_text_config()
-    start, others = text.bos_token_id, _tokens_of_other_inputs(model.config)
-    words = torch.tensor(sorted(set(range(text.vocab_size)) - set(others)), device=model.device)
-    pieces = []
-    with tqdm(
-        total=math.ceil(count / batch) * length, desc="writing text", unit="token", leave=False, mininterval=1.0
-    ) as progress:
-
-        def count_a_token(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-            progress.update()
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # nobody is to stop
-
-        for at in range(0, count, batch):
-            rows = min(batch, count - at)
-            prompt = words[torch.randint(len(words), (rows, 1), device=model.device)]
-            if start is not None:
-                prompt = torch.cat((torch.full_like(prompt, start), prompt), 1)
-            sampled = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length - prompt.shape[1],
-                max_new_tokens=length - prompt.shape[1],
-                stopping_criteria=[count_a_token],
-                suppress_tokens=others or None,
-            )
-            pieces.append(sampled[:, :length].cpu())
-    return torch.cat(pieces)
-
-
-def _tokens_of_other_inputs(config: Any) -> list[int]:
-    """Tokens by which a model that reads more than text marks where the rest stands; none for others."""
-    from transformers import PreTrainedConfig
-
-    if not isinstance(config, PreTrainedConfig) or config.get_text_config() is config:
-        return []
-    marks = [value for name, value in vars(config).items() if re.fullmatch(r".+_token_(id|index)", name)]
-    own = {config.get_text_config().bos_token_id, config.get_text_config().eos_token_id}
-    return sorted({mark for mark in marks if isinstance(mark, int)} - own)

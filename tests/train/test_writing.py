@@ -1,0 +1,147 @@
+"""The text of a run that vLLM writes: kept, used by the rounds, and in one line why not. A program stands for vLLM."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.train import rounds, writing
+from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.progress import Progress, Stage
+from vllm_lexico.train.run import train_dictionary
+from vllm_lexico.train.settings import TrainSettings
+from vllm_lexico.train.state import RunFolder
+from vllm_lexico.train.vllm_writer import WriterJob
+from vllm_lexico.train.writing import own_text, written_rows
+
+JOB = WriterJob("some/model", "", 640, 64, "cpu", "auto", 3, "")
+# What runs in place of Python: `-P -m vllm_lexico.train.vllm_writer JOB.json` are its arguments.
+START = f"""#!{sys.executable}
+import json, sys, time
+job = json.load(open(sys.argv[4]))
+"""
+WRITES = (
+    START
+    + """
+print("a library greets you")
+print(json.dumps({"tokens": 10}))
+print(json.dumps({"tokens": 640}))
+import numpy
+from safetensors.numpy import save_file
+ids = numpy.arange(job["tokens"], dtype=numpy.int32) % 26 + 2
+save_file({"ids": ids, "lengths": numpy.array([len(ids)]), "kinds": numpy.array([0])}, job["out"])
+print(json.dumps({"wrote": {"writer": "vLLM 9", "tokens": {"bare": job["tokens"]}}}))
+"""
+)
+FAILS = START + """print(json.dumps({"error": "ValueError: no such architecture"})); sys.exit(1)"""
+DIES = START + """print("the log\\n\\nCUDA error: no luck\\n", file=sys.stderr); sys.exit(3)"""
+HANGS = START + """print(json.dumps({"tokens": 5}), flush=True); time.sleep(600)"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Have a program run in place of Python's `vllm_writer`."""
+
+    def put(program: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(program)
+        path.chmod(0o755)
+        monkeypatch.setattr(writing.sys, "executable", str(path))
+        monkeypatch.setattr(writing, "has_vllm", lambda: True)
+
+    return put
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = RunFolder(tmp_path / "d.partial", {"seed": 3})
+    run.folder.mkdir()
+    return run
+
+
+def write(run, writer="auto", progress=None):
+    progress = progress or Progress([Stage("write", "writing", 640, 1.0)], shown=False)
+    return own_text(writer, JOB, run, "cpu", progress)
+
+
+def test_what_was_written_is_kept_and_not_written_again(stand_in, folder):
+    stand_in(WRITES)
+    progress = Progress([Stage("write", "writing", 640, 1.0), Stage("read", "reading", 1, 1.0)], shown=False)
+    assert write(folder, progress=progress) == {"writer": "vLLM 9", "tokens": {"bare": 640}}
+    assert progress.stages[0].ended and progress.stages[0].done == 640
+    rows = written_rows(folder, 64)
+    assert rows.shape == (10, 64) and rows[0, :3].tolist() == [2, 3, 4]
+    stand_in(DIES)
+    progress = Progress([Stage("write", "writing", 640, 1.0), Stage("read", "reading", 1, 1.0)], shown=False)
+    assert write(folder, progress=progress) == {"writer": "vLLM 9", "tokens": {"bare": 640}}
+    assert [stage.kind for stage in progress.stages] == ["read"]
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"), [(FAILS, "ValueError: no such architecture"), (DIES, "CUDA error: no luck")]
+)
+def test_why_not_in_one_line(stand_in, folder, capsys, program, reason):
+    stand_in(program)
+    assert write(folder, progress=Progress([Stage("write", "writing", 640, 1.0)])) is None
+    words = capsys.readouterr().out
+    assert words == f"vLLM cannot write the text ({reason}), so transformers does, which takes longer\n"
+    assert written_rows(folder, 64) is None
+    with pytest.raises(ValueError, match=f"--writer vllm: vLLM cannot write text with some/model .{reason}.*--data"):
+        write(folder, "vllm")
+
+
+def test_transformers_goes_on_with_what_it_began(stand_in, folder, monkeypatch):
+    stand_in(DIES)
+    assert write(folder, "transformers") is None
+    monkeypatch.setattr(writing, "has_vllm", lambda: False)
+    assert write(folder) is None
+    stand_in(WRITES)
+    (folder.folder / "layers_000_rounds.state").touch()
+    assert write(folder) is None
+
+
+def test_an_interrupted_writer_is_ended(stand_in, folder):
+    stand_in(HANGS)
+
+    class Interrupted(Progress):
+        def advance(self, work):
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, progress=Interrupted([Stage("write", "writing", 640, 1.0)], shown=False))
+    assert time.monotonic() - started < 60 and not folder.has_state()
+
+
+def test_which_gpu_it_sees(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert writing._seen("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
+    assert writing._seen("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert (
+        writing._seen("cuda:1") == {"CUDA_VISIBLE_DEVICES": "7"}
+        and writing._seen("cuda:0")["CUDA_VISIBLE_DEVICES"] == "5"
+    )
+
+
+def test_a_run_learns_from_what_was_written(stand_in, tiny_model, tmp_path, monkeypatch):
+    stand_in(WRITES)
+    read, capture = [], rounds.capture
+
+    def noted(model, sequences, *arguments, **more):
+        read.append(sequences)
+        return capture(model, sequences, *arguments, **more)
+
+    monkeypatch.setattr(rounds, "capture", noted)
+    learn = LearnSettings(atoms=16, sparsity=4, batch=128)
+    given = TrainSettings(learn=learn, vectors=400, passes=1, rounds=2, sequence_tokens=64, writer="auto")
+    out = train_dictionary(str(tiny_model), given, name="me/tiny", out=tmp_path / "d.safetensors", device="cpu")
+    whole = torch.cat(read)
+    assert [len(rows) for rows in read] == [1, 3, 3]
+    assert whole.flatten().tolist() == [at % 26 + 2 for at in range(whole.numel())]  # all of it, nothing twice
+    info = load_dictionary(out).info
+    assert info.recipe["own_text"]["writer"] == "vLLM 9" and info.recipe["passes"] == 1
+    assert ("own text", "writer vLLM 9, tokens (bare 448)") in info.recipe_words()
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,0 +1,232 @@
+"""Text that a model writes under vLLM, in a process of its own: `python -m vllm_lexico.train.vllm_writer JOB.json`.
+
+Nothing of the engine is left when the process ends. What it has to say goes to the standard output that it was started
+with, a JSON object per line: {"tokens": written so far}, and at the end {"wrote": {...}} or {"error": a sentence}.
+"""
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vllm_lexico.files import save_tensors
+from vllm_lexico.processes import end_with_parent
+from vllm_lexico.train.model import read_config
+from vllm_lexico.train.own_text import end_tokens, read_tokenizer, text_tokens
+from vllm_lexico.train.prompts import RECIPE, SHARES, Prompt, Prompts
+
+TEXTS_AT_ONCE = {"cuda": 512, "cpu": 32}
+CPU_CACHE_BYTES = 1 << 30  # vLLM's own choice, half of the memory, is more than a few texts need
+LARGEST_SHARE = 0.9  # of a GPU's memory
+SPARE_SHARE = 0.03  # of it, left of what is free
+REPEAT_SECONDS = 2.0  # between two words of how far it is
+MORE_TEXTS = 1.05  # than seem needed: the next wave, of few, takes as long as one text
+# Tokens of a text, until some were met: too many texts cost less than another wave.
+FIRST_GUESSES = {"chat": 400, "code": 500, "mathematics": 400, "documents": 1000, "languages": 400}
+
+
+@dataclass(frozen=True)
+class WriterJob:
+    """What the process is told.
+
+    Args:
+        model: hub id or folder.
+        out: the file of tokens that it writes.
+        tokens: to write, at least.
+        longest: tokens of a text with its prompt.
+        device: "cuda" or "cpu".
+        dtype: of the model; "auto" for its own.
+        seed: of everything random.
+        overrides: of the configuration, a JSON object, or "".
+    """
+
+    model: str
+    out: str
+    tokens: int
+    longest: int
+    device: str
+    dtype: str
+    seed: int
+    overrides: str
+
+    def write(self, path: Path) -> None:
+        """As `main` reads it."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def main() -> None:
+    """Read the job, write the text, say what came of it."""
+    end_with_parent()
+    line = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints is a log
+
+    lock, written = threading.Lock(), [0]
+
+    def tell(**words: Any) -> None:
+        with lock:
+            print(json.dumps(words), file=line, flush=True)
+
+    def count(tokens: int) -> None:
+        written[0] = tokens
+        tell(tokens=tokens)
+
+    def repeat() -> None:  # vLLM is silent while it starts and until a text is finished
+        while True:
+            time.sleep(REPEAT_SECONDS)
+            tell(tokens=written[0])
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        job = WriterJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        tell(wrote=write_text(job, count))
+    except Exception as error:  # whatever vLLM raises: the parent says it in one line and goes on without
+        tell(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+
+
+def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
+    """Have vLLM write, wave by wave, until there is enough.
+
+    Args:
+        job: what is wanted.
+        tell: called with the tokens written so far.
+
+    Returns:
+        What was done, as the dictionary will say it.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which ends whole, and the same order every time
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # cores of our choice may be busy
+    import vllm
+
+    config, tokenizer = read_config(job.model, job.overrides), read_tokenizer(job.model)
+    text = config.get_text_config()
+    prompts = Prompts(tokenizer, text_tokens(config), text.bos_token_id, job.longest, job.seed)
+    ends = end_tokens(job.model, text, tokenizer)
+    llm = vllm.LLM(job.model, **engine_arguments(job, tokenizer is None))
+    tell(0)
+    texts: list[tuple[str, list[int]]] = []
+    by_kind: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    marks = sorted(set(range(text.vocab_size)) - set(prompts.words))
+    while by_kind.total() < job.tokens:
+        wave = next_wave(prompts, by_kind, counts, job.tokens)
+        params = [sampling(prompt, ends, marks) for prompt in wave]
+        bar = _counting(tell, by_kind.total(), job.tokens)
+        inputs: Any = [{"prompt_token_ids": list(prompt.ids)} for prompt in wave]
+        outputs = llm.generate(inputs, params, use_tqdm=bar)
+        for prompt, output in zip(wave, outputs, strict=True):
+            texts.append((prompt.kind, [*prompt.ids, *output.outputs[0].token_ids]))
+            by_kind[prompt.kind] += len(texts[-1][1])
+            counts[prompt.kind] += 1
+        tell(by_kind.total())
+    random.Random(job.seed).shuffle(texts)
+    save(Path(job.out), texts)
+    return {
+        "writer": f"vLLM {vllm.__version__}",
+        "recipe": RECIPE,
+        "chat_template": prompts.chats,
+        "texts": counts.total(),
+        "tokens": {kind: by_kind[kind] for kind in sorted(by_kind)},
+    }
+
+
+def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
+    """Of vLLM's LLM: an engine that starts fast, as large as what is free allows."""
+    arguments: dict[str, Any] = {
+        "dtype": job.dtype,
+        "seed": job.seed,
+        "max_model_len": job.longest,
+        "max_num_seqs": TEXTS_AT_ONCE[job.device],
+        "enforce_eager": True,  # compiling and capturing take longer than they would save here
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": without_tokenizer,
+    }
+    if job.device == "cpu":
+        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    if job.overrides:
+        arguments["hf_overrides"] = json.loads(job.overrides)
+    if job.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        arguments["gpu_memory_utilization"] = round(min(LARGEST_SHARE, free / total - SPARE_SHARE), 3)
+    return arguments
+
+
+def sampling(prompt: Prompt, ends: list[int], marks: list[int]) -> Any:
+    """vLLM's SamplingParams of one text. ends: tokens that end a text; marks: tokens that are never taken."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=1.0,
+        max_tokens=prompt.most_tokens,
+        ignore_eos=prompt.to_the_end,
+        stop_token_ids=None if prompt.to_the_end else ends,
+        logit_bias=dict.fromkeys(marks, -100.0) or None,
+        detokenize=False,
+    )
+
+
+def next_wave(prompts: Prompts, written: Counter[str], counts: Counter[str], wanted: int) -> list[Prompt]:
+    """As many prompts as will fill what lacks, each kind by its share, those of long texts first.
+
+    A wave lasts as long as its longest text, so all but the first are without documents.
+
+    Args:
+        prompts: of all kinds.
+        written: tokens, by kind.
+        counts: texts that they were, by kind.
+        wanted: tokens in all.
+    """
+    expected, wave = {kind: float(written[kind]) for kind in SHARES}, []
+    kinds = [kind for kind in prompts.kinds if not (kind == "documents" and written)]
+    enough = written.total() + (wanted - written.total()) * MORE_TEXTS
+    while sum(expected.values()) < enough:
+        kind = min(kinds, key=lambda kind: expected[kind] / SHARES[kind])
+        prompt = prompts.take(kind)
+        most = len(prompt.ids) + prompt.most_tokens
+        guess = written[kind] / counts[kind] if counts[kind] else FIRST_GUESSES.get(kind, most)
+        expected[kind] += most if prompt.to_the_end else min(most, guess)
+        wave.append(prompt)
+    return sorted(wave, key=lambda prompt: -prompt.most_tokens)
+
+
+def save(path: Path, texts: list[tuple[str, list[int]]]) -> None:
+    """Write texts, each with its kind, as a safetensors file.
+
+    `ids` int32, all texts one after the other; `lengths` int64, tokens of each; `kinds` int64, its place in SHARES.
+    """
+    kinds = list(SHARES)
+    tensors = {
+        "ids": torch.tensor([token for _, text in texts for token in text], dtype=torch.int32),
+        "lengths": torch.tensor([len(text) for _, text in texts], dtype=torch.int64),
+        "kinds": torch.tensor([kinds.index(kind) for kind, _ in texts], dtype=torch.int64),
+    }
+    save_tensors(path, tensors)
+
+
+def _counting(tell: Callable[[int], None], before: int, wanted: int) -> Callable[..., tqdm]:
+    """A bar for vLLM, which it calls once per finished text, that shows nothing and tells how far it is."""
+
+    class Counting(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, file=sys.stderr, mininterval=3600)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            tell(int(before + (wanted - before) * min(1.0, self.n / max(self.total or 1, 1))))
+            return shown
+
+    return Counting
+
+
+if __name__ == "__main__":
+    main()
