@@ -110,7 +110,8 @@ def test_no_program_starts_another_process(start, way, layers):
     if "user" not in layers and way != "guard":
         pytest.skip("root that cannot be another user has no limit of processes")
     outcome = run_program(tried(start), [], **ALONE[way])
-    assert outcome.reason in ("PermissionError", "BlockingIOError", "ModuleNotFoundError")
+    refused = "PermissionError" if way == "guard" else "BlockingIOError"
+    assert outcome.reason in (refused, "ModuleNotFoundError")  # the latter where another user cannot read Python
 
 
 def test_no_program_starts_a_thread():
