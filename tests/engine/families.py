@@ -93,7 +93,17 @@ FAMILIES = {
         text="Text",
     ),
     "Falcon": Family("Falcon", {"alibi": False, "multi_query": True, "parallel_attn": True, "bias": False}),
-    "GPT-2": Family("GPT2", {"n_embd": 256, "n_head": 4, "n_layer": 4, "n_positions": 1024, "hidden_size": None}),
+    "GPT-2": Family(
+        "GPT2",
+        {
+            "n_embd": 256,
+            "n_head": 4,
+            "n_layer": 4,
+            "n_positions": 1024,
+            "hidden_size": None,
+            "num_key_value_heads": None,
+        },
+    ),
 }
 
 
