@@ -48,6 +48,8 @@ def test_one_number_or_one_for_keys_and_one_for_values():
         ({"sinks": 1.5}, ["sinks", "1.5", "from 0 to 1024"]),
         ({"relative_error": 1.0}, ["relative_error", "1.0", "up to, not including, 1"]),
         ({"prefix_hits": "none"}, ["'none'", "'codes', 'window' or 'same'"]),
+        ({"coded_later": -1}, ["coded_later", "-1", "from 0 to 1048576"]),
+        ({"coded_later": 64, "prefix_hits": "same"}, ['"same"', "remove coded_later"]),
         ({"codec": "int8"}, ["'int8'", "'packed16', 'paper' or 'exact'"]),
         ({"dictionary": ""}, ["dictionary", 'a Hugging Face id or "train"']),
         (
@@ -99,6 +101,7 @@ USUAL = {
     "relative_error": [-0.1, 0, 0.5, 0.999, 1, 1.0],
     "prefix_hits": [*PREFIX_HITS, "none", "CODES"],
     "codec": [*CODECS, "int8"],
+    "coded_later": [-1, 0, 8192, 1 << 20, True],
 }
 COMBINATIONS = math.prod(3 * len(values) for values in USUAL.values())
 WILD = st.one_of(st.sampled_from(ODD), st.text(max_size=8), st.floats(), st.integers(-(2**40), 2**40))

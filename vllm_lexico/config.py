@@ -53,6 +53,9 @@ class LexicoConfig:
         precision; "same" does so too, and has every token read codes beyond its block and the window before that, so
         that a request is answered alike cold, in any chunks, and after a hit.
     codec: "packed16", "paper" (int16 + fp8) or "exact" (the vectors themselves, for tests).
+    coded_later: a step with prefill of up to so many tokens is coded when the next step begins, so that a prompt's
+        first token does not wait for its codes and the step after pays; their keys and values are kept that long, in
+        memory that the cache then lacks: as much as raw pages of so many tokens. 0 codes at once.
     """
 
     dictionary: str | None = None
@@ -62,6 +65,7 @@ class LexicoConfig:
     relative_error: float = 0.0
     prefix_hits: str = "codes"
     codec: str = "packed16"
+    coded_later: int = 0
 
     def __post_init__(self) -> None:
         if self.dictionary is not None and not (isinstance(self.dictionary, str) and self.dictionary):
@@ -76,6 +80,13 @@ class LexicoConfig:
             raise ValueError(refusal("LEXICO setting relative_error", error, allowed, "0 switches it off"))
         check_choice("LEXICO setting prefix_hits", self.prefix_hits, PREFIX_HITS)
         check_choice("LEXICO setting codec", self.codec, CODECS)
+        remedy = "it counts tokens of a step, and as many of raw cache are set aside; 8192 suits chunks of that size"
+        check_whole_number("LEXICO setting coded_later", self.coded_later, 0, 1 << 20, remedy)
+        if self.coded_later and self.prefix_hits == "same":
+            raise ValueError(
+                'with prefix_hits "same" a step reads the codes of its own tokens, so they cannot be made later; '
+                "remove coded_later, or choose other prefix_hits"
+            )
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> LexicoConfig:

@@ -21,14 +21,19 @@ def with_fp8_atoms(book: Codebook, sparsity: int) -> Codebook:
     return book.with_fp8_atoms() if capable and fine else book
 
 
+def _on_cuda(tensor: Tensor) -> bool:
+    """Whether kernels can have it."""
+    return tensor.is_cuda
+
+
 def _has_kernels(cache: LayerCache) -> bool:
     """Whether kernels code and read these pages."""
-    return cache.code_pages.is_cuda and cache.layout.codec in KERNEL_CODECS
+    return _on_cuda(cache.code_pages) and cache.layout.codec in KERNEL_CODECS
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
     """Store raw tokens in the tail pages; see `reference.write_tail`."""
-    if key.is_cuda:
+    if _on_cuda(key):
         from lexico_kernels import write_tail as kernel
 
         kernel.write_tail(key, value, cache, tail_slot_mapping)

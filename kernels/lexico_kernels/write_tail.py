@@ -16,7 +16,7 @@ def _load_rows(rows, token, head, mask, D_PAD: tl.constexpr):
     return tl.load(source[:, None] + tl.arange(0, D_PAD)[None, :], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _write_tail(key, value, tail, slots_ptr, T, SIZES: tl.constexpr, TILE: tl.constexpr):
     """One tile of tokens of one head, K and V."""
     R: tl.constexpr = SIZES.R

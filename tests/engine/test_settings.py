@@ -27,10 +27,13 @@ EXACT = {
     "small chunks": ({"window": 0}, SMALL_CHUNKS),
     "no prefix caching": ({}, {"enable_prefix_caching": False}),
     "drafts": ({}, {"speculative_config": DRAFTS}),
+    "coded later": ({"coded_later": 8192, "window": 0}, {"speculative_config": DRAFTS}),
+    "coded later in small chunks": ({"coded_later": 50, "window": 0}, SMALL_CHUNKS),
     "drafts in small chunks": ({"window": 0}, {"speculative_config": DRAFTS} | SMALL_CHUNKS),
 }
 CODED = {
     "few atoms": ({"sparsity": 3}, {}),
+    "few atoms, coded later": ({"sparsity": 3, "coded_later": 8192}, {}),
     "fewer for values": ({"sparsity": {"key": 15, "value": 4}}, {}),
     "paper": ({"codec": "paper", "sparsity": 7}, {}),
     "relative error": ({"relative_error": 0.5}, {}),
@@ -89,6 +92,12 @@ def test_codes_answer_as_the_oracle_does(answers, worst_regret, name):
     assert lengths == [COLD_TOKENS] * 5 + [WARM_TOKENS] * 10
     # The last prompt begins as the one before it, whose blocks it hits, which the oracle does not follow.
     assert worst_regret(name, make_prompts()[:-1], rounds[0][:-1]) <= (TIE_WITH_DRAFTS if "drafts" in name else TIE)
+
+
+def test_codes_answer_alike_whenever_they_are_made(answers):
+    """But for the last prompt: in one step with the one before it, it hits that one's blocks only if they are coded."""
+    at_once, later = (answers[name]["rounds"] for name in ("few atoms", "few atoms, coded later"))
+    assert [said[:-1] for said in at_once] == [said[:-1] for said in later]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -21,7 +21,8 @@ STOP_TOKEN = 1  # one of those that `page_worker.py` samples
 class Case(NamedTuple):
     """Settings of an engine.
 
-    chunk: most tokens per step. spare_pages: pages beyond the smallest pool that vLLM accepts.
+    chunk: most tokens per step. spare_pages: pages beyond the smallest pool that vLLM accepts. later: steps with
+    prefill leave their tokens to be coded by the next step.
     """
 
     window: int = 64
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     chunk: int = 512
     max_model_len: int = 512
     spare_pages: int = 0
+    later: bool = False
 
 
 @functools.cache
@@ -123,7 +125,8 @@ class PageEngine:
         from vllm_lexico.serve.tail_pages import tail_spec
 
         case = self.case
-        settings = LexicoConfig(window=case.window, sinks=case.sinks, prefix_hits=case.prefix_hits, codec=case.codec)
+        given = {name: getattr(case, name) for name in ("window", "sinks", "prefix_hits", "codec")}
+        settings = LexicoConfig(**given, coded_later=case.chunk if case.later else 0)
         setup = LexicoSetup(settings, None, 0, self.config.max_concurrent_batches)
         layout = setup.layout(HEAD_DIM, HEADS, BLOCK, torch.bfloat16)
         codes = FullAttentionSpec(
@@ -307,6 +310,13 @@ class PageEngine:
         keys = [block.block_hash for block in self.pool.blocks if block.block_hash is not None]
         codes = {maybe_convert_block_hash(get_block_hash(key)) for key in keys if get_group_id(key) == 0}
         assert {each for each, count in self.published[0].items() if count} == codes and not self.published[1]
+
+
+@pytest.fixture(scope="session")
+def base_config(tiny_llama: Path) -> Any:
+    """An engine's configuration, to be copied and changed."""
+    pytest.importorskip("vllm")
+    return _base_config(tiny_llama)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ class Worker:
     """Writes, codes and reads pages as LEXICO's kernels do, for one layer, with a number in place of each vector."""
 
     def __init__(self, spec: Any, block_tokens: int, window_step: int = 1) -> None:
+        self._waiting: list[tuple[str, int, int, int, int]] = []
         self.spec, self.block_tokens, self.window_step = spec, block_tokens, window_step
         self.tokens: dict[str, list[int]] = {}
         self.tables: dict[str, tuple[list[int], list[int]]] = {}
@@ -28,17 +29,22 @@ class Worker:
         new = scheduled.num_scheduled_tokens
         rows = [(name, computed[name], computed[name] + new[name]) for name in new]
         contents = {name: self._content(name, end) for name, _, end in rows}
+        if rows:  # else vLLM runs no model, and nothing of ours
+            self._code()
         is_decode = all(end - start == 1 for _, start, end in rows)
         for name, start, end in rows:
             for position in range(start, end):
                 self._write("raw", self.tables[name][1], self.spec.block_size, position, contents[name][position])
         if rows and not is_decode:
-            self._code(rows, contents, from_batch=True)
+            self._plan(rows, contents, from_batch=True)
+            if not self.spec.coded_later:
+                self._code()
         starts = self._raw_starts(rows) if rows else []
         for (name, start, end), raw_start in zip(rows, starts, strict=True):
             self._read(name, start, end if is_decode else start, raw_start, contents[name])
         if rows and is_decode:
-            self._code(rows, contents, from_batch=False)
+            self._plan(rows, contents, from_batch=False)
+            self._code()
         sampled = [self._sample(name, end, contents[name]) for name, _, end in rows]
         names = list(new)
         return ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
@@ -129,8 +135,8 @@ class Worker:
         )
         return [int(start) for start in starts]
 
-    def _code(self, rows: list[tuple[str, int, int]], contents: dict[str, list[int]], *, from_batch: bool) -> None:
-        """Code what `plan_coding` says, from the batch or from tail pages, which must hold it."""
+    def _plan(self, rows: list[tuple[str, int, int]], contents: dict[str, list[int]], *, from_batch: bool) -> None:
+        """What `plan_coding` says is to be coded, from the batch or from tail pages."""
         query_start, seq_lens, (codes, tail) = self._batch(rows)
         request, position = coding_plan.locate_tokens(query_start, seq_lens, int(query_start[-1]))
         plan = coding_plan.plan_coding(request, position, codes, self.block_tokens)
@@ -144,12 +150,20 @@ class Worker:
             name, start, _ = rows[index]
             if source >= 0:
                 assert at >= start and source == query_start[index] + at - start
-            else:
-                kind, slots = self.memory.get((-1 - source) // size, ("nothing", [None] * size))
-                right = kind == "raw" and slots[(-1 - source) % size] == contents[name][at]
-                assert right, f"{name} codes position {at} from a page that holds something else"
             assert target // self.block_tokens == self.tables[name][0][at // self.block_tokens]
-            self._write("code", self.tables[name][0], self.block_tokens, at, contents[name][at])
+            self._waiting.append((name, at, source, target, contents[name][at]))
+
+    def _code(self) -> None:
+        """Code what was planned; the tail pages that it comes from must hold it."""
+        size = self.spec.block_size
+        for name, at, source, target, content in self._waiting:
+            if source < 0:
+                kind, slots = self.memory.get((-1 - source) // size, ("nothing", [None] * size))
+                right = kind == "raw" and slots[(-1 - source) % size] == content
+                assert right, f"{name} codes position {at} from a page that holds something else"
+            page, offset = divmod(target, self.block_tokens)
+            self._write("code", [page], self.block_tokens, offset, content)
+        self._waiting.clear()
 
     def _sample(self, name: str, end: int, contents: list[int]) -> list[int]:
         tokens = self.tokens[name]

@@ -14,7 +14,7 @@ from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
 TAIL, WINDOW, POOL = 16, 128, 400
 
 
-def make(window_hits=False, sink_blocks=1, concurrent_batches=1):
+def make(window_hits=False, sink_blocks=1, concurrent_batches=1, coded_later=False):
     spec = LexicoTailSpec(
         block_size=TAIL,
         num_kv_heads=2,
@@ -24,6 +24,7 @@ def make(window_hits=False, sink_blocks=1, concurrent_batches=1):
         sink_blocks=sink_blocks,
         hit_margin_tokens=128 if window_hits else 0,
         concurrent_batches=concurrent_batches,
+        coded_later=coded_later,
     )
     pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=TAIL)
     manager = LexicoTailManager(
@@ -164,10 +165,16 @@ def test_a_request_continues_from_a_hit():
     check_readable(manager, "second", length, 1000 - length, after_hit=True)
 
 
-@pytest.mark.parametrize(("computed", "hit"), [(255, 128), (129, 128), (128, 256), (0, 256)])
-def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit):
-    """Its codes come last in a step of decode, when readers of the same step have read; later steps find it."""
-    manager, _, spec = make()
+@pytest.mark.parametrize(
+    ("computed", "hit", "later"),
+    [(255, 128, 0), (129, 128, 0), (128, 256, 0), (0, 256, 0), (255, 128, 1), (128, 128, 1), (127, 0, 1), (0, 0, 1)],
+)
+def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit, later):
+    """Its codes come last in a step of decode, when readers of the same step have read; later steps find it.
+
+    Where coding waits for the next step, that holds for every block.
+    """
+    manager, _, spec = make(coded_later=bool(later))
     request = types.SimpleNamespace(
         request_id="first",
         block_hashes=[f"hash{i}".encode() for i in range(256 // TAIL)],
@@ -186,6 +193,22 @@ def test_no_hit_ends_with_a_block_that_the_step_completes(computed, hit):
 
 
 TEXT = [random.Random(0).randrange(2, 5) for _ in range(700)]
+
+
+@pytest.mark.parametrize(("later", "hit"), [(False, 256), (True, 0)])
+def test_where_coding_waits_a_prompt_hits_no_block_of_its_own_step(page_engine, later, hit):
+    """The worker checks that what is read has been coded: in the same step, in the next, and when pages moved on."""
+    engine = page_engine(later=later, max_model_len=700, chunk=700, spare_pages=40)
+    engine.add("first", TEXT[:260], 20)
+    engine.add("same step", TEXT[:280], 4)
+    engine.step()
+    assert engine.hits == {"first": 0, "same step": hit}
+    engine.add("next step", TEXT[:300], 4)
+    engine.abort("first")  # its pages are free while its codes wait
+    engine.add("others", [3] * 300, 4)
+    engine.step()
+    assert engine.hits["next step"] == 256
+    engine.finish()
 
 
 @pytest.mark.parametrize("codec", ["packed16", "exact"])

@@ -32,6 +32,7 @@ CASES = {
     "chunks": {"chunk": 100, "spare_pages": 4},
     "steps under way": {"concurrent": True, "chunk": 48, "priority": True},
     "windows of hits": {"prefix_hits": "window", "concurrent": True, "chunk": 100, "spare_pages": 8},
+    "coded later, steps under way": {"later": True, "concurrent": True, "chunk": 100, "priority": True},
     "the same answers": {"prefix_hits": "same", "concurrent": True, "chunk": 100, "spare_pages": 8},
     "exact codec": {"codec": "exact", "prefix_hits": "window"},
     "exact codec, steps under way": {"codec": "exact", "concurrent": True, "chunk": 100, "spare_pages": 4},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
 from vllm_lexico.compat import layers as compat_layers
-from vllm_lexico.serve import other_layers, refusals, start_line
+from vllm_lexico.serve import other_layers, refusals, start_line, warm_up
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into
+from vllm_lexico.serve.later_coding import Waiting, most_later_tokens
 from vllm_lexico.serve.metadata import (
     LexicoMetadata,
     LexicoMetadataBuilder,
@@ -80,6 +82,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         self.tail_name = ""
         self.layer_index: int | None = None  # of the model; known once weights are loaded
         self._cache: LayerCache | None = None
+        self._later: Tensor | None = None
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
     @last_word.kept()
@@ -115,6 +118,20 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             dtype=act_dtype,
         )
         getattr(layer, CODEBOOKS).load(books)
+        warm_up.register(self._to_warm_up(layer))
+
+    def _to_warm_up(self, layer: Any) -> Callable[[], warm_up.Layer | None]:
+        """For `warm_up.register`."""
+
+        def bind() -> warm_up.Layer | None:
+            shadow = self.vllm_config.compilation_config.static_forward_context[self.tail_name]
+            if not all(self.page_addresses(layer.kv_cache)):
+                return None
+            cache = self.bind(layer, layer.kv_cache, shadow.layout(self.vllm_config))
+            tables = warm_up.tables_of_nothing(cache, self.vllm_config.model_config.max_model_len)
+            return warm_up.Layer(self, cache, tables)
+
+        return bind
 
     def _take_index(self, name: str, layers: dict[str, Any]) -> int:
         """Remember which of the model's layers this is; its dictionary is that of no other."""
@@ -153,7 +170,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         key, value = key[:num_tokens], value[:num_tokens]
         ops.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
         entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
-        if step.layers is None:
+        if step.later is not None:
+            step.later.keep(self._kept(key, value, cache, entries), lambda: self._has(layer, cache))
+        elif step.layers is None:
             ops.omp_encode(key, value, cache, *entries, relative_error=relative_error)
         elif step.layers.count_stored():
             ops.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
@@ -173,13 +192,53 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             self._weigh_against_sinks(output[rows], lse)
         if step.prefill is not None:
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
-            batch, plan = (query[rows], key[rows], value[rows], cache, tables), step.prefill
-            if isinstance(plan, BlockPlan):
-                lse = attend_blocks(*batch, plan, scale=self.scale, soft_cap=self.soft_cap, out=output[rows])
-            else:
-                lse = self._attend_chunks(*batch, plan, output[rows])
-            self._weigh_against_sinks(output[rows], lse.T)
+            self.attend_prefill(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])
         return output
+
+    def _kept(self, key: Tensor, value: Tensor, cache: LayerCache, entries: tuple[Tensor, Tensor]) -> Waiting:
+        """Copies of a step's keys and values, which the next step codes."""
+        kept_key, kept_value = self._later_buffer(key)[:, : len(key)]
+        kept_key.copy_(key)
+        kept_value.copy_(value)
+        return Waiting(kept_key, kept_value, cache, *entries)
+
+    def _has(self, layer: Any, cache: LayerCache) -> bool:
+        """Whether the layer's pages are still those of a cache that `bind` gave."""
+        return self._cache is cache and self._bound_to == self.page_addresses(layer.kv_cache)
+
+    def _later_buffer(self, like: Tensor) -> Tensor:
+        """Memory of the engine's life for keys and values that wait, [2, most of a step, Hk, D]."""
+        if self._later is None:
+            most = most_later_tokens(self.setup, self.vllm_config)
+            self._later = like.new_empty((2, most, self.num_kv_heads, self.head_size))
+        return self._later
+
+    def attend_prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: LayerCache,
+        tables: RequestTables,
+        plan: PrefillPlan | BlockPlan,
+        output: Tensor,
+    ) -> None:
+        """Attention of the requests in prefill.
+
+        Args:
+            query: [T, Hq, D] of the tokens in prefill.
+            key, value: [T, Hk, D] of the same.
+            cache: the layer's pages.
+            tables: where the requests' tokens live.
+            plan: of the step.
+            output: [T, Hq, D], filled.
+        """
+        batch = query, key, value, cache, tables
+        if isinstance(plan, BlockPlan):
+            lse = attend_blocks(*batch, plan, scale=self.scale, soft_cap=self.soft_cap, out=output)
+        else:
+            lse = self._attend_chunks(*batch, plan, output)
+        self._weigh_against_sinks(output, lse.T)
 
     def _weigh_against_sinks(self, output: Tensor, lse: Tensor) -> None:
         """Give each head's learned sink its share of the weight: a score like a token's whose value is nothing.
@@ -220,7 +279,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         return query.new_empty((2, tokens, self.num_kv_heads, self.head_size))
 
     def _reserve(self, query: Tensor) -> None:
-        """Take and return what a step may need, so that memory profiling sees its peak."""
+        """Take and return what a step may need, so that memory profiling sees its peak; take what stays."""
+        if self.setup.later_tokens:
+            self._later_buffer(query)
         tile = torch.empty_like(query)
         lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
         block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len

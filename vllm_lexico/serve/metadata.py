@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_lexico.serve import coding_plan, refusals, start_line
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
+from vllm_lexico.serve.later_coding import LaterCoding, most_later_tokens
 from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 from vllm_lexico.serve.setup import LexicoSetup
@@ -51,6 +52,7 @@ class LexicoMetadata(AttentionMetadata):
     token_seq_len: Tensor  # int32 [T], positions that a token sees; 0 for padding
     destination: Tensor  # int64 [M], where the codes of the tokens to code go
     layers: LayersOfStep | None  # that one launch codes; None if each layer codes by itself
+    later: LaterCoding | None  # what takes the tokens of each layer that the next step is to code
 
 
 @dataclass
@@ -115,6 +117,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         self.destination = buffers.new(buffers.max_coded, torch.int64)
         self._handover = shadow.handover
         self._finder = LayerFinder(layer_names, vllm_config)
+        self._later = LaterCoding(most_later_tokens(self.setup, vllm_config), self.setup.config.relative_error)
         self._reported = False
 
     def build(
@@ -122,6 +125,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     ) -> LexicoMetadata:
         """Derive where this step's codes go and what each token sees."""
         common = common_attn_metadata
+        self._later.code()  # before this step's lists take the place of the last one's, and before its layers write
         refusals.refuse(refusals.mask_refusals(common.causal))
         if not self._reported:
             start_line.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config)
@@ -132,6 +136,8 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         block_table = common.block_table_tensor[: common.num_reqs]
         plan = coding_plan.plan_coding(request, position, block_table, self.layout.block_tokens)
         self._handover.put(self.layer_names, plan)
+        only_decodes = _only_decodes(common, self.reorder_batch_threshold)
+        waits = not only_decodes and common.num_actual_tokens <= self._later.most_tokens
         return LexicoMetadata(
             layout=self.layout,
             num_tokens=common.num_actual_tokens,
@@ -141,7 +147,8 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             token_request=_keep(self.token_request, request),
             token_seq_len=_keep(self.token_seq_len, position + 1),
             destination=_keep(self.destination, plan.destinations(block_table, self.layout.block_tokens)),
-            layers=self._finder.of_step(self.layout) if _only_decodes(common, self.reorder_batch_threshold) else None,
+            layers=self._finder.of_step(self.layout) if only_decodes else None,
+            later=self._later if waits else None,
         )
 
     def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan | BlockPlan:

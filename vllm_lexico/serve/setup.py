@@ -88,6 +88,11 @@ class LexicoSetup:
         return -(-self.config.sinks // layout.tail_tokens)
 
     @property
+    def later_tokens(self) -> int:
+        """Most tokens of a step that the next one codes; none beside states, which are copied before a step begins."""
+        return 0 if self.beside_states else self.config.coded_later
+
+    @property
     def same_answers(self) -> bool:
         """Whether a request is answered alike cold and after a prefix-cache hit."""
         return self.config.prefix_hits == "same"

@@ -13,13 +13,13 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_blo
 if TYPE_CHECKING:
     from vllm_lexico.serve.tail_pages import LexicoTailSpec
 
-# Hashes of the prefixes that end with a block whose last tokens the step that is being scheduled computes, by pool:
+# Hashes of the prefixes that end with a block whose codes the step that is being scheduled cannot read yet, by pool:
 # vLLM asks for hits on the manager's class, so they cannot be a manager's own.
 _completing: WeakKeyDictionary[BlockPool, set[Any]] = WeakKeyDictionary()
 
 
 def completing(pool: BlockPool) -> set[Any]:
-    """The hashes of prefixes in `pool` whose last block is completed by the step that is being scheduled."""
+    """Hashes of prefixes in `pool` whose last block the step that is being scheduled completes too late for itself."""
     return _completing.setdefault(pool, set())
 
 
@@ -86,7 +86,7 @@ def longest_hit(
     """
     size = spec.block_size
     length = max_length - max_length % alignment_tokens
-    if length > 0 and hashes[length // size - 1] in unwritten:
+    while length > 0 and hashes[length // size - 1] in unwritten:
         length -= alignment_tokens
     while length > 0:
         pages: list[Sequence[KVCacheBlock] | None] = [None] * (length // size)

@@ -44,11 +44,13 @@ class LexicoTailSpec(SlidingWindowSpec):
             token lies as far below it. vLLM's own `extra_retained_tokens` cannot say so: it sets that of every
             sliding-window spec when it plans the cache.
         concurrent_batches: scheduling steps that may be under way at once (2 with asynchronous scheduling).
+        coded_later: steps with prefill may leave their tokens to be coded by the next step.
     """
 
     sink_blocks: int
     hit_margin_tokens: int
     concurrent_batches: int
+    coded_later: bool = False
 
     @property
     def window_tokens(self) -> int:
@@ -91,6 +93,7 @@ def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> Lex
         sink_blocks=setup.sink_blocks(layout),
         hit_margin_tokens=layout.block_tokens if setup.config.prefix_hits != "codes" else 0,
         concurrent_batches=setup.concurrent_batches,
+        coded_later=setup.later_tokens > 0,
     )
 
 
@@ -109,19 +112,25 @@ class LexicoTailManager(SlidingWindowManager):
         tail_hits.completing(self.block_pool).clear()
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Make a request's full pages known, and remember which block of codes the step completes.
+        """Make a request's full pages known, and remember which blocks of codes the step completes too late for itself.
 
         vLLM lets other requests hit a block from when the step that fills it is scheduled, so in that very step. In a
         step of decode its codes are written when all layers have read theirs (`layer_stack.py`); such a block has its
-        first tokens from an earlier step.
+        first tokens from an earlier step. Where coding waits (`later_coding.py`), no block is coded in that step.
         """
         known_tokens = self.num_cached_block.get(request.request_id, 0) * self.block_size
         super().cache_blocks(request, num_tokens, *args, **kwargs)
         block_tokens, pool = self.cache_hit_alignment_tokens, self.block_pool
         end = min(num_tokens, len(request.block_hashes) * pool.hash_block_size) // block_tokens * block_tokens
-        if known_tokens < end and end - block_tokens < request.num_computed_tokens:
+        first = known_tokens // block_tokens * block_tokens
+        if not self.kv_cache_spec.coded_later:
+            first = max(first, end - block_tokens)
+            if first >= request.num_computed_tokens:
+                return
+        if known_tokens < end:
             hashes = tail_hits.page_hashes(request.block_hashes, pool, self.block_size, block_tokens)
-            tail_hits.completing(pool).add(hashes[end // self.block_size - 1])
+            ends = range(first + block_tokens, end + 1, block_tokens)
+            tail_hits.completing(pool).update(hashes[each // self.block_size - 1] for each in ends)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens below the window, and below what is kept for hits."""

@@ -206,7 +206,7 @@ def _attend_tail(
     tl.store(partial.lse + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=heads < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["request_ptr", "seq_len_ptr", "T"])
 def prepare(
     query,
     book,
@@ -297,7 +297,7 @@ def _merge_bins(
     return bins
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def multiply_bins(
     schedule_ptr,
     bins_ptr,
@@ -350,7 +350,7 @@ def multiply_bins(
     tl.store(target[None, :] + dims[:, None], out, mask=(dims < D)[:, None] & (there & (g < G))[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_ptr"])
 def merge(
     coded,
     offset_ptr,
