@@ -27,8 +27,7 @@ EXACT = {
     "small chunks": ({"window": 0}, SMALL_CHUNKS),
     "no prefix caching": ({}, {"enable_prefix_caching": False}),
     "drafts": ({}, {"speculative_config": DRAFTS}),
-    "coded later": ({"coded_later": 8192, "window": 0}, {"speculative_config": DRAFTS}),
-    "coded later in small chunks": ({"coded_later": 50, "window": 0}, SMALL_CHUNKS),
+    "small steps coded later": ({"coded_later": 50, "window": 0}, {"speculative_config": DRAFTS} | SMALL_CHUNKS),
     "drafts in small chunks": ({"window": 0}, {"speculative_config": DRAFTS} | SMALL_CHUNKS),
 }
 CODED = {
