@@ -87,11 +87,11 @@ Results = dict[str, dict[str, Any]]  # of each engine, of each measure
 Row = tuple[dict[str, Any], str, float, str | None, float | None]  # case, metric, value, peer, peer's value
 
 
-def engine_settings(name: str, peer: str, dictionary: Path) -> dict[str, Any]:
-    """What `LLM` is given for an engine of `ENGINES`."""
+def engine_settings(name: str, peer: str, dictionary: Path, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `LLM` is given for an engine of `ENGINES`; `more`: settings of LEXICO."""
     if not name.startswith("LEXICO"):
         return {"attention_backend": peer} | ({"kv_cache_dtype": "fp8"} if name == "fp8" else {})
-    lexico = {"dictionary": str(dictionary), "sparsity": int(name.split("-")[1])}
+    lexico = {"dictionary": str(dictionary), "sparsity": int(name.split("-")[1]), **(more or {})}
     settings: dict[str, Any] = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
     return settings | ({"worker_extension_cls": "bench.uncoded.Uncoded"} if name.endswith("uncoded") else {})
 
@@ -324,7 +324,13 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     """Run one engine after the other; the next one's process imports while an engine starts."""
     all_layers = LLAMA_3_1_8B["num_hidden_layers"]
     layers, starved_layers = (options.layers or count for count in (all_layers, STARVED_LAYERS))
-    case = {"model": "Llama-3.1-8B shape", "layers": layers, "compiled": options.compile, **options.settings}
+    case = {
+        "model": "Llama-3.1-8B shape",
+        "layers": layers,
+        "compiled": options.compile,
+        **options.settings,
+        **options.lexico,
+    }
     measured = Measured(options, case, starved_layers)
 
     @functools.cache
@@ -338,7 +344,9 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         settings = {"model": str(model)} | common_settings(options)
         if starved:
             settings["kv_cache_memory_bytes"] = CACHE_BYTES * starved_layers // all_layers // options.shrink
-        return EngineProcess(run, settings | engine_settings(run.engine, options.peer, dictionary), options)
+        return EngineProcess(
+            run, settings | engine_settings(run.engine, options.peer, dictionary, options.lexico), options
+        )
 
     deadline = time.monotonic() + options.seconds
     runs = planned(options)
@@ -380,6 +388,7 @@ def main() -> None:
     parser.add_argument("--peer", default="FLASH_ATTN", help="backend in the place of FLASH_ATTN")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the rest of the model")
     parser.add_argument("--settings", type=json.loads, default={}, help="more settings of vLLM's LLM(), as JSON")
+    parser.add_argument("--lexico", type=json.loads, default={}, help="more settings of LEXICO's engines, as JSON")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try this out")
     parser.add_argument("--shape", type=json.loads, default={}, help="other values of config.json, to try this out")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this, to try this out")
