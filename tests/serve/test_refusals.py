@@ -122,6 +122,13 @@ ENGINES = [
         ["brings no window", 'set prefix_hits to "codes"', "without --kv-transfer-config"],
     ),
     (
+        {
+            "kv_transfer_config": connector("NixlConnector"),
+            "additional_config": {"lexico": {"coded_later": 8192}},
+        },
+        ["leaves uncoded", "remove coded_later", "without --kv-transfer-config"],
+    ),
+    (
         {"kv_transfer_config": connector("NixlConnector"), "model_config__is_hybrid": True},
         ["models with states", "without --kv-transfer-config"],
     ),

@@ -54,10 +54,15 @@ def connector_refusals(vllm_config: Any, flag: str) -> list[str]:
         f"leave it out, allowed are {either(SETTINGS[name])}"
         for key in unknown
     ]
-    hits = LexicoConfig.from_additional_config(vllm_config.additional_config).prefix_hits
-    if hits != "codes":
+    config = LexicoConfig.from_additional_config(vllm_config.additional_config)
+    if config.coded_later:
         reasons.append(
-            f"""KV connector {name} brings no window, which prefix_hits "{hits}" asks for; """
+            f"KV connector {name} takes blocks when a step ends, which coded_later leaves uncoded; remove coded_later, "
+            f"or start without {flag}"
+        )
+    if config.prefix_hits != "codes":
+        reasons.append(
+            f"""KV connector {name} brings no window, which prefix_hits "{config.prefix_hits}" asks for; """
             f"""set prefix_hits to "codes", or start without {flag}"""
         )
     if vllm_config.model_config.is_hybrid:
