@@ -12,7 +12,8 @@ import lexico_kernels.ops as ops
 import torch
 
 READERS = ("sparse_decode", "reconstruct")
-ORIGINAL = {name: getattr(ops, name) for name in (*READERS, "write_tail")}
+CODERS = ("omp_encode", "omp_encode_layers")
+ORIGINAL = {name: getattr(ops, name) for name in (*READERS, "write_tail", *CODERS)}
 
 
 def _zeros(query: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -49,6 +50,30 @@ def _stale_tail(key: torch.Tensor, value: torch.Tensor, cache: Any, slots: torch
     ORIGINAL["write_tail"](key, value, cache, torch.where(slots % 2 == 0, slots, -1))
 
 
+def _coding_once() -> dict[str, Callable]:
+    """Codes that were written stay, those of rejected drafts too: who writes the same places again changes nothing."""
+    coded: set[int] = set()
+    by_layer: dict[int, set[int]] = {}
+
+    def fresh(destination: torch.Tensor, coded: set[int]) -> torch.Tensor:
+        given = destination.tolist()
+        kept = [place if place not in coded else -1 for place in given]
+        coded.update(given)
+        return torch.tensor(kept, dtype=destination.dtype, device=destination.device)
+
+    def one(key: Any, value: Any, cache: Any, source: Any, destination: Any, **kwargs: Any) -> Any:
+        places = by_layer.setdefault(cache.code_pages.data_ptr(), set(coded))
+        coded.update(destination.tolist())
+        return ORIGINAL["omp_encode"](key, value, cache, source, fresh(destination, places), **kwargs)
+
+    def all_layers(stack: Any, source: Any, destination: Any, **kwargs: Any) -> Any:
+        for places in by_layer.values():
+            places.update(destination.tolist())
+        return ORIGINAL["omp_encode_layers"](stack, source, fresh(destination, coded), **kwargs)
+
+    return {"omp_encode": one, "omp_encode_layers": all_layers}
+
+
 FAULTS: dict[str, dict[str, Callable]] = {
     "zeros": {"sparse_decode": _zeros},
     "wiped pages": _reading(_wiped),
@@ -58,11 +83,13 @@ FAULTS: dict[str, dict[str, Callable]] = {
 
 
 WRITTEN = {"stale tail"}  # these are in what is written; the others, in what is read
+REJECTED_KEPT = "codes of rejected drafts are kept"  # shows where drafts are rejected, and there alone
 
 
 def plant(name: str | None) -> None:
-    """Put a fault of FAULTS into this process's operations, or with None take all out."""
-    for operation, function in (ORIGINAL | FAULTS.get(name or "", {})).items():
+    """Put a fault, of FAULTS or REJECTED_KEPT, into this process's operations, or with None take all out."""
+    changed = _coding_once() if name == REJECTED_KEPT else FAULTS.get(name or "", {})
+    for operation, function in (ORIGINAL | changed).items():
         setattr(ops, operation, function)
 
 

@@ -105,6 +105,7 @@ def a_hybrid(state_layers=36, coded=12):
         parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
         cache_config=types.SimpleNamespace(mamba_cache_mode="align"),
         max_in_flight_tokens=4096,
+        speculative_config=None,
     )
 
 

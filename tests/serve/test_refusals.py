@@ -54,6 +54,19 @@ def connector(name, module=None, policy="fail", **extra):
     )
 
 
+def drafts(method="eagle3", backend=None, **changes):
+    """vLLM's `SpeculativeConfig` as far as refusals read it."""
+    settings = {
+        "method": method,
+        "attention_backend": None if backend is None else types.SimpleNamespace(name=backend),
+        "draft_model_config": types.SimpleNamespace(is_hybrid=False),
+        "enable_adaptive_verification": False,
+        "use_gemma4_mtp": lambda: False,
+        "use_multi_module_mtp": lambda: False,
+    }
+    return types.SimpleNamespace(**settings | changes)
+
+
 A_CONNECTOR = types.SimpleNamespace(kv_connector="LMCacheConnectorV1")
 ENGINES = [
     ({"cache_config__cache_dtype": "fp8"}, ["a KV cache in fp8", "start with --kv-cache-dtype bfloat16"]),
@@ -139,7 +152,22 @@ ENGINES = [
     ({"parallel_config__decode_context_parallel_size": 2}, ["decode context parallelism", "at 1"]),
     ({"parallel_config__prefill_context_parallel_size": 2}, ["prefill context parallelism", "at 1"]),
     ({"parallel_config__use_ubatching": True}, ["dual batch overlap", "--enable-dbo"]),
-    ({"speculative_config": types.SimpleNamespace(method="eagle")}, ["'eagle'", "no dictionary", "ngram"]),
+    ({"speculative_config": drafts("medusa")}, ["'medusa'", "use ngram", "eagle3", "or serve without drafts"]),
+    (
+        {"speculative_config": drafts(backend="LEXICO")},
+        ["raw pages", "leave attention_backend out of --speculative-config"],
+    ),
+    ({"speculative_config": drafts("mtp", use_gemma4_mtp=lambda: True)}, ["reads that of the model", "ngram"]),
+    ({"speculative_config": drafts("mtp", use_multi_module_mtp=lambda: True)}, ["several MTP modules", "start with 1"]),
+    (
+        {"model_config__is_hybrid": True, "speculative_config": drafts("mtp")},
+        ["beside layers that keep a state", "use ngram"],
+    ),
+    ({"speculative_config": drafts(enable_adaptive_verification=True)}, ["adaptive verification", "at false"]),
+    (
+        {"speculative_config": drafts("draft_model", draft_model_config=types.SimpleNamespace(is_hybrid=True))},
+        ["keeps a state", "drafts that keep tokens alone"],
+    ),
     (
         {"cache_config__block_size": 48, "cache_config__user_specified_block_size": True},
         ["--block-size 48", "give 64, 128 or 256, or leave it out for 128"],
@@ -239,8 +267,10 @@ def test_layer_as_its_implementation_sees_it(changes, words):
     check(refusals.layer_refusals(max_model_len=4096, **changes), words)
 
 
-def test_ngram_drafts_are_welcome():
-    assert refusals.engine_refusals(an_engine(speculative_config=types.SimpleNamespace(method="ngram"))) == []
+@pytest.mark.parametrize("method", ["ngram", "suffix", "eagle", "eagle3", "mtp", "draft_model", "dflash"])
+def test_drafts_are_welcome(method):
+    assert refusals.engine_refusals(an_engine(speculative_config=drafts(method))) == []
+    assert refusals.engine_refusals(an_engine(speculative_config=drafts(method, "FLASH_ATTN"))) == []
 
 
 def test_vllm_names_what_the_selector_hands_over():
@@ -267,6 +297,8 @@ def test_vllm_names_what_the_selector_hands_over():
         (config.CacheConfig, "sliding_window"),
         (config.AttentionConfig, "backend_per_kind"),
         (config.SpeculativeConfig, "method"),
+        (config.SpeculativeConfig, "attention_backend"),
+        (config.SpeculativeConfig, "enable_adaptive_verification"),
         (config.KVTransferConfig, "kv_connector"),
         (config.KVTransferConfig, "kv_connector_module_path"),
         (config.KVTransferConfig, "kv_connector_extra_config"),
@@ -317,6 +349,7 @@ def test_a_codec_without_kernels_is_for_a_cpu(codec, device, refused, monkeypatc
         parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
         num_speculative_tokens=0,
         max_concurrent_batches=1,
+        speculative_config=None,
     )
     if refused:
         with pytest.raises(ValueError, match=r"codec 'paper' has no kernels for a GPU.*choose codec 'packed16'"):

@@ -14,9 +14,9 @@ from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
 TAIL, WINDOW, POOL = 16, 128, 400
 
 
-def make(window_hits=False, sink_blocks=1, concurrent_batches=1, coded_later=False):
+def make(window_hits=False, sink_blocks=1, concurrent_batches=1, coded_later=False, lookahead_tokens=0, tail=TAIL):
     spec = LexicoTailSpec(
-        block_size=TAIL,
+        block_size=tail,
         num_kv_heads=2,
         head_size=64,
         dtype=torch.bfloat16,
@@ -25,8 +25,9 @@ def make(window_hits=False, sink_blocks=1, concurrent_batches=1, coded_later=Fal
         hit_margin_tokens=128 if window_hits else 0,
         concurrent_batches=concurrent_batches,
         coded_later=coded_later,
+        lookahead_tokens=lookahead_tokens,
     )
-    pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=TAIL)
+    pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=tail)
     manager = LexicoTailManager(
         spec,
         block_pool=pool,
@@ -95,6 +96,23 @@ def test_steps_under_way_keep_what_they_read():
         finished, computed = computed, computed + chunk
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100, 1000])
+def test_pages_of_drafts_to_come_are_within_admission(chunk):
+    """vLLM takes pages for the tokens that a model drafts next, beyond those of a step."""
+    ahead = 7
+    manager, _, spec = make(lookahead_tokens=ahead)
+    manager.max_admission_blocks_per_request = spec.max_admission_blocks_per_request(chunk, 32768)
+    for computed in range(0, 3000, chunk):
+        manager.remove_skipped_blocks("r", computed)
+        total = computed + chunk
+        predicted = manager.get_num_blocks_to_allocate("r", total + ahead, [], computed, computed, total)
+        free = manager.block_pool.get_num_free_blocks()
+        manager.allocate_new_blocks("r", total + ahead, total)
+        assert free - manager.block_pool.get_num_free_blocks() == predicted
+        check_readable(manager, "r", computed, chunk)
+        assert len(held(manager, "r")) <= manager.max_admission_blocks_per_request
+
+
 def test_all_pages_come_back():
     manager, pool, _ = make()
     free = pool.get_num_free_blocks()
@@ -106,11 +124,11 @@ def test_all_pages_come_back():
     assert pool.get_num_free_blocks() == free
 
 
-def cache_prompt(manager, num_tokens):
+def cache_prompt(manager, num_tokens, page=TAIL):
     """Compute and cache a prompt, then finish its request."""
     request = types.SimpleNamespace(
         request_id="first",
-        block_hashes=[f"hash{i}".encode() for i in range(num_tokens // TAIL)],
+        block_hashes=[f"hash{i}".encode() for i in range(num_tokens // page)],
         shared_prefix_boundary=0,
         num_prompt_tokens=num_tokens,
         num_computed_tokens=0,
@@ -121,11 +139,11 @@ def cache_prompt(manager, num_tokens):
     return request.block_hashes
 
 
-def find(manager, spec, hashes, max_length):
+def find(manager, spec, hashes, max_length, drop_eagle_block=False, page=TAIL):
     (blocks,), length = LexicoTailManager.find_longest_cache_hit(
-        hashes, max_length, [0], manager.block_pool, spec, drop_eagle_block=False, alignment_tokens=128
+        hashes, max_length, [0], manager.block_pool, spec, drop_eagle_block=drop_eagle_block, alignment_tokens=128
     )
-    assert len(blocks) * TAIL == length
+    assert len(blocks) * page == length
     return [i for i, block in enumerate(blocks) if not block.is_null], length
 
 
@@ -134,6 +152,18 @@ def test_a_hit_brings_its_sinks_and_the_window_where_it_is_cached():
     hashes = cache_prompt(manager, 1000)
     assert find(manager, spec, hashes, 896) == ([0, 54, 55], 896)  # the prompt's chunk kept its last 128 tokens
     assert find(manager, spec, hashes, 500) == ([0], 384)  # no window there: codes stand in
+
+
+@pytest.mark.parametrize("length", [384, 896])
+def test_beside_drafts_a_hit_is_that_of_codes(length):
+    """vLLM asks for a page more than the codes' hit, from which it has taken the last block already."""
+    manager, _, spec = make()
+    hashes = cache_prompt(manager, 1000)
+    asked = length + TAIL
+    assert find(manager, spec, hashes, asked, drop_eagle_block=True) == find(manager, spec, hashes, length)
+    exact, page = make(tail=128)[::2], 128
+    hashes = cache_prompt(exact[0], 1000, page)
+    assert find(*exact, hashes, length + page, drop_eagle_block=True, page=page)[1] == length
 
 
 def test_strict_hits_need_the_window():

@@ -82,6 +82,24 @@ def change_cache_spec(layer: Any, change: Callable[[Any, Any], Any]) -> None:
     layer.get_kv_cache_spec = get_kv_cache_spec
 
 
+def let_cpu_read_blocks(layer: Any) -> None:
+    """Have a layer of the CPU's own backend take pages that lie beside those of other layers in a block.
+
+    Why: that backend names one layout alone, with the layers outermost, though its kernels find pages by their stride.
+    How: the layer gets a subclass of its backend that names the layout with the same pages and blocks outermost. Can go
+    when `CPUAttentionBackend` names it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    backend = layer.get_attn_backend()
+    if not current_platform.is_cpu() or backend.supported_kv_cache_layouts() != (KVCacheLayout.LBHNC,):
+        return
+    own = {"__module__": backend.__module__, "__qualname__": backend.__qualname__}
+    layouts = classmethod(lambda cls: (KVCacheLayout.BLHNC,))
+    layer.attn_backend = type(backend.__name__, (backend,), own | {"supported_kv_cache_layouts": layouts})
+
+
 def keep_block_of_states() -> None:
     """Let the scheduler end chunks where states are kept, at the ends of blocks of codes.
 
@@ -145,9 +163,14 @@ def max_requests(vllm_config: Any, specs: dict[str, Any], num_blocks: int) -> fl
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    groups = plan_groups(vllm_config, specs)
+    return kv_cache_utils.get_max_concurrency_for_kv_cache_config(vllm_config, KVCacheConfig(num_blocks, [], groups))
+
+
+def plan_groups(vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
+    """The cache groups that vLLM makes of layers with these specs, by name."""
     try:
         from vllm.v1.core.kv_cache_planning import get_kv_cache_groups  # 0.33
     except ImportError:
-        get_kv_cache_groups = kv_cache_utils.get_kv_cache_groups
-    groups = get_kv_cache_groups(vllm_config, specs)
-    return kv_cache_utils.get_max_concurrency_for_kv_cache_config(vllm_config, KVCacheConfig(num_blocks, [], groups))
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    return get_kv_cache_groups(vllm_config, specs)

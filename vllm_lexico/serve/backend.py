@@ -83,8 +83,8 @@ class LexicoBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Beside states, which are larger than a page, all pages of a block lie together: see `other_layers`."""
-        return BLOCK_LAYOUTS if cls.setup is not None and cls.setup.beside_states else PAGE_LAYOUTS
+        """Beside states and drafts, whose pages are larger, all pages of a block lie together: see `other_layers`."""
+        return BLOCK_LAYOUTS if cls.setup is not None and cls.setup.packs_blocks else PAGE_LAYOUTS
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -17,8 +17,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lexico import compat, last_word
+from vllm_lexico.compat import drafts as compat_drafts
 from vllm_lexico.compat import layers as compat_layers
-from vllm_lexico.serve import other_layers, refusals, start_line, warm_up
+from vllm_lexico.serve import draft_layers, other_layers, refusals, start_line, warm_up
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
@@ -102,6 +103,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         layer.sliding_window = None  # one that binds was refused, and any makes vLLM give the layer a window's pages
         self.tail_name = add_tail_layer(name, layer, self.setup, layers)
         other_layers.share_pages(layers, layers[self.tail_name])
+        if self.setup.lookahead_tokens:
+            compat_drafts.let_drafts_choose(draft_layers.keep_raw)
         if self.setup.beside_states:
             compat_layers.prepare_kernels_of_states(self.vllm_config, layers)
         if hasattr(layer, CODEBOOKS):

@@ -3,7 +3,7 @@
 A launch that codes little takes as long as one that codes much, so one for all layers costs a step less, and nearly
 nothing where no token is to be coded. Nothing of a step reads what the step codes: its tokens are in the window of
 their own request, raw, and no other request of the step has hit their block (`tail.py`). All layers of a builder run in
-every step: drafts that have layers, which would be counted among the model's, are refused.
+every step; layers of drafts, which do not, have builders of their own.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def leave(vllm_config: Any) -> None:
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
     compat_layers.let_vllm_keep_its_layers()
     model = vllm_config.model_config
-    if not some_are_left(model) and not model.is_hybrid:
+    if not some_are_left(model) and not model.is_hybrid and not refusals.drafts_have_layers(vllm_config):
         return
     if getattr(attention.backend, "name", None) == NAME:
         attention.backend_per_kind.setdefault(SLIDING_WINDOW, None)
@@ -64,8 +64,10 @@ def leave(vllm_config: Any) -> None:
         block_tokens = block_beside_states(setup, vllm_config, compat_layers.state_bytes(vllm_config), given)
         if cache.mamba_cache_mode == "align":
             _hit_whole_blocks(cache, block_tokens, setup.layout(model.get_head_size(), 1, block_tokens, model.dtype))
-    else:
+    elif some_are_left(model):
         block_tokens = fitting_block(setup, model, given)
+    else:  # named, so that vLLM asks the backend of the drafts whether it reads them
+        block_tokens = given or refusals.DEFAULT_BLOCK_SIZE
     if block_tokens != given:
         cache.block_size, cache.user_specified_block_size = block_tokens, True
 
@@ -150,6 +152,8 @@ def share_pages(layers: dict[str, Any], tail: LexicoTail) -> None:
         keeps = isinstance(layer, AttentionLayerBase) and not isinstance(layer, LexicoTail)
         if keeps and layer.get_attn_backend().get_name() != NAME:
             compat_layers.change_cache_spec(layer, functools.partial(_shared, name, layer, tail))
+            if tail.setup.packs_blocks:
+                compat_layers.let_cpu_read_blocks(layer)
 
 
 def _shared(name: str, layer: Any, tail: LexicoTail, spec: Any, vllm_config: Any) -> Any:
@@ -180,7 +184,7 @@ def fitted(spec: Any, backend: Any, page_bytes: int, name: str) -> Any:
         raise ValueError(refusals.as_sentence([reason]))
     token_bytes = dataclasses.replace(spec, block_size=1, page_size_padded=None).page_size_bytes
     room = page_bytes // token_bytes
-    sizes = [size for size in _powers_of_two(room) if _reads(backend, spec, size)]
+    sizes = [size for size in _powers_of_two(room) if reads(backend, spec, size)]
     if not sizes:
         reason = (
             f"a page of codes has room for {room} raw tokens of layer {name}, too few for {backend.get_name()}; "
@@ -195,7 +199,7 @@ def _powers_of_two(most: int) -> list[int]:
     return [1 << power for power in range(most.bit_length())]
 
 
-def _reads(backend: Any, spec: Any, size: int) -> bool:
+def reads(backend: Any, spec: Any, size: int) -> bool:
     """Whether a backend reads blocks of this size whole."""
     allowed = backend.get_supported_kernel_block_sizes(spec)
     return any(size % one.base == 0 if isinstance(one, MultipleOf) else size == one for one in allowed)

@@ -16,6 +16,7 @@ FITTING_BLOCK_SIZES = (128, 256, 512, 1024)  # beside layers whose raw tokens ha
 STATE_BLOCK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # beside layers that keep a state
 HALF_DTYPES = ("bfloat16", "float16")
 DRAFTS_WITHOUT_ATTENTION = ("ngram", "ngram_gpu", "suffix")
+DRAFTS_BY_A_MODEL = ("eagle", "eagle3", "mtp", "draft_model", "dflash")
 DEALT_OUT = "it deals neighbouring tokens out to ranks, which are coded and read together"
 OTHER_BACKEND = "choose another --attention-backend for this model"
 ATTENTION_CLASSES = {  # how the names of vLLM's other layers, and of the backends that they wrap, begin
@@ -38,7 +39,6 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     connector = vllm_config.kv_transfer_config
-    draft = vllm_config.speculative_config
     reasons = _kv_cache_dtype(cache.cache_dtype, model.dtype)
     if model.use_mla:
         reasons.append(_mla())
@@ -64,14 +64,74 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             "dual batch overlap is not supported: the halves of a step would share one list of tokens to code; "
             "start without --enable-dbo"
         )
-    if draft is not None and draft.method not in DRAFTS_WITHOUT_ATTENTION:
+    reasons += _drafts(vllm_config.speculative_config)
+    if connector is not None and drafts_have_layers(vllm_config):
         reasons.append(
-            f"speculative method {draft.method!r} is not supported: its draft layers have no dictionary; "
-            f"use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
+            "drafts by a model are not supported beside a KV connector, where their pages were never tried; start "
+            f"without {_asks_for_connector(cache)}, or without drafts"
+        )
+    if model.is_hybrid and drafts_have_layers(vllm_config):
+        reasons.append(
+            "drafts by a model are not supported beside layers that keep a state (Mamba, linear attention), where they "
+            f"were never tried; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
     if getattr(cache, "user_specified_block_size", False):
         reasons += _block_size(cache.block_size, _block_sizes(model))
     return reasons
+
+
+def drafts_have_layers(vllm_config: Any) -> bool:
+    """Whether an engine's drafts come from a model, whose layers have a cache of their own."""
+    drafts = vllm_config.speculative_config
+    return drafts is not None and drafts.method in DRAFTS_BY_A_MODEL
+
+
+def _drafts(drafts: Any) -> list[str]:
+    """Reasons in vLLM's `SpeculativeConfig`, None where there are no drafts."""
+    if drafts is None or drafts.method in DRAFTS_WITHOUT_ATTENTION:
+        return []
+    if drafts.method not in DRAFTS_BY_A_MODEL:
+        methods = either(DRAFTS_WITHOUT_ATTENTION + DRAFTS_BY_A_MODEL)
+        return [f"speculative method {drafts.method!r} is not supported; use {methods}, or serve without drafts"]
+    reasons, model = [], drafts.draft_model_config
+    if getattr(drafts.attention_backend, "name", None) == NAME:
+        reasons.append(
+            f"drafts keep raw pages, which {NAME} does not read; leave attention_backend out of --speculative-config, "
+            "or name another there"
+        )
+    if drafts.use_gemma4_mtp():
+        reasons.append(drafts_share_cache("of the drafts", "the model"))
+    if drafts.use_multi_module_mtp():
+        reasons.append(
+            "drafts by several MTP modules compute the end of a prompt more than once, which is not supported; start "
+            "with 1 for num_speculative_tokens, which takes the first module alone"
+        )
+    if drafts.enable_adaptive_verification:
+        reasons.append("adaptive verification is not supported; leave enable_adaptive_verification at false")
+    if model.is_hybrid:
+        reasons.append(drafts_keep_other("of the drafts", "state"))
+    return reasons
+
+
+def drafts_share_cache(name: str, target: str) -> str:
+    """The reason where a layer of drafts reads the cache of a layer that is coded."""
+    return (
+        f"layer {name} has no cache and reads that of {target}, which is not supported for drafts; use "
+        f"{either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
+    )
+
+
+def drafts_keep_other(name: str, kept: str) -> str:
+    """The reason where a layer of drafts keeps something else than tokens."""
+    return f"layer {name} keeps a {kept}, which is not supported for drafts; use drafts that keep tokens alone"
+
+
+def drafts_backend(backend: str, block_tokens: int) -> str:
+    """The reason where the backend that vLLM takes for drafts cuts pages into smaller ones."""
+    return (
+        f"attention backend {backend}, which vLLM takes for the drafts, does not read pages of {block_tokens} tokens "
+        """whole; name another with --speculative-config '{..., "attention_backend": "FLASH_ATTN"}'"""
+    )
 
 
 def model_refusals(vllm_config: Any) -> list[str]:

@@ -33,6 +33,7 @@ class LexicoSetup:
     num_draft_tokens: speculative tokens a step may add and take back.
     concurrent_batches: steps that may be under way at once.
     beside_states: of a model that has layers with states too, the layers of a rank that are coded; else 0.
+    lookahead_tokens: beyond a step's last one that a model which drafts has pages for; 0 without such a model.
     """
 
     config: LexicoConfig
@@ -41,6 +42,7 @@ class LexicoSetup:
     concurrent_batches: int
     beside_states: int = 0
     dictionary_state: tuple[int, ...] = ()
+    lookahead_tokens: int = 0
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
@@ -61,8 +63,14 @@ class LexicoSetup:
         beside_states = 0
         if model.is_hybrid:
             beside_states = -(-len(coded_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
-        drafts, batches = vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches
-        return cls(config, path, drafts, batches, beside_states, state)
+        lookahead_tokens = vllm_config.num_lookahead_tokens if refusals.drafts_have_layers(vllm_config) else 0
+        batches = vllm_config.max_concurrent_batches
+        return cls(config, path, vllm_config.num_speculative_tokens, batches, beside_states, state, lookahead_tokens)
+
+    @property
+    def packs_blocks(self) -> bool:
+        """Whether a block of the pool has the pages of all layers, one beside the other, and not of equal bytes."""
+        return bool(self.beside_states or self.lookahead_tokens)
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""

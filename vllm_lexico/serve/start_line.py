@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.lexico")
 
 
-def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_tokens: int, others: str = "") -> str:
+def describe_start(
+    setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_tokens: int, others: str = "", draft_bytes: int = 0
+) -> str:
     """Codec, dictionary, bytes per token compared with 16 bits, and tokens that fit, in one line.
 
     Args:
         num_layers: layers of this rank that are coded.
         num_tokens: tokens that the cache holds in requests of the longest length, as vLLM counts them.
         others: what other layers keep, a clause with a leading "; ", or "".
+        draft_bytes: per token, of layers that draft, which are raw.
     """
     sparsity, dictionary = setup.config.sparsity, setup.dictionary()
     atoms = (
@@ -36,10 +40,12 @@ def describe_start(setup: LexicoSetup, layout: CodeLayout, num_layers: int, num_
         else ""
     )
     num_heads = layout.num_kv_heads * num_layers
+    ours, raw = layout.cell_bytes * num_heads + draft_bytes, layout.raw_token_bytes * num_heads + draft_bytes
+    drafts = f", {draft_bytes:,} of them raw for drafts" if draft_bytes else ""
+    sinks = setup.sink_blocks(layout) * layout.tail_tokens
     return (
-        f"LEXICO: {what}{source}; {layout.cell_bytes * num_heads:,} bytes per token instead of "
-        f"{layout.raw_token_bytes * num_heads:,} ({layout.ratio:.2%}), newest {setup.window_tokens} and first "
-        f"{setup.sink_blocks(layout) * layout.tail_tokens} tokens exact{others}; {num_tokens:,} tokens fit"
+        f"LEXICO: {what}{source}; {ours:,} bytes per token instead of {raw:,} ({ours / raw:.2%}){drafts}, newest "
+        f"{setup.window_tokens} and first {sinks} tokens exact{others}; {num_tokens:,} tokens fit"
     )
 
 
@@ -50,6 +56,7 @@ def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_
         spec: cache spec of a group of codes.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     if get_tensor_model_parallel_rank() != 0:
         return
@@ -58,9 +65,12 @@ def log_start(setup: LexicoSetup, layout: CodeLayout, spec: AttentionSpec, vllm_
     specs = {name: one for of_layer in (*coded.values(), others) for name, one in of_layer.items()}
     requests = compat_layers.max_requests(vllm_config, specs, num_blocks)
     num_tokens = int(requests * vllm_config.model_config.max_model_len)
-    kept = sum(one.max_memory_usage_bytes(vllm_config) for one in others.values())
-    clause = f"; {len(others)} layers with windows or states keep {kept / 2**20:,.1f} MiB a request" if others else ""
-    logger.info(describe_start(setup, layout, len(coded), num_tokens, clause))
+    drafts = [one for one in others.values() if type(one) is FullAttentionSpec]
+    draft_bytes = sum(dataclasses.replace(one, block_size=1, page_size_padded=None).page_size_bytes for one in drafts)
+    bounded = [one.max_memory_usage_bytes(vllm_config) for one in others.values() if type(one) is not FullAttentionSpec]
+    kept = f"keep {sum(bounded) / 2**20:,.1f} MiB a request"
+    clause = f"; {len(bounded)} layers with windows or states {kept}" if bounded else ""
+    logger.info(describe_start(setup, layout, len(coded), num_tokens, clause, draft_bytes))
 
 
 @functools.cache

@@ -45,12 +45,14 @@ class LexicoTailSpec(SlidingWindowSpec):
             sliding-window spec when it plans the cache.
         concurrent_batches: scheduling steps that may be under way at once (2 with asynchronous scheduling).
         coded_later: steps with prefill may leave their tokens to be coded by the next step.
+        lookahead_tokens: beyond a step's last one, for which vLLM takes pages where a model drafts.
     """
 
     sink_blocks: int
     hit_margin_tokens: int
     concurrent_batches: int
     coded_later: bool = False
+    lookahead_tokens: int = 0
 
     @property
     def window_tokens(self) -> int:
@@ -77,7 +79,8 @@ class LexicoTailSpec(SlidingWindowSpec):
         """
         check_pages(LexicoTailManager, LexicoTailSpec)
         windows = (self.concurrent_batches + 1) * (cdiv(self.retained_tokens, self.block_size) + 1)
-        in_flight = cdiv(self.retained_tokens + max_in_flight_tokens, self.block_size) + 1
+        windows += cdiv(self.lookahead_tokens, self.block_size)
+        in_flight = cdiv(self.retained_tokens + max_in_flight_tokens + self.lookahead_tokens, self.block_size) + 1
         return min(self.sink_blocks + min(windows, in_flight), cdiv(max_model_len, self.block_size))
 
 
@@ -94,6 +97,7 @@ def tail_spec(setup: LexicoSetup, layout: CodeLayout, dtype: torch.dtype) -> Lex
         hit_margin_tokens=layout.block_tokens if setup.config.prefix_hits != "codes" else 0,
         concurrent_batches=setup.concurrent_batches,
         coded_later=setup.later_tokens > 0,
+        lookahead_tokens=setup.lookahead_tokens,
     )
 
 
@@ -257,7 +261,8 @@ class LexicoTailManager(SlidingWindowManager):
 
         It ends before a block that the step which is being scheduled completes: see `cache_blocks`.
         """
-        assert not drop_eagle_block, "drafts by a model are refused"
+        if drop_eagle_block:  # asked for a page more than the hit of codes, which has dropped its last block already
+            max_length -= kv_cache_spec.block_size
         hit = tail_hits.longest_hit(
             kv_cache_spec,
             tail_hits.page_hashes(block_hashes, block_pool, kv_cache_spec.block_size, alignment_tokens),

@@ -126,6 +126,12 @@ ROWS = (
         "settings or drafts would be ignored",
     ),
     Wire(
+        config.SpeculativeConfig,
+        "method attention_backend draft_model_config use_gemma4_mtp use_multi_module_mtp enable_adaptive_verification",
+        "layers of drafts would be taken for the model's",
+    ),
+    Wire(config.VllmConfig, "num_lookahead_tokens", "the tokens of drafts would have no pages"),
+    Wire(
         config.ModelConfig,
         "use_mla is_hybrid is_encoder_decoder is_mm_prefix_lm hf_text_config",
         "such models would be served wrongly",
