@@ -15,10 +15,10 @@ MIMO = {
     "architectures": ["MiMoForCausalLM"],
     "model_type": "mimo",
     "vocab_size": 100,
-    "hidden_size": 192,
+    "hidden_size": 256,  # as many as heads of head_dim have, which vLLM's Qwen2 does not read
     "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "hidden_act": "silu",

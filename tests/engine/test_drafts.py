@@ -22,7 +22,6 @@ CHUNKS = {"max_model_len": 2048, "max_num_batched_tokens": 256, "enable_prefix_c
 BACKENDS = ("CPU_ATTN", "LEXICO")
 KINDS = ("EAGLE3", "MTP", "draft model", "draft model that is nearly right")
 NEARLY_RIGHT = KINDS[3]
-ON_CPU = ("EAGLE3", NEARLY_RIGHT)  # the others run on a GPU alone
 MOST_APART = 1e-4  # of log-probabilities in float32
 GPU_MEAN_APART = 0.05  # in bfloat16, up to where answers part; a faulty cache is apart by whole nats
 
@@ -41,7 +40,7 @@ def write_drafts(kind, strong_llama, folder):
     return str(model), {"speculative_config": drafts | {"num_speculative_tokens": NUM_DRAFTS}}
 
 
-@pytest.fixture(scope="module", params=ON_CPU)
+@pytest.fixture(scope="module", params=KINDS)
 def answers(request, strong_llama, tmp_path_factory):
     """What both backends answer with one kind of drafts."""
     kind = request.param

@@ -16,7 +16,7 @@ from vllm_lexico.compat import layers as compat_layers
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.serve import draft_layers, start_line
 from vllm_lexico.serve.backend import LexicoBackend
-from vllm_lexico.serve.metadata import BLOCK_LAYOUTS
+from vllm_lexico.serve.metadata import BLOCK_LAYOUTS, PAGE_LAYOUTS
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_layer import LexicoTail
 from vllm_lexico.serve.tail_pages import TAIL_SUFFIX, tail_spec
@@ -94,6 +94,18 @@ def test_drafts_and_codes_are_one_group(codec, num_drafts):
     groups = planned(specs, BLOCK_LAYOUTS[0])
     assert {*names, *(f"draft.{index}" for index in range(num_drafts))} in groups
     assert {f"{name}{TAIL_SUFFIX}" for name in names} in groups and len(groups) == 3
+
+
+def test_pages_of_the_bytes_of_a_code_page_would_leave_a_group_to_each_layer():
+    """Why blocks are outermost: otherwise pages have equal bytes, and groups as many layers as the drafts."""
+    tail, names = a_tail(), [f"layers.{index}.attn" for index in range(32)]
+    layout = tail.layout(None)
+    codes = LexicoBackend.bound_to(tail.setup).customize_spec(FullAttentionSpec(**HEADS, block_size=128))
+    drafts = FullAttentionSpec(**HEADS, block_size=layout.tail_tokens)
+    assert drafts.page_size_bytes == layout.page_bytes
+    specs = dict.fromkeys(names, codes) | {"draft.0": drafts}
+    specs |= {f"{name}{TAIL_SUFFIX}": tail_spec(tail.setup, layout, torch.bfloat16) for name in names}
+    assert len(planned(specs, PAGE_LAYOUTS[0])) == 2 * 32 + 1
 
 
 def test_pages_of_all_layers_lie_together_where_a_model_drafts():

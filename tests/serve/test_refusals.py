@@ -34,6 +34,7 @@ def an_engine(**changes):
         scheduler_config=types.SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
         speculative_config=None,
+        use_v2_model_runner=False,
         additional_config={},
     )
     for path, value in changes.items():
@@ -67,6 +68,7 @@ def drafts(method="eagle3", backend=None, **changes):
     return types.SimpleNamespace(**settings | changes)
 
 
+MIXED = ["sliding_attention", "full_attention"]
 A_CONNECTOR = types.SimpleNamespace(kv_connector="LMCacheConnectorV1")
 ENGINES = [
     ({"cache_config__cache_dtype": "fp8"}, ["a KV cache in fp8", "start with --kv-cache-dtype bfloat16"]),
@@ -162,6 +164,13 @@ ENGINES = [
     (
         {"model_config__is_hybrid": True, "speculative_config": drafts("mtp")},
         ["beside layers that keep a state", "use ngram"],
+    ),
+    (
+        {
+            "model_config__hf_text_config": types.SimpleNamespace(layer_types=MIXED),
+            "speculative_config": drafts("draft_model"),
+        },
+        ["a draft model beside layers with windows", "block table of another group", "use ngram"],
     ),
     ({"speculative_config": drafts(enable_adaptive_verification=True)}, ["adaptive verification", "at false"]),
     (
@@ -269,6 +278,9 @@ def test_layer_as_its_implementation_sees_it(changes, words):
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "eagle", "eagle3", "mtp", "draft_model", "dflash"])
 def test_drafts_are_welcome(method):
+    """A draft model beside windows too, by the runner that gives it the block table of its own group."""
+    mixed = {"model_config__hf_text_config": types.SimpleNamespace(layer_types=MIXED), "use_v2_model_runner": True}
+    assert refusals.engine_refusals(an_engine(speculative_config=drafts(method), **mixed)) == []
     assert refusals.engine_refusals(an_engine(speculative_config=drafts(method))) == []
     assert refusals.engine_refusals(an_engine(speculative_config=drafts(method, "FLASH_ATTN"))) == []
 

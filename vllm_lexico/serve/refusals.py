@@ -75,9 +75,21 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             "drafts by a model are not supported beside layers that keep a state (Mamba, linear attention), where they "
             f"were never tried; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
+    if _table_is_mistaken(vllm_config):
+        reasons.append(
+            "a draft model beside layers with windows or chunks is not supported in vLLM's V1 runner, which hands it the "
+            f"block table of another group of layers; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
+        )
     if getattr(cache, "user_specified_block_size", False):
         reasons += _block_size(cache.block_size, _block_sizes(model))
     return reasons
+
+
+def _table_is_mistaken(vllm_config: Any) -> bool:
+    """Whether vLLM's V1 runner gives a draft model the first group's block table where that may not be its own."""
+    drafts = vllm_config.speculative_config
+    mixed = are_mixed(vllm_config.model_config.hf_text_config)
+    return drafts is not None and drafts.method == "draft_model" and mixed and not vllm_config.use_v2_model_runner
 
 
 def drafts_have_layers(vllm_config: Any) -> bool:

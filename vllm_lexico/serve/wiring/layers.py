@@ -131,6 +131,7 @@ ROWS = (
         "layers of drafts would be taken for the model's",
     ),
     Wire(config.VllmConfig, "num_lookahead_tokens", "the tokens of drafts would have no pages"),
+    Wire(config.VllmConfig, "use_v2_model_runner", "a draft model would get another group's block table"),
     Wire(
         config.ModelConfig,
         "use_mla is_hybrid is_encoder_decoder is_mm_prefix_lm hf_text_config",
