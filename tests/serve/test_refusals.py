@@ -170,7 +170,7 @@ ENGINES = [
             "model_config__hf_text_config": types.SimpleNamespace(layer_types=MIXED),
             "speculative_config": drafts("draft_model"),
         },
-        ["a draft model beside layers with windows", "block table of another group", "use ngram"],
+        ["a draft model beside layers with windows", "another group's block table", "use ngram"],
     ),
     ({"speculative_config": drafts(enable_adaptive_verification=True)}, ["adaptive verification", "at false"]),
     (

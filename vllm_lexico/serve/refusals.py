@@ -77,8 +77,8 @@ def engine_refusals(vllm_config: Any) -> list[str]:
         )
     if _table_is_mistaken(vllm_config):
         reasons.append(
-            "a draft model beside layers with windows or chunks is not supported in vLLM's V1 runner, which hands it the "
-            f"block table of another group of layers; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
+            "a draft model beside layers with windows or chunks is not supported in vLLM's V1 runner, which hands it "
+            f"another group's block table; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
         )
     if getattr(cache, "user_specified_block_size", False):
         reasons += _block_size(cache.block_size, _block_sizes(model))
