@@ -163,6 +163,7 @@ def setup_of(model, config, hf_overrides=None) -> LexicoSetup:
             hf_text_config=config, model=model, hf_overrides=hf_overrides, max_model_len=4096, is_hybrid=False
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=None,
         num_speculative_tokens=0,
         max_concurrent_batches=1,
     )

@@ -74,6 +74,8 @@ class DictionaryInfo:
         version = FORMAT_VERSION
         if LAYERS in facts["fingerprint"]:
             facts[LAYERS], version = facts["fingerprint"].pop(LAYERS), SOME_LAYERS_VERSION
+        if not self.recipe:  # files of before have none
+            del facts["recipe"]
         values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
         return {"format": FORMAT, "format_version": version} | values
 

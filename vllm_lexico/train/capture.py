@@ -10,7 +10,7 @@ from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.train.attention import exact_attention
 from vllm_lexico.train.model import is_causal_lm, read_config
-from vllm_lexico.train.rotary import settle_rotary
+from vllm_lexico.train.rotary import as_vllm_orders, settle_rotary
 
 ATTENTION_NAME = "lexico_capture"
 WIDER_WINDOWS = ("cohere2", "cohere2_moe")  # vLLM's see one token more than transformers', as these were trained
@@ -70,6 +70,7 @@ class _Listener:
         store: [layers, 2, tokens, Hk, D].
         rows: layer -> row of the store.
         queries: float32 [layers, Hk, D] or None; gets the squares of the queries of each head's group added.
+        model_type: of the text model.
         positions: int64 [batch, kept], of the batch that is read.
         offset: where in the store its tokens go.
         heard: layers that have called.
@@ -78,6 +79,7 @@ class _Listener:
     store: torch.Tensor
     rows: dict[int, int]
     queries: torch.Tensor | None
+    model_type: str
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     offset: int = 0
     heard: set[int] = field(default_factory=set)
@@ -95,7 +97,8 @@ class _Listener:
         row = self.rows.get(getattr(module, "layer_idx", -1))
         if row is not None:
             self.heard.add(module.layer_idx)
-            self._keep(row, module.layer_idx, query, key, value)
+            kind = self.model_type
+            self._keep(row, module.layer_idx, as_vllm_orders(query, kind), as_vllm_orders(key, kind), value)
         return exact_attention(module, query, key, value, mask, **kwargs)
 
     def _keep(self, row: int, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -164,7 +167,8 @@ def capture(
     count, length = sequences.shape
     rows = {layer: row for row, layer in enumerate(layers)}
     size = (len(rows), 2, count * kept, *shape)
-    listener = _Listener(torch.zeros(size, dtype=model.dtype, device=model.device), rows, queries)
+    store = torch.zeros(size, dtype=model.dtype, device=model.device)
+    listener = _Listener(store, rows, queries, model.config.get_text_config().model_type)
     generator = torch.Generator().manual_seed(seed)
     reader = text_model(model)
     with _listening(listener):

@@ -7,6 +7,22 @@ import torch
 
 from vllm_lexico.dictionary.fingerprint import rotary_factors
 
+# Families whose heads turn neighbouring numbers together in transformers. vLLM orders the weights of their queries and
+# keys by halves as it loads them, in layers that turn nothing too (`permute_qk_weight_for_rotary`).
+NEIGHBOURS_TURN = ("llama4_text",)
+
+
+def as_vllm_orders(vectors: torch.Tensor, model_type: str) -> torch.Tensor:
+    """The numbers of queries or keys in vLLM's order.
+
+    Args:
+        vectors: [..., D] of transformers.
+        model_type: of the text model.
+    """
+    if model_type not in NEIGHBOURS_TURN:
+        return vectors
+    return torch.cat((vectors[..., 0::2], vectors[..., 1::2]), -1)
+
 
 def settle_rotary(model: Any, max_model_len: int | None = None) -> None:
     """Give the rotary embeddings of a model of transformers, in place, the factors that vLLM takes.
