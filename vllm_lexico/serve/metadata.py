@@ -125,8 +125,8 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
     ) -> LexicoMetadata:
         """Derive where this step's codes go and what each token sees."""
         common = common_attn_metadata
-        self._later.code()  # before this step's lists take the place of the last one's, and before its layers write
         refusals.refuse(refusals.mask_refusals(common.causal))
+        self._later.code()  # before this step's lists take the place of the last one's, and before its layers write
         if not self._reported:
             start_line.log_start(self.setup, self.layout, self.kv_cache_spec, self.vllm_config)
             self._reported = True
