@@ -99,5 +99,15 @@ def test_files_stay_short(root: Path, files: list[Path]):
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
+def test_files_that_are_imported_by_their_name_alone_have_names_of_their_own(root: Path, files: list[Path]):
+    """Folders of tests and benchmarks are all on the path of one run, and of the processes that it starts."""
+    folders = {path.parent for path in files if root / "tests" in path.parents} - {root / "tests"} | {
+        root / "benchmarks"
+    }
+    helpers = [path.stem for path in files if path.parent in folders and path.suffix == ".py"]
+    helpers = [name for name in helpers if not name.startswith(("test_", "conftest", "__"))]
+    assert len(helpers) > 20 and sorted(set(helpers)) == sorted(helpers)
+
+
 def test_the_repository_stays_small_enough_to_carry(files: list[Path]):
     assert sum(path.stat().st_size for path in files) < MAX_TRACKED_BYTES

@@ -9,7 +9,7 @@ class Known(NamedTuple):
     """What is known of a model, or of a family by a tiny checkpoint.
 
     Attributes:
-        engine: name in tests/engine/families.py or image_families.py, whose checkpoints run on a CPU; None where
+        engine: name in tests/engine/tiny_families.py or image_families.py, whose checkpoints run on a CPU; None where
             there is none.
         gpu: on which GPU its shape or a tiny checkpoint ran, with vLLM 0.33; None where none did.
         refused: why it is not served at its longest context, in up to three words; None where it is.

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import families
+import tiny_families
 
-TEXT = families.COMMON | {"head_dim": 64}
+TEXT = tiny_families.COMMON | {"head_dim": 64}
 EYES = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT["hidden_size"]}
 MROPE = {"rope_type": "default", "rope_theta": 1e4}
 QWEN = {"<|vision_start|>": 96, "<|vision_end|>": 97, "<|image_pad|>": 98, "<|video_pad|>": 99}
@@ -72,7 +72,7 @@ FAMILIES = {
     ),
     "Gemma 3": ImageFamily(
         "Gemma3",
-        families.WINDOWS | {"query_pre_attn_scalar": 64},
+        tiny_families.WINDOWS | {"query_pre_attn_scalar": 64},
         {
             "hidden_size": 64,
             "intermediate_size": 64,
@@ -85,7 +85,7 @@ FAMILIES = {
         GEMMA,
         14,
         {"image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 16, "size": {"height": 56, "width": 56}},
-        families.HALF,
+        tiny_families.HALF,
     ),
 }
 

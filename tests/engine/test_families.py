@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("vllm")
 from engines import TEXT, answer_beside
-from families import FAMILIES, write_checkpoint
 from processes import in_a_process
+from tiny_families import FAMILIES, write_checkpoint
 from written import away_from_training
 
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint

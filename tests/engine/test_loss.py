@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("vllm")
 from coded_reading import CodedReading
 from engines import make_tokens, score_a_prompt
-from families import FAMILIES, write_checkpoint
 from faults import FAULTS
 from processes import in_a_process
+from tiny_families import FAMILIES, write_checkpoint
 
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.dictionary.file import load_dictionary

@@ -7,8 +7,8 @@ in test_sleep.py.
 import pytest
 
 pytest.importorskip("vllm")
-from families import FAMILIES, write_checkpoint
 from processes import in_a_process
+from tiny_families import FAMILIES, write_checkpoint
 from ways import ADAPTERS, SHARED, TOLD, WIPED, embed, run_data_parallel, run_two_engines, run_ways, write_adapters
 
 GAP = 1e-4  # of log-probabilities in float32, and of a unit vector's numbers
