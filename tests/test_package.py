@@ -101,9 +101,8 @@ def test_files_stay_short(root: Path, files: list[Path]):
 
 def test_files_that_are_imported_by_their_name_alone_have_names_of_their_own(root: Path, files: list[Path]):
     """Folders of tests and benchmarks are all on the path of one run, and of the processes that it starts."""
-    folders = {path.parent for path in files if root / "tests" in path.parents} - {root / "tests"} | {
-        root / "benchmarks"
-    }
+    tests, benchmarks = root / "tests", root / "benchmarks"
+    folders = {path.parent for path in files if tests in path.parent.parents} | {benchmarks}
     helpers = [path.stem for path in files if path.parent in folders and path.suffix == ".py"]
     helpers = [name for name in helpers if not name.startswith(("test_", "conftest", "__"))]
     assert len(helpers) > 20 and sorted(set(helpers)) == sorted(helpers)
