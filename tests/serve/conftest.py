@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers are found by their names
 
 BLOCK, HEADS, HEAD_DIM = 64, 2, 64
 STOP_TOKEN = 1  # one of those that `page_worker.py` samples
@@ -56,16 +58,6 @@ def _base_config(model: Path) -> Any:
     return config
 
 
-@functools.cache
-def _load_worker() -> Any:
-    """`Worker` of the file beside this one; no folder of tests is on sys.path."""
-    spec = importlib.util.spec_from_file_location("page_worker", Path(__file__).with_name("page_worker.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Worker
-
-
 class Step(NamedTuple):
     """A step under way: what vLLM scheduled, what the worker answers, and the tail pages that it must keep."""
 
@@ -82,6 +74,7 @@ class PageEngine:
     """
 
     def __init__(self, model: Path, case: Case) -> None:
+        from page_worker import Worker
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -106,7 +99,7 @@ class PageEngine:
         self.codes, self.tail = self.pages.coordinator.single_type_managers
         self.spec = self.tail.kv_cache_spec
         self.pool = self.pages.block_pool
-        self.worker = _load_worker()(self.spec, BLOCK, BLOCK if self.case.prefix_hits == "same" else 1)
+        self.worker = Worker(self.spec, BLOCK, BLOCK if self.case.prefix_hits == "same" else 1)
         self.under_way: deque[Step] = deque()
         self.published: tuple[Counter[Any], Counter[Any]] = Counter(), Counter()
         self.answers: dict[str, list[int]] = {}

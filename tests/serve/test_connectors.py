@@ -1,53 +1,27 @@
 """What a connector brings: whole blocks of codes with their sinks; what two engines agree on before."""
 
+import functools
 import types
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 from lexico_kernels import CodeLayout
-from vllm.v1.core.block_pool import BlockPool
+from tails import BLOCK, TAIL, make_manager, make_spec
 
 from vllm_lexico.config import LexicoConfig, Sparsity
 from vllm_lexico.serve import tail_hits
 from vllm_lexico.serve.connectors import identity, nixl, offloading
 from vllm_lexico.serve.setup import LexicoSetup
-from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
+from vllm_lexico.serve.tail_pages import LexicoTailManager
 
-TAIL, WINDOW, BLOCK, POOL = 16, 128, 128, 100
-
-
-def tail(sink_blocks=1):
-    return LexicoTailSpec(
-        block_size=TAIL,
-        num_kv_heads=2,
-        head_size=64,
-        dtype=torch.bfloat16,
-        sliding_window=WINDOW + 1,
-        sink_blocks=sink_blocks,
-        hit_margin_tokens=0,
-        concurrent_batches=1,
-    )
-
-
-def make(sink_blocks=1):
-    spec = tail(sink_blocks)
-    pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=TAIL)
-    manager = LexicoTailManager(
-        spec,
-        block_pool=pool,
-        enable_caching=True,
-        kv_cache_group_id=0,
-        scheduler_block_size=BLOCK,
-        max_admission_blocks_per_request=spec.max_admission_blocks_per_request(8192, 32768),
-    )
-    return manager, pool, spec
+POOL = 100  # pages
+make = functools.partial(make_manager, POOL)
 
 
 @pytest.mark.parametrize("sink_blocks", [0, 1, 3])
 def test_what_is_brought_takes_pages_for_its_sinks_alone(sink_blocks):
-    manager, pool, _ = make(sink_blocks)
+    manager, pool, _ = make(sink_blocks=sink_blocks)
     free = pool.get_num_free_blocks()
     predicted = manager.get_num_blocks_to_allocate("r", 512, [], 512, 0, 512)
     manager.add_local_computed_blocks("r", [], 0, 512)
@@ -112,7 +86,7 @@ def test_engines_agree_on_all_that_a_code_means(monkeypatch):
     def said(path="a", block=128, sinks=1, **settings):
         own = setup(path=path, **settings)
         layout = CodeLayout(64, 2, own.config.sparsity.key, own.config.sparsity.value, own.config.codec, block)
-        return identity.identity(own, layout, tail(sinks))
+        return identity.identity(own, layout, make_spec(sink_blocks=sinks))
 
     assert said() == said() and "dictionary sha-of-a," in said()
     others = [said("b"), said(sparsity=7), said(codec="exact"), said(block=64), said(sinks=2)]

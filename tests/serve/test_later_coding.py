@@ -1,25 +1,14 @@
 """Coding that waits for the next step writes what coding at once does, before anything reads it."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("vllm")
+import step_runner
+
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.serve import later_coding
 
-
-def _load(name):
-    """A file beside this one; no folder of tests is on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-step_runner = _load("step_runner")
 # A prompt in two chunks, another beside its second one, and steps of decode and of a third prompt beside them.
 STEPS = [[(190, 0)], [(110, 190), (170, 0)], [(1, 300), (1, 170)], [(1, 301), (1, 171), (90, 0)], [(1, 302), (1, 172)]]
 SHAPE = step_runner.Shape(

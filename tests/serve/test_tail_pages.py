@@ -1,42 +1,18 @@
 """The tail's pages in vLLM's own block pool: what a request holds, gives back and finds again."""
 
+import functools
 import random
 import types
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
-from vllm.v1.core.block_pool import BlockPool
+from tails import TAIL, WINDOW, make_manager
 
-from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
+from vllm_lexico.serve.tail_pages import LexicoTailManager
 
-TAIL, WINDOW, POOL = 16, 128, 400
-
-
-def make(window_hits=False, sink_blocks=1, concurrent_batches=1, coded_later=False, lookahead_tokens=0, tail=TAIL):
-    spec = LexicoTailSpec(
-        block_size=tail,
-        num_kv_heads=2,
-        head_size=64,
-        dtype=torch.bfloat16,
-        sliding_window=WINDOW + 1,
-        sink_blocks=sink_blocks,
-        hit_margin_tokens=128 if window_hits else 0,
-        concurrent_batches=concurrent_batches,
-        coded_later=coded_later,
-        lookahead_tokens=lookahead_tokens,
-    )
-    pool = BlockPool(num_gpu_blocks=POOL, enable_caching=True, hash_block_size=tail)
-    manager = LexicoTailManager(
-        spec,
-        block_pool=pool,
-        enable_caching=True,
-        kv_cache_group_id=0,
-        scheduler_block_size=128,
-        max_admission_blocks_per_request=spec.max_admission_blocks_per_request(8192, 32768),
-    )
-    return manager, pool, spec
+POOL = 400  # pages
+make = functools.partial(make_manager, POOL)
 
 
 def schedule(manager, request, computed, new):

@@ -1,28 +1,16 @@
 """What vLLM's warm-up compiles is all that steps launch."""
 
-import importlib.util
 import random
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
+from step_runner import Runner, Shape, recorded
+
 from vllm_lexico.serve import warm_up
-
-
-def _load(name):
-    """A file beside this one; no folder of tests is on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-step_runner = _load("step_runner")
-Shape, Runner, recorded = step_runner.Shape, step_runner.Runner, step_runner.recorded
 
 SHAPES = {
     "llama": Shape(32, 8, 128, atoms=4096, fp8=True),
