@@ -9,6 +9,8 @@ Which tokens get many atoms and which few is decided by
                repeats the text; the question is not seen
   mlp, linear  gates that predict the rank of that score from keys and values, as coding could; trained here on texts of
                training alone (`bench/gates.py`)
+  lost         the energy that 7 atoms lose of it, which coding can know without a gate
+  damage       the oracle's attention times the root of that
   random       nothing: what uneven records cost by themselves
 
 Tasks and scores are the evaluation's (`vllm_lexico/evals/tasks/`), with other texts and several questions for each. The
@@ -38,14 +40,16 @@ import torch
 from bench.asked_model import AskedModel, History
 from bench.gates import GATES, Gate, recall
 from bench.record import RESULTS, record
-from bench.uneven_cases import Case, cases, choose, mean_bytes, read_back
+from bench.uneven_cases import Case, cases, choose, lost_scores, mean_bytes, read_back
 from bench.uneven_texts import AnyTexts, Text, make_texts, repetitions, training_texts
 from bench.vector_codecs import DictionaryCodec
+from lexico_kernels.memory.layout import KV
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 
+ERRORS_OF = 7  # atoms
 TASKS = ["qa_20", "qa_60", "pairs_75", "needle_8192"]
 STOPS = ("\n\n", "\nQuestion:")  # of models without a chat template, which go on by themselves
 
@@ -67,6 +71,7 @@ class Study:
         self.cases = [case for case in cases(shape.num_layers) if not args.cases or case.name in args.cases]
         self.layers, self.gates = shape.num_layers, dict[str, Gate]()
         self.coders = cache(partial(self._coder))
+        self.stretch = {kv: dictionary.tensors[f"{kv}_stretch"].to(self.model.device) for kv in KV}
         config = self.model.model.generation_config
         ends = config.eos_token_id if config.eos_token_id is not None else []
         self.ends = set(ends if isinstance(ends, list) else [ends])
@@ -104,10 +109,7 @@ class Study:
         exact = self.model.compute(text.ids)
         coded = range(self.model.sinks, max(self.model.sinks, len(text.ids) - self.args.window))
         self._spent("computing")
-        scores = {"oracle": self._drawn(frame, text.ids, exact)}
-        scores |= {name: gate(exact) for name, gate in self.gates.items()}
-        random = torch.Generator().manual_seed(text.index)
-        scores["random"] = torch.rand(scores["oracle"].shape, generator=random).to(self.model.device)
+        scores = self._scores(frame, text, exact, coded)
         chosen = {case.name: choose(scores[case.by], coded, case) for case in self.cases if case.high}
         self._spent("scores")
         read = [read_back(at, both, self.cases, chosen, coded, self.coders) for at, both in enumerate(exact)]
@@ -123,6 +125,17 @@ class Study:
             about |= {"case": self.cases[of_case].name, "found": int(text.found(value, answer))}
             lines.append(about | facts[of_case] | {"value": value, "answer": answer})
         return lines
+
+    def _scores(self, frame: Any, text: Text, exact: History, coded: range) -> dict[str, Tensor]:
+        """All that may rank tokens, float32 [layers, Hk, L] by name."""
+        scores = {"oracle": self._drawn(frame, text.ids, exact)}
+        scores |= {name: gate(exact) for name, gate in self.gates.items()}
+        random = torch.Generator().manual_seed(text.index)
+        scores["random"] = torch.rand(scores["oracle"].shape, generator=random).to(self.model.device)
+        if any(case.by in ("lost", "damage") for case in self.cases):
+            scores["lost"] = lost_scores(exact, coded, self.coders(ERRORS_OF), self.stretch)
+            scores["damage"] = scores["oracle"] + scores["lost"] / 2
+        return scores
 
     def _facts(self, case: Case, chosen: dict[str, Tensor], oracle: Tensor, coded: range) -> dict[str, Any]:
         """Bytes of a vector, and for what is not the oracle's choice the share of that that is chosen."""

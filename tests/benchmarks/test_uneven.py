@@ -172,6 +172,22 @@ def test_each_case_reads_its_own_codes(bench, model, dictionary):
         assert torch.equal(keys[3][:, part], code((1, 3, 5)[layer], layer, "key", exact[layer][0]))
 
 
+def test_what_coding_loses_is_counted_by_head(bench, model):
+    exact, coded = model.compute(TEXT), range(16, 140)
+    stretch = {"key": torch.full((3, 2, 16), 2.0), "value": torch.rand(3, 2, 16) + 0.5}
+
+    def coder(layer, kv, vectors):  # loses what the token's place says, of two numbers
+        place = torch.arange(1.0, 125)[:, None] * torch.tensor([1.0, 10.0])
+        error = torch.zeros_like(vectors)
+        error[..., :2] = place[..., None] if kv == "key" else 0
+        return vectors + error
+
+    lost = bench.uneven_cases.lost_scores(exact, coded, coder, stretch)
+    assert lost.shape == (3, 2, len(TEXT)) and (lost[..., :16] < -40).all() and (lost[..., 140:] < -40).all()
+    energy = 2 * torch.arange(1.0, 125).square() / 4
+    torch.testing.assert_close(lost[1, :, 16:140].exp(), (energy / energy.mean()).expand(2, -1))
+
+
 def test_layers_are_finer_where_needles_die(bench):
     atoms = bench.uneven_cases.finer_layers(28, 7)
     assert [at for at, (key, _) in enumerate(atoms) if key > 7] == list(range(6, 14))
@@ -262,7 +278,16 @@ def test_a_sign_test_of_few_answers(uneven):
 
 
 def test_every_case_has_its_row(uneven, folder, dictionary, data, tmp_path, capsys):
-    names = ["exact", "even 7", "oracle 3/15", "oracle 3/15 by model", "mlp 3/15", "linear 3/15", "random 3/15"]
+    names = [
+        "exact",
+        "even 7",
+        "oracle 3/15",
+        "oracle 3/15 by model",
+        "mlp 3/15",
+        "linear 3/15",
+        "random 3/15",
+        "lost 3/15",
+    ]
     options = "--tasks qa_2 pairs_2 --texts 2 --questions 2 --chunk 200 --gate-texts 1 --gate-tokens 120 --gate-steps 3"
     files = ["--data", data, "--dictionary", dictionary, "--results", tmp_path, "--answers", tmp_path / "answers.jsonl"]
     args = [str(folder), *map(str, files), *options.split(), "--cases", *names]
@@ -278,7 +303,7 @@ def test_every_case_has_its_row(uneven, folder, dictionary, data, tmp_path, caps
         assert case["questions"] == 4 and row["metric"] == "found" and row["peer"] == "exact"
         assert row["value"] - row["peer_value"] == pytest.approx((case["won"] - case["lost"]) / 4)
         assert ("vector_bytes" in case) == (case["way"] != "exact")
-        assert ("recall" in case) == (case["way"].split()[0] in ("mlp", "linear", "random"))
+        assert ("recall" in case) == (case["way"].split()[0] in ("mlp", "linear", "random", "lost"))
     assert len({line["answer"] for line in lines}) > 4  # ways differ
     uneven.run(uneven.parse_args([*args[: -len(names)], "exact", "even 7", "--seconds", "1e-3"]))
     assert "time is up after 0 of 2 texts" in capsys.readouterr().out
@@ -299,3 +324,12 @@ def test_lost_and_won_are_counted_by_question(uneven, tmp_path):
     counts = [(row["case"]["questions"], row["case"]["lost"], row["case"]["won"]) for row in rows]
     assert counts == [(4, 0, 0), (4, 2, 1), (4, 0, 0)]
     assert rows[2]["case"]["recall"] == 0.5 and rows[2]["case"]["vector_bytes"] == 15.5
+
+
+@pytest.mark.gpu
+def test_attention_on_a_gpu_has_the_lse_of_its_twin(bench):
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(2, 3, n, 128, generator=generator).bfloat16() for n in (37, 1000, 1000))
+    got = bench.asked_model.attention_with_lse(query.cuda(), key.cuda(), value.cuda(), 0.3)
+    for fast, plain in zip(got, bench.asked_model.attention_with_lse(query, key, value, 0.3), strict=True):
+        torch.testing.assert_close(fast.float().cpu(), plain, rtol=2e-2, atol=2e-2)
