@@ -13,6 +13,9 @@ Which tokens get many atoms and which few is decided by
   damage       the oracle's attention times the root of that
   random       nothing: what uneven records cost by themselves
 
+Beside these: even codes with atoms moved between keys and values and between layers, and with other stretches of keys
+(`bench/restretched.py`).
+
 Tasks and scores are the evaluation's (`vllm_lexico/evals/tasks/`), with other texts and several questions for each. The
 first 16 and the newest --window tokens stay as they are. Texts of all tasks take turns: --seconds cuts all alike.
 
@@ -40,6 +43,7 @@ import torch
 from bench.asked_model import AskedModel, History
 from bench.gates import GATES, Gate, recall
 from bench.record import RESULTS, record
+from bench.restretched import RestretchedCodec, stretches
 from bench.uneven_cases import Case, cases, choose, lost_scores, mean_bytes, read_back
 from bench.uneven_texts import AnyTexts, Text, make_texts, repetitions, training_texts
 from bench.vector_codecs import DictionaryCodec
@@ -69,7 +73,9 @@ class Study:
         shape = dictionary.info.fingerprint
         dictionary.check(shape.of(self.model.model.config.get_text_config()), args.model)
         self.cases = [case for case in cases(shape.num_layers) if not args.cases or case.name in args.cases]
-        self.layers, self.gates = shape.num_layers, dict[str, Gate]()
+        self.layers = shape.num_layers
+        self.gates: dict[str, Gate] = {}
+        self.stretches: dict[str, Tensor] = {}
         self.coders = cache(partial(self._coder))
         self.stretch = {kv: dictionary.tensors[f"{kv}_stretch"].to(self.model.device) for kv in KV}
         config = self.model.model.generation_config
@@ -78,7 +84,9 @@ class Study:
         self.seconds: dict[str, float] = defaultdict(float)
         self._began = time.perf_counter()
 
-    def _coder(self, sparsity: int) -> DictionaryCodec:
+    def _coder(self, sparsity: int, stretch: str) -> DictionaryCodec:
+        if stretch:
+            return RestretchedCodec(self.dictionary, self.model.device, sparsity, self.stretches[stretch])
         return DictionaryCodec(self.dictionary, self.model.device, sparsity, sparsity)
 
     def _spent(self, on: str) -> None:
@@ -89,19 +97,24 @@ class Study:
         self.seconds[on] += now - self._began
         self._began = now
 
-    def train_gates(self, frame: Any) -> None:
-        """Train the gates that cases ask for, on texts of training. frame: of a task, for its way to ask."""
-        wanted = [name for name in GATES if any(case.by == name for case in self.cases)]
-        if not wanted:
-            return
-        texts = training_texts(frame, self.args.data, self.args.gate_tokens, self.args.gate_texts)
-        histories = [self.model.compute(ids) for ids in texts]
-        scores = [self._drawn(frame, *both) for both in zip(texts, histories, strict=True)]
-        self.gates = {name: GATES[name](histories, scores, self.args.gate_steps) for name in wanted}
+    def train(self, frame: Any) -> None:
+        """Train the gates and make the stretches that cases ask for, of texts of training.
+
+        frame: of a task, for its way to ask.
+        """
+        gates = [name for name in GATES if any(case.by == name for case in self.cases)]
+        named = {case.stretch for case in self.cases} - {""}
+        energy = torch.zeros_like(self.stretch["key"])
+        if gates or named:
+            texts = training_texts(frame, self.args.data, self.args.gate_tokens, self.args.gate_texts)
+            histories = [self.model.compute(ids) for ids in texts]
+            scores = [self._drawn(frame, *both, energy) for both in zip(texts, histories, strict=True)]
+            self.gates = {name: GATES[name](histories, scores, self.args.gate_steps) for name in gates}
+            self.stretches = stretches(self.stretch["key"], energy, named)
         self._spent("gates")
 
-    def _drawn(self, frame: Any, ids: list[int], history: History) -> Tensor:
-        return self.model.drawn(history, list(repetitions(frame, ids, self.args.chunk)))
+    def _drawn(self, frame: Any, ids: list[int], history: History, energy: Tensor | None = None) -> Tensor:
+        return self.model.drawn(history, list(repetitions(frame, ids, self.args.chunk)), energy)
 
     def ask(self, frame: Any, text: Text) -> list[dict[str, Any]]:
         """A line per case and question. frame: of the text's task."""
@@ -133,7 +146,7 @@ class Study:
         random = torch.Generator().manual_seed(text.index)
         scores["random"] = torch.rand(scores["oracle"].shape, generator=random).to(self.model.device)
         if any(case.by in ("lost", "damage") for case in self.cases):
-            scores["lost"] = lost_scores(exact, coded, self.coders(ERRORS_OF), self.stretch)
+            scores["lost"] = lost_scores(exact, coded, self.coders(ERRORS_OF, ""), self.stretch)
             scores["damage"] = scores["oracle"] + scores["lost"] / 2
         return scores
 
@@ -184,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     until = time.perf_counter() + args.seconds
     study = Study(args, load_dictionary(args.dictionary))
     tasks = make_texts(args.tasks, study.tokenizer, args.data, args.questions)
-    study.train_gates(tasks[0].frame)
+    study.train(tasks[0].frame)
     args.answers.parent.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     try:

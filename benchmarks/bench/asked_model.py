@@ -36,13 +36,15 @@ class _Reading:
 
     history: of the text. room: tokens that sequences may have of their own. padding: int64 [B], so many of the first of
     these are none. drawn: float32 [layers, Hk, L] or None; becomes the log of the largest attention that each token of
-    the text has drawn so far. For one sequence only. past: tokens that the sequences have already.
+    the text has drawn so far. energy: float32 [layers, Hk, D] or None; the squares of queries are added, times the
+    share of their attention that goes to the text. Both for one sequence only. past: tokens that sequences have.
     """
 
     history: History
     room: int
     padding: Tensor
     drawn: Tensor | None = None
+    energy: Tensor | None = None
     past: int = 0
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -57,6 +59,9 @@ class _Reading:
         lse = torch.logaddexp(near_lse, far_lse)
         if self.drawn is not None:
             self._listen(self.drawn[layer], grouped[0].flatten(1, 2), keys[0], lse[0].flatten(1, 2), scale)
+        if self.energy is not None:
+            share = (far_lse - lse).exp()[0, ..., None]
+            self.energy[layer] += (share * grouped[0].float().square()).sum((1, 2))
         merged = near * (near_lse - lse).exp()[..., None] + far.float() * (far_lse - lse).exp()[..., None]
         return merged.flatten(1, 2).to(query.dtype)
 
@@ -122,7 +127,7 @@ class AskedModel(CodedPerplexity):
         return self._phase.history
 
     @torch.no_grad()
-    def drawn(self, history: History, texts: Sequence[list[int]]) -> Tensor:
+    def drawn(self, history: History, texts: Sequence[list[int]], energy: Tensor | None = None) -> Tensor:
         """The largest attention that each token of a text draws, per KV head, when the model goes on in several ways.
 
         KVzip's score (arXiv 2505.23416) where `texts` ask to repeat the text and do so. Queries of all of a KV head's
@@ -131,6 +136,7 @@ class AskedModel(CodedPerplexity):
         Args:
             history: of the text, [1, Hk, L, D] of each layer.
             texts: token ids that follow it, each by itself.
+            energy: float32 [layers, Hk, D], raised by that of the queries that look at the text (see `_Reading`).
 
         Returns:
             Its natural logarithm, float32 [layers, Hk, L].
@@ -138,7 +144,8 @@ class AskedModel(CodedPerplexity):
         _, Hk, L, _ = history[0][0].shape
         drawn = torch.full((len(history), Hk, L), -torch.inf, device=self.device)
         for ids in texts:
-            self._read(_Reading(history, len(ids), torch.zeros(1, dtype=torch.long, device=self.device), drawn), [ids])
+            padding = torch.zeros(1, dtype=torch.long, device=self.device)
+            self._read(_Reading(history, len(ids), padding, drawn, energy), [ids])
         return drawn
 
     @torch.no_grad()

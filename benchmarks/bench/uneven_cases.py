@@ -31,7 +31,8 @@ class Case:
       layer   all heads' of a layer, of the whole text
       model   all
 
-    by_layer: instead of `sparsity`, layer by layer.
+    by_layer: instead of `sparsity`, layer by layer. stretch: of keys, by its name in `restretched`; "" for the
+    dictionary's own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     by: str = "oracle"
     scope: str = "block"
     by_layer: tuple[Pair, ...] = ()
+    stretch: str = ""
 
     def atoms(self, layer: int) -> tuple[Pair, Pair]:
         """Atoms (K, V) of tokens of a layer that are not chosen, and of those that are."""
@@ -95,6 +97,10 @@ def cases(layers: int) -> list[Case]:
         Case("even 16/14", 15, (16, 14)),
         Case("even 18/12", 15, (18, 12)),
         Case("even 8/6", 7, (8, 6)),
+        Case("even 15 far", 15, (15, 15), stretch="far"),
+        Case("even 7 far", 7, (7, 7), stretch="far"),
+        Case("even 15 pairs", 15, (15, 15), stretch="pairs"),
+        Case("even 15 far pairs", 15, (15, 15), stretch="far pairs"),
         Case("finer layers 7", 7, by_layer=finer_layers(layers, 7)),
         Case("finer layers 15", 15, by_layer=finer_layers(layers, 15)),
         Case("oracle keys 3/15", 7, (3, 7), (15, 7)),
@@ -187,7 +193,7 @@ def read_back(
     wanted: Sequence[Case],
     chosen: Mapping[str, Tensor],
     coded: range,
-    coders: Callable[[int], Coder],
+    coders: Callable[[int, str], Coder],
 ) -> tuple[Tensor, Tensor]:
     """A layer's keys and values as each case gives them back.
 
@@ -197,7 +203,7 @@ def read_back(
         wanted: C cases.
         chosen: bool [layers, Hk, L] by the name of each case that chooses.
         coded: positions that are coded.
-        coders: codec of so many atoms.
+        coders: codec of so many atoms and that stretch.
 
     Returns:
         Keys and values [C, Hk, L, D].
@@ -206,13 +212,13 @@ def read_back(
     for at, (kv, exact) in enumerate(zip(KV, vectors, strict=True)):
         read = exact.repeat(len(wanted), 1, 1, 1)
         part = exact[0, :, coded.start : coded.stop].transpose(0, 1).contiguous()
-        known: dict[int, Tensor] = {}
+        known: dict[tuple[int, str], Tensor] = {}
         for out, case in zip(read, wanted, strict=True):
             if not case.codes:
                 continue
-            low, high = (pair[at] for pair in case.atoms(layer))
-            for size in {low, high} - known.keys():
-                known[size] = coders(size)(layer, kv, part).transpose(0, 1)
+            low, high = ((pair[at], case.stretch if kv == "key" else "") for pair in case.atoms(layer))
+            for kind in {low, high} - known.keys():
+                known[kind] = coders(*kind)(layer, kv, part).transpose(0, 1)
             mask = chosen[case.name][layer, :, coded.start : coded.stop, None] if case.high else None
             new = known[low] if mask is None else torch.where(mask, known[high], known[low])
             out[:, coded.start : coded.stop] = new

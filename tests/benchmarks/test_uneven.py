@@ -20,7 +20,7 @@ def uneven(import_benchmark):
 
 @pytest.fixture(scope="module")
 def bench(uneven, import_benchmark):
-    names = ("asked_model", "uneven_cases", "uneven_texts", "gates")
+    names = ("asked_model", "uneven_cases", "uneven_texts", "gates", "restretched")
     return SimpleNamespace(**{name: import_benchmark(f"bench.{name}") for name in names})
 
 
@@ -106,6 +106,45 @@ def test_rows_are_listened_to_in_pieces(bench, model, monkeypatch):
     torch.testing.assert_close(model.drawn(exact, PROMPTS), whole)
 
 
+@torch.no_grad()
+def test_energy_is_of_queries_that_look_at_the_text(bench, model, plain, monkeypatch):
+    seen, attention = [], bench.asked_model.attention_with_lse
+    monkeypatch.setattr(
+        bench.asked_model, "attention_with_lse", lambda query, *rest: seen.append(query) or attention(query, *rest)
+    )
+    energy = torch.zeros(3, 2, 16)
+    model.drawn(model.compute(TEXT), PROMPTS[:1], energy)
+    given = plain(torch.tensor([TEXT + PROMPTS[0]]), output_attentions=True).attentions
+    for layer, (attended, query) in enumerate(zip(given, seen, strict=True)):
+        share = attended[0, :, len(TEXT) :, : len(TEXT)].sum(-1).view(2, -1, 1)  # [Hk, G * T, 1]
+        torch.testing.assert_close(energy[layer], (share * query[0].square()).sum(1), rtol=1e-4, atol=1e-5)
+
+
+def test_another_stretch_moves_errors_between_numbers(bench, model, dictionary):
+    from bench.vector_codecs import DictionaryCodec
+
+    loaded, own = load_dictionary(dictionary), torch.ones(3, 2, 16)
+    keys = model.compute(TEXT)[1][0][0].transpose(0, 1).contiguous()
+    plain = DictionaryCodec(loaded, "cpu", 5, 5)(1, "key", keys)
+    kind = bench.restretched.RestretchedCodec
+    assert torch.equal(kind(loaded, "cpu", 5, own)(1, "key", keys), plain)
+    torch.testing.assert_close(kind(loaded, "cpu", 5, 2 * own)(1, "key", keys), plain, rtol=1e-4, atol=1e-4)
+    uneven = own.clone()
+    uneven[..., :4] = 0.2
+    changed = kind(loaded, "cpu", 5, uneven)(1, "key", keys)
+    error, before = ((read - keys).square().sum((0, 1)) for read in (changed, plain))
+    assert error[:4].sum() < 0.7 * before[:4].sum() and error[4:].sum() > before[4:].sum()
+
+
+def test_stretches_of_rotary_pairs(bench):
+    far = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(5)) + 0.1
+    own = bench.restretched.key_stretch(far, 0.5)
+    made = bench.restretched.stretches(own, far, {"pairs", "far", "far pairs"})
+    torch.testing.assert_close(made["far"], own)
+    assert torch.equal(made["far pairs"][..., :8], made["far pairs"][..., 8:])
+    torch.testing.assert_close(made["pairs"], made["far pairs"], rtol=1e-2, atol=1e-2)  # but for what silence is given
+
+
 def test_quotas_fill_the_bytes_and_no_more(bench):
     every = bench.uneven_cases.cases(28)
     by_name = {case.name: case for case in every}
@@ -158,7 +197,7 @@ def test_each_case_reads_its_own_codes(bench, model, dictionary):
 
     for layer in (0, 2):
         keys, values = kind.read_back(
-            layer, exact[layer], wanted, chosen, coded, lambda size: DictionaryCodec(loaded, "cpu", size, size)
+            layer, exact[layer], wanted, chosen, coded, lambda size, stretch: DictionaryCodec(loaded, "cpu", size, size)
         )
         for read in (*zip(keys, exact[layer][0][0].expand_as(keys), strict=True),):
             assert (read[0][:, :16] == read[1][:, :16]).all() and (read[0][:, 140:] == read[1][:, 140:]).all()
@@ -287,6 +326,7 @@ def test_every_case_has_its_row(uneven, folder, dictionary, data, tmp_path, caps
         "linear 3/15",
         "random 3/15",
         "lost 3/15",
+        "even 15 far pairs",
     ]
     options = "--tasks qa_2 pairs_2 --texts 2 --questions 2 --chunk 200 --gate-texts 1 --gate-tokens 120 --gate-steps 3"
     files = ["--data", data, "--dictionary", dictionary, "--results", tmp_path, "--answers", tmp_path / "answers.jsonl"]
