@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from lexico_kernels.memory.layout import ENTRY_BYTES, KV, SCALE_BYTES
+from lexico_kernels.memory.layout import ENTRY_BYTES, KV, SCALE_BYTES, SPAN_TOKENS
 from torch import Tensor
 
 BLOCK_TOKENS = 128
 MASK_BYTES = BLOCK_TOKENS // 8  # which tokens of a head's block have the larger records
-SCOPES = ("block", "page", "head", "layer", "model")
+SCOPES = ("span", "block", "page", "head", "layer", "model")
 
 Pair = tuple[int, int]  # atoms of keys and of values
 Coder = Callable[[int, str, Tensor], Tensor]  # as `VectorCodec`
@@ -26,6 +26,7 @@ class Case:
     tokens those of the highest rank are chosen; always equally many of all:
 
       block   each head's, of each block of 128 tokens: pages stay regular
+      span    each head's, of each span of 32, which are coded at a time
       page    all heads' of a layer, of each block
       head    each head's, of the whole text
       layer   all heads' of a layer, of the whole text
@@ -83,6 +84,7 @@ def cases(layers: int) -> list[Case]:
         Case("oracle 11/31", 15, (11, 11), (31, 31)),
         Case("oracle 3/15 by head", 7, *mean_7, scope="head"),
         Case("oracle 7/31 by head", 15, *mean_15, scope="head"),
+        Case("oracle 3/15 by span", 7, *mean_7, scope="span"),
         Case("oracle 3/15 by page", 7, *mean_7, scope="page"),
         Case("oracle 3/15 by model", 7, *mean_7, scope="model"),
         Case("oracle 7/31 by model", 15, *mean_15, scope="model"),
@@ -135,13 +137,13 @@ def choose(scores: Tensor, coded: range, case: Case) -> Tensor:
         bool [layers, Hk, L].
     """
     L = scores.shape[2]
-    pad = -L % BLOCK_TOKENS
-    blocks = torch.nn.functional.pad(scores, (0, pad)).unflatten(2, (-1, BLOCK_TOKENS))
+    pad, size = -L % BLOCK_TOKENS, SPAN_TOKENS if case.scope == "span" else BLOCK_TOKENS
+    blocks = torch.nn.functional.pad(scores, (0, pad)).unflatten(2, (-1, size))
     place = torch.arange(L + pad, device=scores.device).view(blocks.shape[2:])
     is_coded = ((place >= coded.start) & (place < coded.stop)).expand(blocks.shape)
     axes, together = {  # the order of axes, and how many of the last are ranked together
-        "block": ((0, 1, 2, 3), 1), "page": ((0, 2, 1, 3), 2), "head": ((0, 1, 2, 3), 2), "layer": ((0, 1, 2, 3), 3),
-        "model": ((0, 1, 2, 3), 4),
+        "span": ((0, 1, 2, 3), 1), "block": ((0, 1, 2, 3), 1), "page": ((0, 2, 1, 3), 2), "head": ((0, 1, 2, 3), 2),
+        "layer": ((0, 1, 2, 3), 3), "model": ((0, 1, 2, 3), 4),
     }[case.scope]  # fmt: skip
     shown, mask = blocks.permute(axes), is_coded.permute(axes)
     flat, kept = shown.flatten(4 - together), mask.flatten(4 - together)
