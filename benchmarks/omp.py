@@ -3,6 +3,7 @@
     python benchmarks/omp.py --model DIR --data DIR --dictionary FILE --save VECTORS   # capture, then measure
     python benchmarks/omp.py --vectors VECTORS --authors DIR --omp-gpu DIR             # needs no model
     python benchmarks/omp.py --planted 256 --sparsities 31 15 --count 65536            # head sizes without a dictionary
+    python benchmarks/omp.py --vectors VECTORS --ways        # only: every way to code them, side by side
 
 Through `omp_encode` into real pages, and `pursue`. Quality comes first and a run that fails it stops: residual energy
 over that of OMP in float64 with as many atoms, ours quantized and not against theirs quantized and not. Then rates
@@ -24,6 +25,7 @@ import torch
 from bench.omp_latency import record_latencies
 from bench.omp_peers import Authors, OmpGpu, float64_energies
 from bench.omp_vectors import CapturedLayer, capture_vectors, load_vectors, planted_layer
+from bench.omp_ways import Encode, e4m3_tflops, ways_for
 from bench.record import RESULTS, record
 from lexico_kernels import KV
 from lexico_kernels.memory.pages import LayerCache
@@ -44,13 +46,13 @@ def matmul_tflops() -> float:
     return 2 * MATMUL**3 / milliseconds(lambda: a @ b) / 1e9
 
 
-def encoding(layer: CapturedLayer, sparsity: int) -> tuple[LayerCache, Callable[[], None]]:
+def encoding(layer: CapturedLayer, sparsity: int, encode: Encode = omp_encode) -> tuple[LayerCache, Callable[[], None]]:
     """Pages, and a call that codes all of the layer's vectors into them."""
     cache, tokens = layer.cache(sparsity), layer.vectors.shape[1]
     source = torch.arange(tokens, device="cuda", dtype=torch.int32)
     destination = source.long() + cache.layout.block_tokens
     key, value = layer.vectors
-    return cache, lambda: omp_encode(key, value, cache, source, destination)
+    return cache, lambda: encode(key, value, cache, source, destination)
 
 
 def stored_energy(layer: CapturedLayer, cache: LayerCache, kv: str) -> float:
@@ -72,6 +74,17 @@ def groups(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
     return torch.stack(vectors), torch.stack(atoms)
 
 
+def float64_lost(layer: CapturedLayer, kv: str, sparsity: int) -> tuple[float, float, float]:
+    """Residual energy of OMP in float64 over keys or values, as it is and quantized as ours, and the vectors' own."""
+    at, levels = KV.index(kv), layer.levels[kv][sparsity]
+    # As the pages' vectors are: what the model's precision keeps of them, less the mean in float64.
+    centred = (layer.vectors[at].double() - layer.means[kv].double()) / layer.stretches[kv].double()
+    books = layer.atoms[kv].expand(centred.shape[1], -1, -1)
+    pairs = [float64_energies(centred[:, row], book, sparsity, levels) for row, book in enumerate(books)]
+    exact, quantized = (sum(energies) for energies in zip(*pairs, strict=True))
+    return exact, quantized, float(centred.square().sum())
+
+
 def measure_quality(layer: CapturedLayer, sparsity: int, case: dict[str, Any], out: Path) -> None:
     """Energy ratios of each part, printed and recorded; AssertionError if one is far off."""
     cache, encode = encoding(layer, sparsity)
@@ -81,16 +94,11 @@ def measure_quality(layer: CapturedLayer, sparsity: int, case: dict[str, Any], o
     heads = layer.vectors.shape[2]
     for at, kv in enumerate(KV):
         rows = range(at * heads, (at + 1) * heads)
-        levels = cache.codebook(kv).levels
-        # As the pages' vectors are: what the model's precision keeps of them, less the mean in float64.
-        centred = (layer.vectors[at].double() - layer.means[kv].double()) / layer.stretches[kv].double()
-        pairs = [float64_energies(centred[:, row - rows[0]], atoms[row], sparsity, levels) for row in rows]
-        exact, quantized = (sum(energies) for energies in zip(*pairs, strict=True))
+        exact, quantized, energy = float64_lost(layer, kv, sparsity)
         own = {
             "quantized": stored_energy(layer, cache, kv),
             "unquantized": float(residual[rows[0] : rows[-1] + 1].double().square().sum()),
         }
-        energy = float(centred.square().sum())
         compared = (("quantized", "quantized"), ("quantized", "unquantized"), ("unquantized", "unquantized"))
         for ours, theirs in compared:
             value, peer = own[ours] / energy, (quantized if theirs == "quantized" else exact) / energy
@@ -117,6 +125,38 @@ def measure_rates(layer: CapturedLayer, sparsity: int, case: dict[str, Any], out
         print(f"S {sparsity} {name}: {rates[name] / 1e6:.2f} M vectors/s, {row['value']:.0f} TFLOP/s of correlations, "
               f"{row['ratio']:.1%} of cuBLAS's {matmul:.0f}")  # fmt: skip
     return rates["omp_encode"]
+
+
+def measure_ways(layer: CapturedLayer, sparsity: int, case: dict[str, Any], out: Path) -> None:
+    """Energy and rate of every way to code, beside Triton's; one that loses too much is not timed."""
+    rows, flops = case["vectors"], 2 * case["atoms"] * case["head_dim"] * sparsity
+    peaks = {}
+    for shape in ((MATMUL, MATMUL, MATMUL), (rows, case["atoms"], case["head_dim"])):
+        peaks[shape] = e4m3_tflops(*shape)
+        record("omp", case | {"shape": shape}, "e4m3_matmul_tflops", peaks[shape], folder=out)
+        print(f"{shape}: {peaks[shape]:.0f} TFLOP/s of e4m3 products")
+    peak = max(peaks.values())
+    theirs = {kv: float64_lost(layer, kv, sparsity)[1] for kv in KV}
+    triton = None
+    for way in ways_for(layer.cache(sparsity)):
+        cache, encode = encoding(layer, sparsity, way.encode)
+        try:
+            encode()
+        except Exception as error:  # a launch that does not fit the device is an answer too
+            print(f"S {sparsity} {way.name}: {type(error).__name__} {error}", file=sys.stderr)
+            continue
+        ratios = {f"energy_{kv}": stored_energy(layer, cache, kv) / theirs[kv] for kv in KV}
+        words = case | {"operation": "omp_encode", "way": way.name} | ratios
+        told = ", ".join(f"{ratio:.4f}" for ratio in ratios.values())
+        if not max(ratios.values()) < MOST_ENERGY:
+            print(f"S {sparsity} {way.name}: energy {told} of float64's, NOT RIGHT")
+            continue
+        rate = rows / milliseconds(encode) * 1e3
+        triton = triton or rate
+        record("omp", words, "vectors_per_second", rate, "tiles.py", triton, folder=out)
+        record("omp", words, "correlation_tflops", rate * flops / 1e12, "torch in e4m3", peak, folder=out)
+        print(f"S {sparsity} {way.name}: {rate / 1e6:.1f} M vectors/s, {rate / triton:.2f} of tiles.py's, "
+              f"{rate * flops / 1e12 / peak:.1%} of e4m3 products in torch, energy {told}")  # fmt: skip
 
 
 def measure_peer(peer: Any, layer: CapturedLayer, sparsity: int, case: dict[str, Any], rate: float, args: Any) -> None:
@@ -166,6 +206,9 @@ def run(args: argparse.Namespace) -> None:
     peers += [OmpGpu(args.omp_gpu)] if args.omp_gpu else []
     for sparsity in args.sparsities:
         case = common | {"sparsity": sparsity}
+        if args.ways:
+            measure_ways(layer, sparsity, case, args.out)
+            continue
         measure_quality(layer, sparsity, case, args.out)
         rate = measure_rates(layer, sparsity, case, args.out)
         for peer in peers:
@@ -194,6 +237,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--authors", type=Path, metavar="DIR", help="checkout of krafton-ai/lexico")
     parser.add_argument("--omp-gpu", type=Path, metavar="DIR", help="source of orthogonal-matching-pursuit-gpu")
     parser.add_argument("--peer-vectors", type=int, default=131_072, help="for the peers (default: %(default)s)")
+    parser.add_argument("--ways", action="store_true", help="compare the ways to code many vectors, and nothing else")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="of results (default: %(default)s)")
     args = parser.parse_args()
     if not args.vectors and not args.planted and not (args.model and args.data and args.dictionary):

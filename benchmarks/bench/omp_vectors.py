@@ -10,7 +10,7 @@ import torch
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache
-from lexico_kernels.ops import with_fp8_atoms
+from lexico_kernels.ops import with_fast_atoms
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +45,7 @@ class CapturedLayer:
     def book(self, kv: str, sparsity: int) -> Codebook:
         """The codebook of "key" or "value", as the product's."""
         levels = self.levels[kv][sparsity].contiguous()
-        return with_fp8_atoms(Codebook(self.atoms[kv], levels, self.means[kv], self.stretches[kv]), sparsity)
+        return with_fast_atoms(Codebook(self.atoms[kv], levels, self.means[kv], self.stretches[kv]), sparsity)
 
     def to(self, device: str) -> CapturedLayer:
         """The same on a device."""

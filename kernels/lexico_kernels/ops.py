@@ -7,18 +7,32 @@ arguments mean is said in `reference.py`, which has the same names and signature
 from torch import Tensor, cuda
 
 from lexico_kernels import reference
-from lexico_kernels.device.launch import DECODE_SPLITS, FP8_CAPABILITY, LAYERS, fp8_fits
+from lexico_kernels.device.launch import (
+    DECODE_SPLITS,
+    FP8_CAPABILITY,
+    LAYERS,
+    STREAM_CAPABILITY,
+    STREAM_DIM,
+    STREAM_SPARSITY,
+    fp8_fits,
+)
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KERNEL_CODECS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
 from lexico_kernels.sparse_decode.lookup_sizes import scratch_bytes
 
 
-def with_fp8_atoms(book: Codebook, sparsity: int) -> Codebook:
-    """The same with atoms in fp8 (see `Codebook`) where `omp_encode` on its device gains by them, else as it is."""
-    device, fine = book.atoms.device, fp8_fits(book.atoms.shape[2], sparsity)
-    capable = device.type == "cuda" and cuda.get_device_capability(device) >= FP8_CAPABILITY
-    return book.with_fp8_atoms() if capable and fine else book
+def with_fast_atoms(book: Codebook, sparsity: int) -> Codebook:
+    """The same with copies of the atoms (see `Codebook`) by which `omp_encode` is faster on its device, if any do."""
+    device, size = book.atoms.device, book.atoms.shape[2]
+    if device.type != "cuda" or not fp8_fits(size, sparsity):
+        return book
+    capability = cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        return book
+    book = book.with_fp8_atoms()
+    fits = size == STREAM_DIM and sparsity <= STREAM_SPARSITY and capability[0] == STREAM_CAPABILITY
+    return book.with_stream_atoms() if fits else book
 
 
 def _on_cuda(tensor: Tensor) -> bool:
@@ -48,9 +62,9 @@ def omp_encode(
     if not _has_kernels(cache):
         reference.omp_encode(key, value, cache, source, destination, relative_error=relative_error)
         return
-    from lexico_kernels.omp_encode import clusters, entry_order, tiles
+    from lexico_kernels.omp_encode import clusters, entry_order, streams, tiles
 
-    encode = clusters.omp_encode if clusters.supports(key, value, cache) else tiles.omp_encode
+    encode = next((way.omp_encode for way in (clusters, streams) if way.supports(key, value, cache)), tiles.omp_encode)
     encode(key, value, cache, source, destination, relative_error=relative_error)
     if entry_order.supports(cache):
         entry_order.order_entries(cache, destination)

@@ -132,6 +132,12 @@ def fp8_cache(cache: LayerCache) -> LayerCache:
     return replace(cache, key=cache.key.with_fp8_atoms(), value=cache.value.with_fp8_atoms())
 
 
+def stream_cache(cache: LayerCache) -> LayerCache:
+    """The same pages with codebooks that `streams.py` codes by."""
+    cache = fp8_cache(cache)
+    return replace(cache, key=cache.key.with_stream_atoms(), value=cache.value.with_stream_atoms())
+
+
 def random_records(
     count: int, layout: CodeLayout, kv: str, atoms: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:

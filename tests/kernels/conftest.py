@@ -8,9 +8,12 @@ tests/kernels`.
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests find cuda_on_cpu.py by its name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

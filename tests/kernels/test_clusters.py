@@ -3,14 +3,11 @@
 On a CPU `cuda_on_cpu.h` runs the kernel's source thread by thread, in random order.
 """
 
-import ctypes
-import hashlib
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import OnCpu
 from lexico_kernels import CodeLayout, LayerStack, RequestTables, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.omp_encode import clusters as cluster
@@ -23,40 +20,8 @@ from lexico_kernels.testing import (
     records_at,
     residual_energy,
 )
-from torch import Tensor
 
 P = 32
-FOLDER = Path(__file__).parent
-SEED = 1  # of the order in which threads go on
-
-
-class OnCpu:
-    """Stands in for `nvrtc.Kernel`: the same source but for the primitives, compiled by g++."""
-
-    def __init__(self, folder, name, macros):
-        source = folder / "kernels.cu"
-        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in cluster.FILES[1:]))
-        flags = [f"-D{name}={value}" for name, value in sorted(macros.items())]
-        flags += [
-            f'-DSOURCE="{source}"',
-            "-std=c++17",
-            "-O2",
-            "-U_FORTIFY_SOURCE",
-            "-w",
-            "-shared",
-            "-fPIC",
-        ]
-        path = folder / f"{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:16]}.so"
-        if not path.exists():
-            subprocess.run(["g++", *flags, FOLDER / "cluster_omp_on_cpu.cpp", "-o", path], check=True)
-        self.call = getattr(ctypes.CDLL(str(path)), f"launch_{name}")
-
-    def launch(self, grid, threads, *arguments):
-        kinds = {nvrtc.Int64: ctypes.c_longlong, int: ctypes.c_int, float: ctypes.c_float}
-        values = [
-            ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments
-        ]  # fmt: skip
-        self.call(grid[0], grid[1], SEED, *values)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +35,11 @@ def kernel(device, monkeypatch, tmp_path_factory):
         pytest.skip("needs g++")
     folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(cluster, "_kernel", lambda name, device, *shape: OnCpu(folder, name, cluster.macros(*shape)))
+
+    def on_cpu(name, device, *shape):
+        return OnCpu(folder, cluster.FILES[1:], "cluster_omp_on_cpu.cpp", name, cluster.macros(*shape))
+
+    monkeypatch.setattr(cluster, "_kernel", on_cpu)
 
 
 def layout(D=64, Hk=2, S=(5, 4), **kwargs):

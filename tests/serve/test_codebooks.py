@@ -37,17 +37,22 @@ def test_codebooks_keep_their_place_when_weights_are_loaded_again(cache):
     assert torch.equal(books.book("key").atoms, again.atoms)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_everything_a_codebook_holds_comes_back_from_buffers(cache, fp8):
+@pytest.mark.parametrize("copies", [(), ("with_fp8_atoms",), ("with_fp8_atoms", "with_stream_atoms")])
+def test_everything_a_codebook_holds_comes_back_from_buffers(copies):
     """Sleep level 2 saves a model's buffers and nothing else of a layer."""
-    books = {kv: cache.codebook(kv).with_fp8_atoms() if fp8 else cache.codebook(kv) for kv in ("key", "value")}
+    cache = poisoned_cache(CodeLayout(128, 2, 3, 3), 1, atoms=16, dtype=torch.bfloat16)
+    books = {kv: cache.codebook(kv) for kv in ("key", "value")}
+    for copy in copies:
+        books = {kv: getattr(book, copy)() for kv, book in books.items()}
     layer = torch.nn.Module()
     layer.add_module("books", LayerCodebooks())
     layer.books.load(books)
     assert not layer.state_dict()  # no checkpoint has them
-    assert len(dict(layer.named_buffers())) == 2 * (len(TENSORS) - (not fp8))
+    tensors = [name for name in TENSORS if getattr(books["key"], name) is not None]
+    assert len(tensors) == (4, 5, 8)[len(copies)]
+    assert len(dict(layer.named_buffers())) == 2 * len(tensors)
     for kv, book in books.items():
         back = layer.books.book(kv)
-        assert isinstance(back, Codebook) and back.gain == book.gain and (back.fp8_atoms is not None) == fp8
-        tensors = [name for name in TENSORS if getattr(book, name) is not None]
+        assert isinstance(back, Codebook) and back.gain == book.gain
+        assert [name for name in TENSORS if getattr(back, name) is not None] == tensors
         assert all(torch.equal(getattr(back, name).float(), getattr(book, name).float()) for name in tensors)

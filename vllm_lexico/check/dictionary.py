@@ -102,8 +102,9 @@ def find_state(shape: ModelShape, max_model_len: int, gpus: int = 1, overrides: 
         made_for=info.model_name if info else None,
         own=info is not None and same_model(info.model_name, shape.name),
         atoms=atoms,
-        # Keys and values of each head: the atoms in 16 bits, and in 8 bits those that coding chooses by.
-        num_bytes=len(shape.coded) * 2 * heads * atoms * size * 3,
+        # Keys and values of each head: the atoms in 16 bits, and in 8 bits those that coding chooses by, in two orders,
+        # and solves for.
+        num_bytes=len(shape.coded) * 2 * heads * atoms * size * 5,
         several=several,
         command=train_command(shape.name, overrides, fingerprint.short_context),
         minutes=seconds / 60,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lexico_kernels import KV, Codebook
 from lexico_kernels.memory.layout import NUM_LEVELS
-from lexico_kernels.ops import with_fp8_atoms
+from lexico_kernels.ops import with_fast_atoms
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
@@ -89,7 +89,7 @@ def layer_books(
     for kv in KV:
         sparsity = getattr(setup.config.sparsity, kv)
         book = dictionary.codebook(index, kv, sparsity, device=device, dtype=dtype, heads=heads)
-        books[kv] = with_fp8_atoms(book, sparsity)
+        books[kv] = with_fast_atoms(book, sparsity)
     return books
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lexico_kernels import LayerCache, LayerStack, RequestTables, ops
-from lexico_kernels.device.launch import CLUSTER_VECTORS, LAYERS, PURSUIT
+from lexico_kernels.device.launch import CLUSTER_VECTORS, LAYERS, PURSUIT, STREAM_VECTORS
 from lexico_kernels.memory.layout import SPAN_TOKENS
 from torch import Tensor
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
@@ -65,7 +65,7 @@ def write(layer: Layer) -> None:
 
 def code_batches(layer: Layer) -> None:
     """Steps with prefill code each layer, small ones and large ones by other launches."""
-    limits = [0, CLUSTER_VECTORS, *(row.max_vectors for row in PURSUIT[:-1])]
+    limits = [0, CLUSTER_VECTORS, STREAM_VECTORS - 1, *(row.max_vectors for row in PURSUIT[:-1])]
     for limit in sorted(set(limits)):
         tokens = limit // (2 * layer.impl.num_kv_heads) + 1
         _, key, value = layer.batch(tokens)

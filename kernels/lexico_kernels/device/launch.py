@@ -56,6 +56,12 @@ CLUSTER_BLOCKS = 128
 # Vectors of a step's tokens up to which `omp_encode` uses clusters; more are faster in Triton (docs/log.md).
 CLUSTER_VECTORS = 4096
 
+# And from which on, on Hopper, they are faster where the dictionary streams past 256 of them at a time: as soon as most
+# multiprocessors have a tile of so many.
+STREAM_VECTORS = 20480
+STREAM_CAPABILITY = 9  # of GPUs that have what it is made of; its major number alone
+STREAM_DIM, STREAM_SPARSITY = 128, 16  # the only size of heads, and the largest sparsity
+
 LAYERS = LayersLaunch(cluster_tokens=64, cluster_blocks=120, tile=64, tiles=4, atoms=128, num_warps=4, num_stages=3)
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)

@@ -10,6 +10,7 @@ from lexico_kernels.memory.layout import MAX_ATOMS, NUM_LEVELS
 
 # A power of two; no number of a unit vector leaves e4m3's range, and most are far from its subnormal numbers.
 FP8_ATOM_SCALE = 256.0
+CHUNK = 256  # atoms that `streams.py` takes from memory at a time
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Codebook:
             Where it is small an error costs more, so that the code is exact there; 1 everywhere is the plain code.
         fp8_atoms: [H, N, D] e4m3, FP8_ATOM_SCALE times the atoms, by which coding then chooses atoms (it solves for
             their coefficients with the atoms themselves); or None, and it chooses by the atoms. See `with_fp8_atoms`.
+        stream_atoms: uint8 [H, chunks, 256, D], fp8_atoms in the order in which Hopper multiplies them, or None; then
+        integers, lengths: int8 [H, N, D] and float32 [H, N], the atoms as integers and what makes those as long again.
+            Where they are there, many vectors are coded by them (`streams.py`); see `with_stream_atoms`.
         gain: a pursuit's code is shorter than its vector, along which it keeps the share 1 - lost of the energy. Coding
             makes the scale (1 - lost) ** -gain times as large: 0 keeps the nearest code, 1/2 the vector's length, 1 its
             inner product with itself. Decoding knows nothing of it.
@@ -38,6 +42,9 @@ class Codebook:
     mean: Tensor
     stretch: Tensor
     fp8_atoms: Tensor | None = None
+    stream_atoms: Tensor | None = None
+    integers: Tensor | None = None
+    lengths: Tensor | None = None
     gain: float = 0.0
 
     def __post_init__(self) -> None:
@@ -81,6 +88,28 @@ class Codebook:
         """The same with atoms in fp8, for GPUs that multiply e4m3 (`launch.FP8_CAPABILITY`)."""
         return replace(self, fp8_atoms=(self.atoms.float() * FP8_ATOM_SCALE).to(torch.float8_e4m3fn))
 
+    def with_stream_atoms(self) -> "Codebook":
+        """The same with the atoms that `streams.py` codes by, for Hopper; D is 128, and there are atoms in fp8.
+
+        A chunk of stream_atoms is 256 atoms, zeros after the last; of atom n, piece i of 16 numbers stands where
+        i ^ (n % 8) says (PTX manual, "128-byte swizzle"). Of a dictionary of 8 bits `integers` are its own, whose
+        quarter at most bf16 rounds away.
+        """
+        assert self.fp8_atoms is not None and self.atoms.shape[2] == 128
+        heads, _, size = self.fp8_atoms.shape
+        bits = self.fp8_atoms.view(torch.uint8)
+        tiles = torch.nn.functional.pad(bits, (0, 0, 0, -bits.shape[1] % CHUNK)).view(heads, -1, 8, size // 16, 16)
+        piece, row = (torch.arange(8, device=bits.device) for _ in range(2))
+        swizzled = tiles[:, :, row[:, None], piece[None, :] ^ row[:, None]]
+        atoms = self.atoms.float()
+        integers = (atoms * (127 / atoms.abs().amax(-1, keepdim=True).clamp(min=1e-20))).round()
+        return replace(
+            self,
+            stream_atoms=swizzled.reshape(heads, -1, CHUNK, size),
+            integers=integers.to(torch.int8),
+            lengths=atoms.norm(dim=-1) / integers.norm(dim=-1).clamp(min=1),
+        )
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What decodes: atoms, levels, mean and stretch, as kernels take them."""
@@ -100,4 +129,4 @@ class Codebook:
         """The codebook of one head alone."""
         atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
         mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
-        return replace(self, atoms=atoms, mean=mean, stretch=stretch, fp8_atoms=None)
+        return Codebook(atoms, self.levels, mean, stretch, gain=self.gain)

@@ -1,0 +1,351 @@
+// Matching pursuit of many vectors on Hopper, straight into the code pages: the dictionary streams through shared memory
+// past 256 vectors at a time. On the primitives of `stream_primitives.cu`; `streams.py` launches it.
+//
+// A block codes a tile of one head's K or V vectors, 64 to each of its four groups of four warps. A pass has two halves:
+//   correlate  chunks of 256 atoms in e4m3 come from L2, once for all four groups. While one group looks for the largest
+//              of its products, the tensor cores have those of the others. Products are added in halves, two numbers in
+//              every instruction of the search; the number of an octet of atoms stands in a half's low bits.
+//   solve      coordinate descent, as `pursuit.py` does it, on the atoms in 8 bits. Eight lanes have a vector, 16 of its
+//              128 numbers each, four vectors after another; a vector's next atom is on its way while the others are done.
+// Residuals never leave registers but for their copies in e4m3; the code under way is in shared memory.
+//
+// Macros, from `streams.macros`: HALF (1: tokens are float16, 0: bfloat16), MAX_S, P, R, HEAD_BYTES, SHARED_BYTES, STAGES
+// (chunks in flight); NUM_LEVELS, LEVEL_BITS, and as bits of floats MOST_LOST_BITS and BF16_MAX_BITS; and of keys and
+// values, KEY_ and VALUE_: SPARSITY, ATOMS, SHARED (1: all heads have one dictionary), SCALE_OFFSET, SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE
+// (layout.RecordAddress).
+
+constexpr u32 EVERY_LANE = 0xFFFFFFFFu;
+constexpr int D = 128, GROUPS = 4, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
+constexpr int TILE = 64 * GROUPS, PRODUCT = 128, CHUNK = 2 * PRODUCT, CHUNK_BYTES = CHUNK * D;
+constexpr int PITCH = MAX_S + 1 | 1;        // odd, so that vectors meet no bank twice
+constexpr float RESIDUAL_LENGTH = 64;       // of a residual in e4m3: with atoms of length 256 a sum stays below 65,504
+constexpr u32 VALUE_BITS = 0x7FF07FF0;      // of two halves: not the sign, and not the number of one of 16 octets
+constexpr float BYTE_ZERO = 8388736.0f;     // 2^23 + 128: a byte of an offset of 128 in the low bits of 2^23
+
+struct Kv {
+  int sparsity, atoms, shared, scale_offset, scale_stride, index_offset, index_stride;
+};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_SHARED, KEY_SCALE_OFFSET,
+                    KEY_SCALE_STRIDE, KEY_INDEX_OFFSET, KEY_INDEX_STRIDE};
+constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_SHARED, VALUE_SCALE_OFFSET,
+                      VALUE_SCALE_STRIDE, VALUE_INDEX_OFFSET, VALUE_INDEX_STRIDE};
+
+struct Shared {
+  u8 chunks[STAGES][CHUNK_BYTES];
+  u8 residuals[GROUPS][64 * D];  // in e4m3; rows of 128 bytes, their sixteens swizzled as products want them
+  u16 chosen[TILE][MAX_S + 1 & ~1];
+  float coefficients[TILE][PITCH];
+  float lengths[TILE][PITCH];  // what makes a chosen atom's integers as long as the atom
+  float norms[TILE], energies[TILE];
+  u64 here[STAGES], done[STAGES];  // arrivals of a chunk's bytes, of the warps that have used it
+  int any;
+};
+static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "streams.py counts other bytes of shared memory");
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000u); }
+
+// Sums and maxima over the eight lanes of a vector.
+__device__ __forceinline__ float sum_of_eight(float x) {
+#pragma unroll
+  for (int apart = 4; apart; apart /= 2) x += __shfl_xor_sync(EVERY_LANE, x, apart);
+  return x;
+}
+
+// One sixteen of a vector's numbers, which a lane has.
+struct Sixteen {
+  float x[16];
+};
+
+__device__ __forceinline__ float energy_of(const Sixteen& own) {
+  float energy = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) energy += own.x[i] * own.x[i];
+  return sum_of_eight(energy);
+}
+
+// Load a vector's sixteen, centre and stretch it and bring the vector to unit length; no finite norm makes it 0.
+__device__ __forceinline__ float begin_vector(Sixteen& own, const u16* from, const float* mean, const float* stretch,
+                                              bool coded) {
+  uint4 halves[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (coded) {
+    halves[0] = reinterpret_cast<const uint4*>(from)[0];
+    halves[1] = reinterpret_cast<const uint4*>(from)[1];
+  }
+  float peak = 0, square = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    unpack(halves[i].x, own.x[8 * i], own.x[8 * i + 1]);
+    unpack(halves[i].y, own.x[8 * i + 2], own.x[8 * i + 3]);
+    unpack(halves[i].z, own.x[8 * i + 4], own.x[8 * i + 5]);
+    unpack(halves[i].w, own.x[8 * i + 6], own.x[8 * i + 7]);
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    own.x[i] = (own.x[i] - mean[i]) / stretch[i];
+    peak = fmaxf(peak, own.x[i] == own.x[i] ? fabsf(own.x[i]) : infinity());
+  }
+#pragma unroll
+  for (int apart = 4; apart; apart /= 2) peak = fmaxf(peak, __shfl_xor_sync(EVERY_LANE, peak, apart));
+  bool usable = coded && peak > 0 && peak < infinity();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    own.x[i] = usable ? own.x[i] / peak : 0.0f;  // by the peak first: squares must not overflow
+    square += own.x[i] * own.x[i];
+  }
+  square = sum_of_eight(square);
+  const float length = usable ? sqrtf(square) : 1.0f;  // the same in all eight lanes: usable is
+  usable = usable && peak * length < infinity();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) own.x[i] = usable ? own.x[i] / length : 0.0f;
+  return usable ? peak * length : 0.0f;
+}
+
+// The residual's copy in e4m3, of a length that products can add; 0 if its energy is so small that it takes no atom.
+__device__ __forceinline__ void keep_residual(u8* rows, int row, int part, const Sixteen& own, float min_energy) {
+  const float energy = energy_of(own);
+  const float factor = energy > min_energy ? RESIDUAL_LENGTH * inverse_root(energy) : 0.0f;
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    words[i] = eight_bits(own.x[4 * i] * factor, own.x[4 * i + 1] * factor) |
+               eight_bits(own.x[4 * i + 2] * factor, own.x[4 * i + 3] * factor) << 16;
+  *reinterpret_cast<uint4*>(rows + row * D + ((part ^ row % 8) << 4)) =
+      make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// A block's stream of chunks: every pass takes all atoms' once. A chunk is in one of STAGES places, in turn.
+struct Stream {
+  const u8* from;
+  u32 chunks, coming;  // of a pass; not fetched yet, of all passes
+  u32 next;            // to be fetched, of a pass
+  u32 stage, parity;   // of the chunk that is used next
+  u32 fresh;           // 1: none was used
+};
+
+// Let the stream's next chunk come to such a place; all threads count, and `leader` does it.
+__device__ __forceinline__ void fetch(Shared& s, Stream& stream, u32 stage, bool leader) {
+  const u8* from = stream.from + stream.next * CHUNK_BYTES;
+  if (leader) start_copy(address_of(s.chunks[stage]), from, CHUNK_BYTES, address_of(&s.here[stage]));
+  --stream.coming;
+  if (++stream.next == stream.chunks) stream.next = 0;
+}
+
+// The largest of a thread's products of a row, of even and of odd columns, each with the number of its octet.
+__device__ __forceinline__ u32 largest_of(const u32 (&sums)[32], int row, u32 mask) {
+  u32 largest[2] = {masked_or(sums[row], mask, 0), masked_or(sums[2 + row], mask, 0x10001)};
+#pragma unroll
+  for (u32 octet = 2; octet < 16; octet += 2) {
+    const u32 low = masked_or(sums[2 * octet + row], mask, octet * 0x10001);
+    const u32 high = masked_or(sums[2 * octet + 2 + row], mask, (octet + 1) * 0x10001);
+    largest[octet / 2 % 2] = larger_pair(larger_pair(largest[octet / 2 % 2], low), high);
+  }
+  return larger_pair(largest[0], largest[1]);
+}
+
+// Correlate the group's residuals with all atoms. best: the winners of rows lane / 4 and that + 8 of the warp's. mask:
+// VALUE_BITS, from a register, so that an octet's number can be a constant in the same instruction.
+__device__ __forceinline__ void correlate(Shared& s, Stream& stream, const u8* rows, u32 mask, u32 (&best)[2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 residuals = operand(address_of(rows)), first = operand(address_of(s.chunks[0]));
+  const Address here = address_of(s.here), done = address_of(s.done);
+  u32 even[2] = {0, 0}, odd[2] = {0, 0};
+#pragma unroll 1
+  for (u32 chunk = 0; chunk < stream.chunks; ++chunk) {
+    const u32 stage = stream.stage, parity = stream.parity;
+    wait_for(here + 8 * stage, parity);
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+      u32 sums[32];
+      multiply(sums, residuals, first + stage * (CHUNK_BYTES / 16) + half * (PRODUCT * D / 16));
+      if (half && lane == 0) arrive(done + 8 * stage);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const u32 pair = largest_of(sums, row, mask);
+        even[row] = max(even[row], __byte_perm(pair, 2 * chunk + half, 0x5104));  // value, octet, product
+        odd[row] = max(odd[row], __byte_perm(pair, 2 * chunk + half, 0x5324));
+      }
+    }
+    if (warp == 0 && stream.coming && !stream.fresh) {  // the chunk before: the others have used it, or nearly
+      const u32 before = stage ? stage - 1 : STAGES - 1;
+      wait_for(done + 8 * before, parity ^ u32(stage == 0));
+      fetch(s, stream, before, lane == 0);
+      __syncwarp();
+    }
+    stream.fresh = 0;
+    stream.stage = stage + 1 == STAGES ? 0 : stage + 1;
+    stream.parity = parity ^ u32(stage + 1 == STAGES);
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const u32 column = lane % 4 * 2;
+    best[row] = max(even[row] << 3 | column, odd[row] << 3 | column + 1);
+    best[row] = max(best[row], __shfl_xor_sync(EVERY_LANE, best[row], 1));
+    best[row] = max(best[row], __shfl_xor_sync(EVERY_LANE, best[row], 2));
+  }
+}
+
+// The atom that a winner of `correlate` stands for; 0 where all products are 0.
+__device__ __forceinline__ int atom_of(u32 best) {
+  const u32 column = best & 7, product = best >> 3 & 255, octet = best >> 11 & 15;
+  return best >> 15 ? product * PRODUCT + octet * 8 + column : 0;
+}
+
+// A lane's sixteen of an atom in 8 bits, as floats.
+__device__ __forceinline__ void widen(Sixteen& atom, const uint4& bytes) {
+  const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    const u32 shifted = words[word] ^ 0x80808080u;
+    atom.x[4 * word] = __uint_as_float(__byte_perm(shifted, 0x4B000000u, 0x7440)) - BYTE_ZERO;
+    atom.x[4 * word + 1] = __uint_as_float(__byte_perm(shifted, 0x4B000000u, 0x7441)) - BYTE_ZERO;
+    atom.x[4 * word + 2] = __uint_as_float(__byte_perm(shifted, 0x4B000000u, 0x7442)) - BYTE_ZERO;
+    atom.x[4 * word + 3] = __uint_as_float(__byte_perm(shifted, 0x4B000000u, 0x7443)) - BYTE_ZERO;
+  }
+}
+
+// Coordinate descent of a warp's 16 vectors: sweeps from the newest atom to the oldest.
+__device__ __forceinline__ void descend(Shared& s, Sixteen (&own)[4], int first, const u8* atoms, int step, int sweeps) {
+  const int lane = threadIdx.x % 32, part = lane % 8, vector = first + lane / 8;
+  auto load = [&](int i, int at) {
+    return *reinterpret_cast<const uint4*>(atoms + u32(s.chosen[vector + 4 * i][at]) * D + 16 * part);
+  };
+  uint4 next[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) next[i] = load(i, step);
+  int at = step;
+#pragma unroll 1
+  for (int visit = (step + 1) * sweeps; visit; --visit) {
+    const int after = at ? at - 1 : step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Sixteen atom;
+      widen(atom, next[i]);
+      if (visit > 1) next[i] = load(i, after);
+      float even = 0, odd = 0;
+#pragma unroll
+      for (int j = 0; j < 16; j += 2) even += atom.x[j] * own[i].x[j], odd += atom.x[j + 1] * own[i].x[j + 1];
+      const float length = s.lengths[vector + 4 * i][at], change = sum_of_eight(even + odd) * length;
+      const float weight = change * length;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) own[i].x[j] -= weight * atom.x[j];
+      if (part == 0) s.coefficients[vector + 4 * i][at] += change;
+    }
+    at = after;
+  }
+}
+
+// Quantise and store two vectors' records, each by 16 lanes; see `reference.encode_vectors`.
+__device__ __forceinline__ void write_records(const Shared& s, int vector, const Kv& kv, const float* levels, float gain,
+                                              u8* codes, i64 page_stride, i64 slot) {
+  const int lane = threadIdx.x % 32, at = lane % 16;
+  const bool there = at < kv.sparsity;
+  const float gain_factor = exp2f(-gain * log2f(1 - fminf(s.energies[vector], __uint_as_float(MOST_LOST_BITS))));
+  const float coefficient = there ? s.coefficients[vector][at] * s.norms[vector] : 0.0f;
+  const int index = there ? s.chosen[vector][at] : 0;
+  float largest = fabsf(coefficient);
+#pragma unroll
+  for (int apart = 8; apart; apart /= 2) largest = fmaxf(largest, __shfl_xor_sync(EVERY_LANE, largest, apart));
+  const float peak = __uint_as_float(u32(bfloat16_bits(largest)) << 16);
+  const bool usable = peak > 0 && peak < infinity();
+  const float ratio = usable ? coefficient / peak : 0.0f, own = levels[lane % NUM_LEVELS];
+  int level = 0;
+#pragma unroll
+  for (int i = 0; i < NUM_LEVELS - 1; ++i) {
+    const float middle = (__shfl_sync(EVERY_LANE, own, i) + __shfl_sync(EVERY_LANE, own, i + 1)) * 0.5f;
+    level += ratio > middle;
+  }
+  const float value = __shfl_sync(EVERY_LANE, own, level);
+  const bool kept = usable && index > 0 && fabsf(ratio - value) < fabsf(ratio);
+  const bool any = (__ballot_sync(EVERY_LANE, kept) >> (lane & 16) & 0xFFFF) != 0;
+  if (slot < P) return;  // not to be coded
+  u8* head = codes + slot / P * page_stride;
+  const int row = slot % P;
+  if (there)
+    *reinterpret_cast<u16*>(head + kv.index_offset + row * kv.index_stride + 2 * at) =
+        kept ? u16(index << LEVEL_BITS | level) : u16(0);
+  if (at == 0)
+    *reinterpret_cast<u16*>(head + kv.scale_offset + row * kv.scale_stride) =
+        any ? bfloat16_bits(fminf(peak * gain_factor, __uint_as_float(BF16_MAX_BITS))) : u16(0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    stream_omp(const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value, i64 value_stride_t,
+               i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u8* key_chunks, const u8* key_integers,
+               const float* key_lengths, const float* key_levels, const float* key_mean, const float* key_stretch,
+               const u8* value_chunks, const u8* value_integers, const float* value_lengths, const float* value_levels,
+               const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
+               const i64* destination, int M, float min_energy, float key_gain, float value_gain) {
+  ALIGNED_SHARED_MEMORY(memory);
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = lane % 8;
+  const int group = __shfl_sync(EVERY_LANE, warp / 4, 0);  // the compiler knows by this that lanes have the same
+  const int head = blockIdx.y / 2, is_value = blockIdx.y % 2, tile = blockIdx.x * TILE;
+  const Kv kv = is_value ? VALUE : KEY;
+  if (thread == 0) s.any = 0;
+  __syncthreads();
+  if (thread < TILE && tile + thread < M && destination[tile + thread] >= P) s.any = 1;
+  if (thread < STAGES) make_arrival(address_of(&s.here[thread]), 1), make_arrival(address_of(&s.done[thread]), WARPS);
+  publish_arrivals();
+  __syncthreads();
+  if (!s.any) return;
+
+  const u32 chunks = (kv.atoms + CHUNK - 1) / CHUNK;
+  const i64 of_head = kv.shared ? 0 : head;
+  Stream stream = {(is_value ? value_chunks : key_chunks) + of_head * chunks * CHUNK_BYTES, chunks, chunks * kv.sparsity,
+                   0, 0, 0, 1};
+  for (u32 stage = 0; stage < STAGES && stream.coming; ++stage) fetch(s, stream, stage, thread == 0);
+  __syncwarp();
+
+  const u8* integers = (is_value ? value_integers : key_integers) + of_head * kv.atoms * D;
+  const float* lengths = (is_value ? value_lengths : key_lengths) + of_head * kv.atoms;
+  const u16* tokens = is_value ? value + head * value_stride_h : key + head * key_stride_h;
+  const i64 token_stride = is_value ? value_stride_t : key_stride_t;
+  const float* mean = (is_value ? value_mean : key_mean) + head * D + 16 * part;
+  const float* stretch = (is_value ? value_stretch : key_stretch) + head * D + 16 * part;
+  const int first = 16 * warp, vector = first + lane / 8;  // of the warp; this lane's first
+  Sixteen own[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int job = tile + vector + 4 * i;
+    const bool coded = job < M && destination[job < M ? job : 0] >= P;
+    const int at = coded ? source[job] : 0, slot = -1 - at;
+    const u16* from = at >= 0 ? tokens + at * token_stride
+                              : tail + slot / R * tail_page_stride + ((head * R + slot % R) * 2 + is_value) * D;
+    const float norm = begin_vector(own[i], from + 16 * part, mean, stretch, coded);
+    if (part == 0) s.norms[vector + 4 * i] = norm;
+  }
+
+#pragma unroll 1
+  for (int step = 0; step < kv.sparsity; ++step) {
+    u8* rows = s.residuals[group];
+    meet_for_products(group);  // nobody reads the old ones any more
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keep_residual(rows, vector + 4 * i - 64 * group, part, own[i], min_energy);
+    meet_for_products(group);
+    u32 best[2];
+    correlate(s, stream, rows, VALUE_BITS ^ u32(M >> 31), best);
+    if (lane % 4 < 2) {
+      const int row = first + lane / 4 + 8 * (lane % 4), index = atom_of(lane % 4 ? best[1] : best[0]);
+      s.chosen[row][step] = index;
+      s.lengths[row][step] = lengths[index];
+      s.coefficients[row][step] = 0;
+    }
+    __syncwarp();
+    // What an early sweep leaves the last ones take.
+    descend(s, own, first, integers, step, 1 + (step + 3 >= kv.sparsity) + step * 8 / D);
+  }
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float energy = energy_of(own[i]);
+    if (part == 0) s.energies[vector + 4 * i] = energy;
+  }
+  __syncwarp();
+  u8* of_codes = codes + i64(head) * HEAD_BYTES;
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    const int two = first + 2 * i + lane / 16, job = tile + two;
+    write_records(s, two, kv, is_value ? value_levels : key_levels, is_value ? value_gain : key_gain, of_codes,
+                  code_page_stride, job < M ? destination[job] : -1);
+  }
+}

@@ -1,0 +1,142 @@
+"""omp_encode of many vectors on Hopper: the dictionary streams through shared memory, past 256 vectors at a time.
+
+A launch in Triton (`tiles.py`) waits for its products, then for the search of the largest, and in coordinate descent
+for every atom. Here one group of warps searches while tensor cores work for the others, and atoms are on their way
+before they are needed; `stream_omp.cu` says how. What it does not support, `tiles.py` codes.
+"""
+
+from functools import cache as once
+
+import torch
+from torch import Tensor
+
+from lexico_kernels import reference
+from lexico_kernels.device import nvrtc
+from lexico_kernels.device.launch import STREAM_CAPABILITY, STREAM_DIM, STREAM_SPARSITY, STREAM_VECTORS
+from lexico_kernels.memory.codebook import Codebook
+from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, NUM_LEVELS, CodeLayout
+from lexico_kernels.memory.pages import LayerCache
+
+FILES = ("omp_encode/stream_primitives.cu", "omp_encode/stream_omp.cu")
+NAME = "stream_omp"
+DTYPES = (torch.bfloat16, torch.float16)
+TILE, THREADS = 256, 512
+STAGES = 4  # chunks of the dictionary in flight
+SHARED_BYTES = 232448  # of a block
+
+
+def supports(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether `omp_encode` here can code what a step with these tokens [T, Hk, D] codes, faster than `tiles.py`."""
+    vectors = 2 * key.shape[0] * cache.layout.num_kv_heads
+    return vectors >= STREAM_VECTORS and supports_tensors(key, value, cache) and _on_device(key.get_device())
+
+
+def supports_tensors(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
+    """Whether the kernel is made for such a cache and such tokens, whatever the device."""
+    layout, tensors = cache.layout, (key, value, cache.tail_pages)
+    if layout.codec != "packed16" or layout.head_dim != STREAM_DIM:
+        return False
+    if max(layout.key_sparsity, layout.value_sparsity) > STREAM_SPARSITY:
+        return False
+    if any(book.stream_atoms is None for book in (cache.key, cache.value)):
+        return False
+    if key.dtype not in DTYPES or any(tensor.dtype != key.dtype for tensor in tensors):
+        return False
+    # A lane loads 16 bytes of a row at once.
+    strides = [stride for tokens in (key, value) for stride in tokens.stride()[:2]] + [cache.tail_pages.stride(0)]
+    return (
+        key.stride(2) == value.stride(2) == 1
+        and all(stride % 8 == 0 for stride in strides)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    )
+
+
+@once
+def _on_device(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == STREAM_CAPABILITY and nvrtc.available(device)
+
+
+def macros(layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool], half: bool) -> dict[str, int]:
+    """The kernel's macros, which `stream_omp.cu` lists.
+
+    Args:
+        layout: of the pages, "packed16".
+        atoms: N of keys and values.
+        shared: whether all heads have one dictionary, of keys and values.
+        half: whether tokens are float16, not bfloat16.
+    """
+    found = {
+        "HALF": int(half),
+        "MAX_S": max(layout.key_sparsity, layout.value_sparsity),
+        "P": layout.block_tokens,
+        "R": layout.tail_tokens,
+        "HEAD_BYTES": layout.head_bytes,
+        "SHARED_BYTES": SHARED_BYTES,
+        "STAGES": STAGES,
+        "NUM_LEVELS": NUM_LEVELS,
+        "LEVEL_BITS": LEVEL_BITS,
+        "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
+        "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
+    }
+    for kv, count, one in zip(KV, atoms, shared, strict=True):
+        address = layout.address(kv)
+        fields = {
+            "SPARSITY": address.sparsity,
+            "ATOMS": count,
+            "SHARED": int(one),
+            "SCALE_OFFSET": address.scale_offset,
+            "SCALE_STRIDE": address.scale_stride,
+            "INDEX_OFFSET": address.index_offset,
+            "INDEX_STRIDE": address.index_stride,
+        }
+        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
+    return found
+
+
+@once
+def _kernel(
+    device: int, layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool], half: bool
+) -> nvrtc.Kernel:
+    return nvrtc.kernel(FILES, NAME, device, SHARED_BYTES, **macros(layout, atoms, shared, half))
+
+
+def _kernel_for(cache: LayerCache) -> nvrtc.Kernel:
+    books = (cache.key, cache.value)
+    atoms, shared = (books[0].num_atoms, books[1].num_atoms), (not books[0].head_stride, not books[1].head_stride)
+    return _kernel(
+        cache.tail_pages.get_device(), cache.layout, atoms, shared, cache.tail_pages.dtype == torch.float16
+    )  # fmt: skip
+
+
+def _tensors(book: Codebook) -> tuple[Tensor, ...]:
+    """A codebook as the kernel takes it."""
+    assert book.stream_atoms is not None and book.integers is not None and book.lengths is not None
+    return book.stream_atoms, book.integers, book.lengths, book.levels, book.mean, book.stretch
+
+
+def omp_encode(
+    key: Tensor, value: Tensor, cache: LayerCache, source: Tensor, destination: Tensor, *, relative_error: float = 0.0
+) -> None:
+    """CUDA C++ version of `reference.omp_encode`, of what `supports_tensors`."""
+    M = source.shape[0]
+    if M == 0:
+        return
+    _kernel_for(cache).launch(
+        (-(-M // TILE), 2 * cache.layout.num_kv_heads, 1),
+        THREADS,
+        key,
+        *map(nvrtc.Int64, key.stride()[:2]),
+        value,
+        *map(nvrtc.Int64, value.stride()[:2]),
+        cache.tail_pages,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        *(tensor for book in (cache.key, cache.value) for tensor in _tensors(book)),
+        cache.code_pages,
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        M,
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
+    )
