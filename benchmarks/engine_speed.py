@@ -10,8 +10,8 @@ and rows are written as soon as all that they need is there; what fails or runs 
 Measures, with the seconds that one takes beside an engine's start of some 25, for LEXICO 40 (expected, not measured):
 
 ttft     One prompt of 8,192 tokens: time to the first token over FLASH_ATTN's (`ttft_ratio`). 4 s.
-prefill  One prompt of 32,768 tokens in chunks of 8,192, coding aside: the same ratio (`prefill_ratio`) for an engine
-         whose coding does nothing (`bench/uncoded.py`). 8 s.
+prefill  One prompt of 32,768 tokens in chunks of 8,192: the same ratio (`prefill_ratio`), and that of an engine whose
+         coding does nothing (`bench/uncoded.py`). 8 s.
 steady   64 sequences of 8k context: latency between tokens and `decode_tokens_per_second`; `coding_share`, the
          part of a mean step that the engine without coding does not need. Once with all sequences at the same
          position (`aligned`), once with positions spread at random (`spread`). 40 s, of which 30 to fill the cache.
@@ -75,12 +75,12 @@ class Run(NamedTuple):
 
 RUNS = (  # most wanted first, but for what they are compared with
     Run("FLASH_ATTN", ("ttft", "decode", "prefill")),
-    Run("LEXICO-15", ("ttft", "decode", "steady")),
+    Run("LEXICO-15", ("ttft", "prefill", "decode", "steady")),
     Run("LEXICO-15-uncoded", ("steady", "prefill")),
     Run("FLASH_ATTN", ("starved",)),
     Run("LEXICO-15", ("starved",)),
     Run("fp8", ("starved",)),
-    Run("LEXICO-7", ("ttft", "decode")),
+    Run("LEXICO-7", ("ttft", "prefill", "decode")),
     Run("fp8", ("decode",)),
 )
 Results = dict[str, dict[str, Any]]  # of each engine, of each measure
