@@ -30,47 +30,33 @@ for decode and eagerly in prefill, for all backends alike: that starts in a thir
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
-import itertools
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench import engine_loads as loads
+from bench.engine_process import EngineProcess, Run, answer
 from bench.record import RESULTS, record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
 from lexico_kernels import CodeLayout
 
-ANSWER = "engine_speed="
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
 STARVED_LAYERS = 4
 # 0.9 of 80 GB less 16 GB of weights and what a step needs, for 32 layers.
 CACHE_BYTES = 54 << 30
 ENGINES = ("FLASH_ATTN", "fp8", "LEXICO-15", "LEXICO-7", "LEXICO-15-uncoded")
 MEASURES = ("ttft", "prefill", "steady", "decode", "starved")
-PASSED_ON = ("shrink", "steps", "answer_tokens", "turns")  # options that an engine's process is told
 LEAST_SECONDS = 30  # left, to start another engine
-
-
-class Run(NamedTuple):
-    """An engine and what is measured in it."""
-
-    engine: str
-    measures: tuple[str, ...]
 
 
 RUNS = (  # most wanted first, but for what they are compared with
@@ -129,88 +115,6 @@ def serve(options: argparse.Namespace) -> None:
     gc.freeze()  # as vLLM's server does: what the imports made is not looked through again while tokens are timed
     for measure in options.measure:
         answer(measure, functools.partial(run_measure, measure, driver, options))
-
-
-def answer(measure: str, run: Callable[[], dict[str, Any]]) -> None:
-    """Print what a measure gives, for `EngineProcess.results`, or its traceback."""
-    began, result = time.perf_counter(), None
-    try:
-        result = run()
-    except Exception:
-        traceback.print_exc()
-    print(f"{ANSWER}{json.dumps([measure, result, time.perf_counter() - began])}", flush=True)
-
-
-class EngineProcess:
-    """A process that imports vLLM at once and serves when it is told to."""
-
-    def __init__(
-        self,
-        run: Run,
-        settings: dict[str, Any],
-        options: argparse.Namespace,
-        script: str | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """Start it. script: another command that serves as this one does; environment: more of it."""
-        self.run, self._settings, self._stopped = run, settings, False
-        self.log = options.logs / f"{run.engine.replace(' ', '-')}-{'-'.join(run.measures)}.log"
-        command = [sys.executable, script or __file__, "--serve", "--measure", *run.measures]
-        for name in PASSED_ON:
-            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        # An engine's worker imports `bench.uncoded` by its name.
-        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        with self.log.open("w") as file:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=os.environ | {"PYTHONPATH": path} | dict(environment or {}),
-                start_new_session=True,  # so that an engine's own processes end with it
-            )
-
-    def results(self, seconds: float) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """Tell it to serve: (measure, result, seconds that it took) as they come, for at most so many seconds."""
-        timer = threading.Timer(seconds, self._kill)
-        timer.start()
-        assert self._process.stdin and self._process.stdout
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it ended while it imported; its log says why
-                self._process.stdin.write(json.dumps(self._settings) + "\n")
-                self._process.stdin.close()
-            answers = (line.removeprefix(ANSWER) for line in self._process.stdout if line.startswith(ANSWER))
-            for answer in itertools.islice(answers, len(self.run.measures)):
-                measure, result, took = json.loads(answer)
-                if result is not None:
-                    yield measure, result, took
-        finally:
-            timer.cancel()
-            self.stop()
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def stop(self) -> None:
-        """End it and all processes that it started, and wait a little for the memory that they had."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self._kill()
-        self._process.wait()
-        for _ in range(50):
-            try:
-                os.killpg(self._process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.1)
-
-    def complain(self) -> None:
-        """Print the end of its log."""
-        print(f"engine_speed: {self.log.stem} did not finish; the end of {self.log}:", file=sys.stderr)
-        print(self.log.read_text(errors="replace")[-2500:], file=sys.stderr, flush=True)
 
 
 class Measured:
@@ -345,7 +249,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         if starved:
             settings["kv_cache_memory_bytes"] = CACHE_BYTES * starved_layers // all_layers // options.shrink
         return EngineProcess(
-            run, settings | engine_settings(run.engine, options.peer, dictionary, options.lexico), options
+            run, settings | engine_settings(run.engine, options.peer, dictionary, options.lexico), options, __file__
         )
 
     deadline = time.monotonic() + options.seconds

@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
-import engine_speed
 from bench import engine_loads
+from bench.engine_process import PASSED_ON, answer
 from bench.family_shapes import SHAPES
 from bench.parallel_jobs import Job, Kept, run_jobs
 from bench.record import RESULTS
@@ -55,7 +55,7 @@ def serve(options: argparse.Namespace) -> None:
         ),
     }
     for name in options.measure:
-        engine_speed.answer(name, measures[name])
+        answer(name, measures[name])
 
 
 def hit_tokens(llm: Any, driver: engine_loads.Driver, length: int) -> int:
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=Path("families_logs"), help="folder for the engines' messages")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of families.jsonl")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    for name in engine_speed.PASSED_ON:  # what `EngineProcess` passes on
+    for name in PASSED_ON:  # what `EngineProcess` passes on
         if name not in ("shrink", "steps"):
             parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 import engine_speed
 import exactness
 from bench import engine_loads, more_heads, parallel_exact, parallel_speed, parallel_train
+from bench.engine_process import answer
 from bench.letters_model import write_letters_model
 from bench.parallel_jobs import Job, Kept, held, run_jobs
 from bench.record import RESULTS
@@ -68,7 +69,7 @@ def serve(options: argparse.Namespace) -> None:
         lock, lexico = Path(settings.pop("lock")), settings.pop("lexico")
         engine = exactness.Engine(settings.pop("model"), settings.pop("attention_backend"), lexico, **settings)
         with held(lock):
-            engine_speed.answer("exact", lambda: parallel_exact.ask(engine, options.scale))
+            answer("exact", lambda: parallel_exact.ask(engine, options.scale))
         return
     from vllm import LLM
 
@@ -76,10 +77,10 @@ def serve(options: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()  # as engine_speed.py does
     tokens = driver.engine.vllm_config.cache_config.kv_cache_size_tokens
-    engine_speed.answer("fit", lambda: {"tokens": tokens})
+    answer("fit", lambda: {"tokens": tokens})
     for measure in options.measure:
         if measure != "fit":
-            engine_speed.answer(measure, functools.partial(engine_speed.run_measure, measure, driver, options))
+            answer(measure, functools.partial(engine_speed.run_measure, measure, driver, options))
 
 
 def gpus_of(options: argparse.Namespace) -> list[str]:

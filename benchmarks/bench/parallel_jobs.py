@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine_speed import EngineProcess, Run
-
 from bench import parallel_speed
+from bench.engine_process import EngineProcess, Run
 from bench.record import record
 
 LEAST_SECONDS = 30  # left, to start another engine

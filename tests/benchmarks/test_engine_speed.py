@@ -106,23 +106,22 @@ def test_every_row_has_its_peer_before_it(speed, tmp_path):
     assert speed.planned(narrowed) == [("FLASH_ATTN", ("ttft",)), ("LEXICO-7", ("ttft",))]
 
 
-def test_an_engine_that_hangs_or_dies_costs_only_its_own(speed, tmp_path, monkeypatch):
+def test_an_engine_that_hangs_or_dies_costs_only_its_own(speed, tmp_path):
     serves = tmp_path / "serves.py"
     serves.write_text(
         "import subprocess, sys\n"
         "settings = sys.stdin.readline()\n"
         "assert 'dies' not in settings, 'as it was told'\n"
-        'print(\'engine_speed=["ttft", {"seconds": 1}, 2.0]\', flush=True)\n'
-        "print('engine_speed=[\"decode\", null, 2.0]', flush=True)\n"
+        'print(\'engine=["ttft", {"seconds": 1}, 2.0]\', flush=True)\n'
+        "print('engine=[\"decode\", null, 2.0]', flush=True)\n"
         "subprocess.run(['sleep', '600'])\n"
     )
-    monkeypatch.setattr(speed, "__file__", str(serves))
     run = speed.Run("FLASH_ATTN", ("ttft", "decode", "prefill"))
-    hangs = speed.EngineProcess(run, {"model": "m"}, options(speed, tmp_path))
+    hangs = speed.EngineProcess(run, {"model": "m"}, options(speed, tmp_path), str(serves))
     assert list(hangs.results(2)) == [("ttft", {"seconds": 1}, 2.0)]
     with pytest.raises(ProcessLookupError):
         os.killpg(hangs._process.pid, 0)
-    dies = speed.EngineProcess(run, {"model": "dies"}, options(speed, tmp_path))
+    dies = speed.EngineProcess(run, {"model": "dies"}, options(speed, tmp_path), str(serves))
     assert list(dies.results(60)) == [] and "as it was told" in dies.log.read_text()
 
 

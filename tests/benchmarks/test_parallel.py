@@ -172,7 +172,7 @@ import json, os, subprocess, sys, time
 settings = json.loads(sys.stdin.readline())
 if settings["how"] == "dies":
     sys.exit("as it was told")
-print('engine_speed=["ttft", {"gpus": "%s"}, 1.0]' % os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+print('engine=["ttft", {"gpus": "%s"}, 1.0]' % os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 if settings["how"] == "hangs":
     time.sleep(600)
 """

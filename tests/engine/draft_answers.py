@@ -93,6 +93,26 @@ def write_mimo(folder: Path) -> Path:
     return write_weights(folder, MIMO, shapes, 0.12)
 
 
+def write_qwen3_next(folder: Path) -> Path:
+    """A random Qwen3-Next with linear attention in every second layer, and a layer that predicts a token more."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tiny_families import FAMILIES, write_checkpoint
+
+    file = write_checkpoint(FAMILIES["Qwen3-Next"], folder) / "model.safetensors"
+    weights, config = load_file(file), json.loads((folder / "config.json").read_text())
+    copied = "model.layers.1."  # an attention layer
+    extra = {f"mtp.layers.0.{name[len(copied) :]}": one for name, one in weights.items() if name.startswith(copied)}
+    hidden, head = config["hidden_size"], weights["lm_head.weight"]
+    draw = torch.Generator().manual_seed(1)
+    extra["mtp.fc.weight"] = (torch.randn(hidden, 2 * hidden, generator=draw) * 0.12).to(head.dtype)
+    norms = ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+    extra |= {f"mtp.{name}.weight": torch.zeros(hidden, dtype=head.dtype) for name in norms}
+    save_file(weights | {name: one.clone() for name, one in extra.items()}, file, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}), encoding="utf-8")
+    return folder
+
+
 def write_draft_model(model: Path, folder: Path, noise: float) -> Path:
     """A copy of a model with noise on its weights: some of its drafts are accepted and some are not."""
     import torch

@@ -4,14 +4,23 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from faults import FAULTS
 from written import written
 
+ON_A_GPU = torch.version.cuda is not None  # of vLLM's build; asking for devices would spoil a fork
+WITHIN, FAULT_APART = (0.02, 0.2) if ON_A_GPU else (1e-4, 1e-2)  # log-probabilities of what is the same, and is not
 SETTINGS = {"max_model_len": 768, "enforce_eager": True, "dtype": "float32", "seed": 0, "skip_tokenizer_init": True}
 COLD_TOKENS, WARM_TOKENS = 40, 16
 FAULTY_TOKENS = 8  # of answers with a fault planted: it shows soon or never
 TEXT_CHARACTERS = 1 << 17
 SHORT = {"ANSWER_TOKENS": 8, "PREEMPTED_TOKENS": 24}  # what scenarios with a fault are asked for
+
+
+def on_this_device() -> dict[str, Any]:
+    """Settings of engines on a GPU, which read bfloat16 and share its memory with others; none on a CPU."""
+    shared = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.02}
+    return shared | {"dtype": "bfloat16"} if ON_A_GPU else {}
 
 
 def make_prompts() -> list[list[int]]:

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from engines import ON_A_GPU
+
 IMPORTED_ONCE = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama", "faults"]
 
 
 def in_a_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """What a function of this folder returns, or raises, in a process where nothing ran before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
+    # What vLLM imports may touch a GPU, which no fork can use then.
+    context = multiprocessing.get_context("spawn" if ON_A_GPU else "forkserver")
+    if not ON_A_GPU:
+        context.set_forkserver_preload(IMPORTED_ONCE)
     with ProcessPoolExecutor(1, context, _engine_in_this_process) as process:
         return process.submit(function, *args, **kwargs).result()
 

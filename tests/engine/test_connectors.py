@@ -3,13 +3,13 @@
 import pytest
 
 pytest.importorskip("vllm")
+from engines import FAULT_APART, ON_A_GPU, WITHIN, on_this_device
 from offloaded import LENGTHS, answer_from_host
 from processes import in_a_process
 
 CASES = {"OffloadingConnector": "codes", "SimpleCPUOffloadConnector": "exact"}
 WHOLE = [length // 128 * 128 for length in LENGTHS]
 WHOLE[-1] -= 128  # a prompt's last block is never taken whole
-WITHIN = 1e-4  # log-probabilities in float32
 FAULTS = ("lose_sinks", "lose_codes")
 
 
@@ -18,7 +18,7 @@ def answers(strong_llama, strong_dictionary):
     """By connector, see `answer_from_host`."""
     settings = {"exact": {"codec": "exact"}, "codes": {"sparsity": 3, "dictionary": str(strong_dictionary)}}
     return {
-        connector: in_a_process(answer_from_host, str(strong_llama), connector, settings[codec], {})
+        connector: in_a_process(answer_from_host, str(strong_llama), connector, settings[codec], on_this_device())
         for connector, codec in CASES.items()
     }
 
@@ -37,7 +37,7 @@ def test_what_comes_back_is_what_was_there(answers, connector):
     assert said["cold"]["external"] == said["hit"]["external"] == 0 and said["hit"]["cached"] == WHOLE
     assert said["host"]["external"] == sum(WHOLE) and said["host"]["cached"] == WHOLE
     assert gap(said["host"], said["hit"]) <= WITHIN
-    if CASES[connector] == "exact":
+    if CASES[connector] == "exact" and not ON_A_GPU:  # bfloat16 rounds a step's own tokens otherwise
         assert gap(said["host"], said["cold"]) <= WITHIN
 
 
@@ -62,4 +62,4 @@ def test_host_memory_holds_codes_and_sinks_alone(answers, connector):
 def test_planted_faults_are_seen(answers, connector, fault):
     said = answers[connector]
     assert said[fault]["external"] == sum(WHOLE)
-    assert gap(said[fault], said["hit"]) > 100 * WITHIN
+    assert gap(said[fault], said["hit"]) > FAULT_APART

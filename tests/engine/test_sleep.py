@@ -21,13 +21,13 @@ import torch
 import vllm
 from ways import PROMPTS, Asked
 
-MEMORY = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1, "skip_tokenizer_init": True}
+MEMORY = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.02, "skip_tokenizer_init": True}
 
 
 def fill_what_is_free():
-    "Whatever sleep gave away has other contents when it comes back."
+    "Whatever sleep gave away has other contents when it comes back; other tests' engines have the rest."
     free, _ = torch.cuda.mem_get_info()
-    torch.full((int(free * 0.9),), 0xA5, dtype=torch.uint8, device="cuda")
+    torch.full((int(free * 0.8),), 0xA5, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
@@ -35,7 +35,7 @@ def fill_what_is_free():
 def main(model, other, dictionary, eager):
     llm = vllm.LLM(
         model, attention_backend="LEXICO", additional_config={"lexico": {"dictionary": dictionary}}, seed=0,
-        max_model_len=2048, max_num_batched_tokens=256, enable_sleep_mode=True, enforce_eager=eager,
+        max_model_len=2048, max_num_batched_tokens=256, enable_sleep_mode=True, enforce_eager=eager, dtype="bfloat16",
         worker_extension_cls="ways.WaysFaults", **MEMORY,
     )
     asked, found = Asked(llm, {}), {}

@@ -162,8 +162,8 @@ ENGINES = [
     ({"speculative_config": drafts("mtp", use_gemma4_mtp=lambda: True)}, ["reads that of the model", "ngram"]),
     ({"speculative_config": drafts("mtp", use_multi_module_mtp=lambda: True)}, ["several MTP modules", "start with 1"]),
     (
-        {"model_config__is_hybrid": True, "speculative_config": drafts("mtp")},
-        ["beside layers that keep a state", "use ngram"],
+        {"speculative_config": drafts("draft_model", draft_model_config=types.SimpleNamespace(is_hybrid=True))},
+        ["of the drafts keeps a state", "use drafts that keep tokens alone"],
     ),
     (
         {

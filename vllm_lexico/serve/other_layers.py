@@ -121,7 +121,8 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-len(state_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
-    kept = state_blocks.States(layers, state_bytes, 2 if vllm_config.cache_config.mamba_cache_mode == "align" else 1)
+    aligned = vllm_config.cache_config.mamba_cache_mode == "align"
+    kept = state_blocks.States(layers, state_bytes, 1 + aligned + vllm_config.num_speculative_tokens)
     heads = model.get_num_kv_heads(parallel)
 
     def count(block_tokens: int) -> state_blocks.StateBlocks:

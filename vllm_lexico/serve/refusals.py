@@ -70,11 +70,6 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             "drafts by a model are not supported beside a KV connector, where their pages were never tried; start "
             f"without {_asks_for_connector(cache)}, or without drafts"
         )
-    if model.is_hybrid and drafts_have_layers(vllm_config):
-        reasons.append(
-            "drafts by a model are not supported beside layers that keep a state (Mamba, linear attention), where they "
-            f"were never tried; use {either(DRAFTS_WITHOUT_ATTENTION)}, or serve without drafts"
-        )
     if _table_is_mistaken(vllm_config):
         reasons.append(
             "a draft model beside layers with windows or chunks is not supported in vLLM's V1 runner, which hands it "
@@ -118,10 +113,10 @@ def _drafts(drafts: Any) -> list[str]:
             "drafts by several MTP modules compute the end of a prompt more than once, which is not supported; start "
             "with 1 for num_speculative_tokens, which takes the first module alone"
         )
+    if model.is_hybrid and drafts.method == "draft_model":
+        reasons.append(drafts_keep_other("of the drafts", "state"))
     if drafts.enable_adaptive_verification:
         reasons.append("adaptive verification is not supported; leave enable_adaptive_verification at false")
-    if model.is_hybrid:
-        reasons.append(drafts_keep_other("of the drafts", "state"))
     return reasons
 
 

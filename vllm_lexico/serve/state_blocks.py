@@ -18,7 +18,7 @@ class States(NamedTuple):
 
     layers: that keep a state.
     num_bytes: of one.
-    per_layer: 2 where the state of the last whole block is kept beside the running one, else 1.
+    per_layer: the running one, that of the last whole block where it is kept, and one per drafted token.
     """
 
     layers: int
