@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
     codecs = {name: make_codec(name, dictionary, args.device, args.gains) for name in args.caches.split(",")}
     file, read_windows = TEXTS[args.text]
     windows = read_windows(args.data / file, AutoTokenizer.from_pretrained(args.model), args.length, args.windows)
-    measure = CodedPerplexity(args.model, args.device, args.sinks, args.window, args.skip)
+    some = None if len(fingerprint.layers) == fingerprint.num_layers else fingerprint.layers
+    measure = CodedPerplexity(args.model, args.device, args.sinks, args.window, args.skip, some)
     dtype, info = str(measure.dtype).removeprefix("torch."), dictionary.info
     print(f"{Path(args.model).name}, {info.atoms} atoms of {info.atom_bits} bits ({path.name})")
     print(f"{len(windows)} windows of {args.length} tokens of {args.text}, sinks {args.sinks}, window {args.window}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm.auto import tqdm
+
+from vllm_lexico.train.attention import exact_attention
 
 ATTENTION_NAME = "lexico_coded"
 LOGITS_AT_ONCE = 1 << 26  # float32 numbers: 256 MiB
@@ -29,6 +31,8 @@ class CodedPerplexity:
         device: "cuda" (bf16) or "cpu" (float32).
         sinks, window: tokens that are read as they are, see `read_raw`.
         skip: the first tokens of a text window give no score.
+        coded: layers that read through the codec; None for all. The others may have windows, learned sinks and soft
+            caps, as the model says.
 
     Attributes:
         seconds: duration of the last run.
@@ -41,17 +45,26 @@ class CodedPerplexity:
     seconds = 0.0
 
     def __init__(
-        self, model_path: str, device: torch.device | str, sinks: int = 16, window: int = 128, skip: int = 256
+        self,
+        model_path: str,
+        device: torch.device | str,
+        sinks: int = 16,
+        window: int = 128,
+        skip: int = 256,
+        coded: Collection[int] | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if skip < 0:
             raise ValueError(f"skip {skip}; allowed: from 0; 256 is usual")
         self.read_raw(sinks, window)
-        self.device, self.skip = torch.device(device), skip
+        self.device, self.skip, self.coded = torch.device(device), skip, coded
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+        if coded is not None:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype, attn_implementation=ATTENTION_NAME)
         self.model = model.to(self.device).eval()
         self._codec: Codec | None = None
@@ -175,9 +188,11 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; windows are whole texts, so that the mask is always the causal one."""
+    """transformers' attention function; texts are whole, so that the mask of coded layers is always the causal one."""
     running, sliding = CodedPerplexity._running, kwargs.get("sliding_window")
     assert running is not None, "only CodedPerplexity runs this model"
+    if running.coded is not None and module.layer_idx not in running.coded:
+        return exact_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
     unusual = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unusual or (sliding is not None and sliding < key.shape[2]) or key.shape != value.shape:
         raise ValueError(

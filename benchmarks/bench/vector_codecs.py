@@ -55,8 +55,12 @@ class VectorCodec:
 
 
 def dictionary_means(dictionary: Dictionary, device: torch.device | str) -> Tensor:
-    """Means of all heads, float32 [layers, 2, Hk, D]."""
-    return torch.stack([dictionary.tensors[f"{kv}_mean"] for kv in KV], 1).to(device)
+    """Means of all heads, float32 [layers, 2, Hk, D]; zeros in layers that are not coded."""
+    coded = torch.stack([dictionary.tensors[f"{kv}_mean"] for kv in KV], 1)
+    shape = dictionary.info.fingerprint
+    means = torch.zeros(shape.num_layers, *coded.shape[1:])
+    means[list(shape.layers)] = coded.float()
+    return means.to(device)
 
 
 @dataclass

@@ -100,6 +100,48 @@ def test_a_window_as_long_as_the_text_needs_no_codes(perplexity, model, measure,
     assert torch.equal(coded, measure.negative_log_likelihood(windows))
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A Gemma 3 of four layers, of which the last reads all tokens and the others a window of 12."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=12, initializer_range=0.2,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"], bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mixed")
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_layers_with_windows_are_read_as_they_are(perplexity, codecs, mixed, load_benchmark, windows):
+    from transformers import AutoModelForCausalLM
+
+    dictionary = load_dictionary(load_benchmark("bench/shapes").write_random_dictionary(mixed, atoms=64))
+    layers = dictionary.info.fingerprint.layers
+    measure = perplexity.CodedPerplexity(str(mixed), "cpu", SINKS, WINDOW, SKIP, layers)
+    logits = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32)(windows).logits.log_softmax(-1)
+    own = -logits[:, :-1].gather(2, windows[:, 1:, None]).squeeze(2)[:, SKIP:].mean(1)
+    base = measure.negative_log_likelihood(windows)
+    torch.testing.assert_close(base.float(), own, atol=1e-5, rtol=0)
+    torch.testing.assert_close(measure.negative_log_likelihood(windows, identity), base, atol=1e-5, rtol=0)
+    calls = []
+
+    def watch(layer, kv, vectors):
+        calls.append((layer, kv))
+        return vectors / 2
+
+    assert (measure.negative_log_likelihood(windows, watch, batch=3) - base).abs().min() > 1e-4
+    assert layers == (3,) and calls == [(3, kv) for kv in KV]
+    codec = codecs.DictionaryCodec(dictionary, "cpu", 5, 3)
+    assert (measure.negative_log_likelihood(windows, codec) - base).abs().min() > 1e-4
+    assert all(0 < share < 2 for share in codec.energy_lost().values())
+    with pytest.raises(ValueError, match="layer 0 has sliding or uneven attention"):
+        perplexity.CodedPerplexity(str(mixed), "cpu", SINKS, WINDOW, SKIP).negative_log_likelihood(windows)
+
+
 @pytest.mark.parametrize("length", [1, WINDOW, SINKS + WINDOW, SINKS + WINDOW + 1, 29])
 def test_attention_reads_each_token_from_the_right_place(measure, length):
     generator = torch.Generator().manual_seed(length)
@@ -196,6 +238,21 @@ def test_windows_are_cut_one_after_the_other(perplexity, model, tmp_path):
     path.write_text('{"title": "ab"}\n')
     with pytest.raises(ValueError, match="cannot be read"):
         perplexity.jsonl_windows(path, tokenizer)
+
+
+def test_windows_begin_with_what_requests_begin_with(perplexity, tmp_path):
+    class Letters:
+        bos_token_id = 7
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [7, *map(ord, text)]}
+
+    (tmp_path / "text.txt").write_text("abcdefgh")
+    found = perplexity.wikitext_windows(tmp_path / "text.txt", Letters(), 4)
+    assert found.tolist() == [[7, *map(ord, "abc")], [7, *map(ord, "def")]]
+    for length in (1, 0, 10):
+        with pytest.raises(ValueError, match="fills 0 windows"):
+            perplexity.wikitext_windows(tmp_path / "text.txt", Letters(), length)
 
 
 def script_args(model, folder, **changed):

@@ -30,7 +30,7 @@ MODELS = {
     "Qwen3-VL-8B": Known("Qwen3-VL"),
     "Mistral-7B-v0.3": Known("Mistral"),
     "Mixtral-8x7B": Known("Mixtral"),
-    "Phi-4-mini": Known("Phi3"),
+    "Phi-4-mini": Known("Phi-4-mini"),
     "GLM-4-9B": Known("GLM4"),
     "SmolLM3-3B": Known("SmolLM3"),
     "Falcon-7B": Known("Falcon"),

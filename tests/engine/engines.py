@@ -118,8 +118,15 @@ def answer_beside(
         hits: tokens of each prompt that the prefix cache had.
         faulty: log-probabilities of cold answers with a fault planted; of LEXICO alone.
         written: K and V of `TEXT`, see `written`; of LEXICO alone.
+        line, kept_bytes: LEXICO's line at start; what a request keeps at most in layers that are not coded.
     """
+    import logging
+
     import vllm
+
+    said_at_start: list[str] = []
+    # Not a handler: vLLM's engines take those away.
+    logging.getLogger("vllm.lexico").info = lambda form, *given: said_at_start.append(form % given if given else form)
 
     asked = vllm.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=0)
 
@@ -143,6 +150,8 @@ def answer_beside(
             "hits": [output.num_cached_tokens for output in outputs],
         }
         if backend == "LEXICO":
+            (found[backend]["line"],) = [line for line in said_at_start if line.startswith("LEXICO:")]
+            found[backend]["kept_bytes"] = _kept_bytes(llm)
             with written() as found[backend]["written"]:
                 ask(llm, [TEXT], 1)
             llm.reset_prefix_cache()
@@ -150,6 +159,17 @@ def answer_beside(
             found[backend]["faulty"] = [logprobs(output) for output in answers(llm, prompts)]
         del llm
     return found
+
+
+def _kept_bytes(llm: Any) -> int:
+    """Bytes of a request in layers with windows, chunks or states, by the cache's groups as vLLM made them."""
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    bounded = ("SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec")
+    return sum(
+        len(group.layer_names) * group.kv_cache_spec.max_memory_usage_bytes(llm.llm_engine.vllm_config)
+        for group in config.kv_cache_groups
+        if type(group.kv_cache_spec).__name__ in bounded
+    )
 
 
 def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple[str, list[str]]:

@@ -1,8 +1,10 @@
 """Families of models: with the exact codec LEXICO answers as vLLM's own backend does, whatever the other layers are.
 
 Tiny checkpoints with strong random weights, prompts of 600 tokens in chunks of 256, then their continuations from the
-prefix cache. Families that vLLM's build for CPUs cannot run (Nemotron-H, Bamba, LFM2) are tried on a GPU.
+prefix cache. Families that vLLM's build for CPUs cannot run (`ON_GPU`) are tried on a GPU by `family_exact.py`.
 """
+
+import re
 
 import pytest
 
@@ -47,8 +49,20 @@ def test_answers_are_vllms(family):
 
 def test_prefix_hits_end_at_the_last_whole_block(family):
     _, _, found = family
-    hits = found["LEXICO"]["hits"]
+    hits, theirs = found["LEXICO"]["hits"], found["CPU_ATTN"]["hits"]
     assert hits[:2] == [0, 0] and hits[2] >= 512 and hits[3] >= 256
+    assert all(own >= other for own, other in zip(hits, theirs, strict=True))
+
+
+def test_the_start_line_counts_what_other_layers_keep(family):
+    family, _, found = family
+    line, kept = found["LEXICO"]["line"], found["LEXICO"]["kept_bytes"]
+    said = re.search(r"; (\d+) layers with windows or states keep ([\d,.]+) MiB a request", line)
+    if len(family.coded) == 4:
+        assert said is None and kept == 0
+    else:
+        assert int(said[1]) == 4 - len(family.coded) and kept > 0
+        assert float(said[2].replace(",", "")) == pytest.approx(kept / 2**20, abs=0.051)
 
 
 def test_a_fault_in_coded_pages_is_seen(family):

@@ -73,6 +73,20 @@ FAMILIES = {
     ),
     "gpt-oss": Family("GptOss", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS}, HALF),
     "Phi3": Family("Phi3", {"sliding_window": None}),
+    "Phi-4-mini": Family(
+        "Phi3",
+        {
+            "sliding_window": 262144,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + at / 24 for at in range(24)],
+                "long_factor": [1.0 + at / 4 for at in range(24)],
+            },
+        },
+    ),
     "GLM4": Family("Glm4", {"head_dim": 64}),
     "Olmo 3": Family("Olmo3", WINDOWS, HALF),
     "Cohere2": Family("Cohere2", {"head_dim": 64, **WINDOWS}, HALF),
@@ -103,6 +117,58 @@ FAMILIES = {
             "hidden_size": None,
             "num_key_value_heads": None,
         },
+    ),
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 64,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+# vLLM's build for CPUs has no kernels for these: `python benchmarks/family_exact.py` runs them on a GPU.
+ON_GPU = {
+    "LFM2": Family(
+        "Lfm2",
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 256,
+            "conv_dim_out": 256,
+        },
+        HALF,
+        "bfloat16",
+    ),
+    "Bamba": Family("Bamba", {"attn_layer_indices": [1, 3], **MAMBA2}, HALF, "bfloat16"),
+    "Granite 4": Family(
+        "GraniteMoeHybrid",
+        {
+            "layer_types": ["mamba", "attention"] * 2,
+            "attention_multiplier": 0.125,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 128,
+            **MAMBA2,
+        },
+        HALF,
+        "bfloat16",
+    ),
+    "Falcon-H1": Family("FalconH1", {"head_dim": 64, "mamba_d_ssm": 512, **MAMBA2}, (0, 1, 2, 3), "bfloat16"),
+    "Nemotron-H": Family(
+        "NemotronH",
+        {
+            "num_hidden_layers": None,
+            "head_dim": 64,
+            "hybrid_override_pattern": "M*-*",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 64,
+            "n_groups": 1,
+            "ssm_state_size": 64,
+            "chunk_size": 64,
+        },
+        HALF,
+        "bfloat16",
     ),
 }
 

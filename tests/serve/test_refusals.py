@@ -199,7 +199,7 @@ MODELS = [
                 layer_types=["sliding_attention", "full_attention"], sliding_window=None
             )
         },
-        ["sliding windows are switched off", "sliding_window is None", "leave sliding_window in --hf-overrides out"],
+        ["sliding windows are switched off", "sliding_window is None", "without --disable-sliding-window and without"],
     ),
 ]
 LAYERS_BY_SELECTOR = [

@@ -330,7 +330,8 @@ def _windows_off(text: Any) -> list[str]:
         return []
     reason = (
         "layers whose sliding windows are switched off (sliding_window is None) are not supported beside layers that "
-        "never had one: a dictionary has these alone; leave sliding_window in --hf-overrides out"
+        "never had one: a dictionary has these alone; start without --disable-sliding-window and without "
+        "sliding_window in --hf-overrides"
     )
     return [reason]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vllm_lexico.evals.held import Held
 from vllm_lexico.evals.measure import Measure
+from vllm_lexico.evals.tasks.windows import adds_bos
 
 if TYPE_CHECKING:
     from vllm_lexico.evals.engine import Engine
@@ -83,8 +84,7 @@ class Frame:
         """Ids of what comes before the text, with a begin-of-sequence token where the model wants one and has none."""
         ids = self.encode(self._before)
         bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
-        return [bos, *ids] if adds and ids[:1] != [bos] else ids
+        return [bos, *ids] if adds_bos(self.tokenizer) and ids[:1] != [bos] else ids
 
     def question(self, words: str) -> list[int]:
         """Ids of a question and of what comes after it."""

@@ -1,4 +1,7 @@
-"""Evaluation text cut into windows of tokens, one after the other and none twice."""
+"""Evaluation text cut into windows of tokens, one after the other and none twice.
+
+Where a model's requests begin with a token of their own (BOS), each window does too.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ def wikitext_windows(path: Path, tokenizer: Any, length: int = 2048, count: int 
 
     Args:
         path: the file.
-        tokenizer: of transformers.
-        length: tokens per window.
+        tokenizer: of transformers; where it puts a token before a text, that is the first of every window.
+        length: tokens per window, that one included.
         count: windows, the first ones; all that the text fills if None.
 
     Returns:
@@ -94,12 +97,21 @@ def read_text(path: Path) -> str:
 
 
 def _cut(text: str, path: Path, tokenizer: Any, length: int, count: int | None) -> Tensor:
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    full = len(ids) // length
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    first = ids[:1] if adds_bos(tokenizer) else []
+    ids, room = torch.tensor(ids[len(first) :], dtype=torch.int64), length - len(first)
+    full = len(ids) // room if room > 0 else 0
     wanted = full if count is None else count
     if not 1 <= wanted <= full:
         raise ValueError(
             f"{path} fills {full} windows of {length} tokens, asked for were {wanted}; allowed: 1 to as many as it "
             f"fills; ask for fewer or shorter ones"
         )
-    return ids[: wanted * length].view(wanted, length)
+    rows = ids[: wanted * room].view(wanted, room)
+    return torch.cat((torch.tensor(first, dtype=torch.int64).expand(wanted, -1), rows), 1)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its first token (BOS) before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos
