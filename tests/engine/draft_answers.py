@@ -64,18 +64,51 @@ def layer_shapes(prefix: str, config: dict[str, Any], inputs: int = 1) -> dict[s
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def write_eagle3(model: Path, folder: Path) -> Path:
-    """A random head of EAGLE3 for a Llama, with a KV head more than the model and a vocabulary of its own."""
+def head_config(model: Path) -> dict[str, Any]:
+    """Of a head of EAGLE for a Llama, with a KV head more than the model and smaller heads."""
     own = json.loads((model / "config.json").read_text())
     config = {key: own[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")}
     config |= {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 1}
-    config |= {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "dtype": "float32"}
-    config |= {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "draft_vocab_size": 100}
+    return config | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    }
+
+
+def write_eagle(model: Path, folder: Path) -> Path:
+    """A random head of EAGLE, the first of its kind: one layer that reads the last hidden state and a token."""
+    config = head_config(model)
+    shapes = layer_shapes("layers.0.", config) | {"fc.weight": (config["hidden_size"], 2 * config["hidden_size"])}
+    del shapes["layers.0.input_layernorm.weight"]
+    return write_weights(folder, config, shapes, 0.1)
+
+
+def write_eagle3(model: Path, folder: Path) -> Path:
+    """A random head of EAGLE3 for a Llama, with a vocabulary of its own."""
+    config = head_config(model) | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 100}
     config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
     hidden = config["hidden_size"]
     shapes = layer_shapes("midlayer.", config, inputs=2)
     shapes |= {"midlayer.hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
     shapes |= {"fc.weight": (hidden, 3 * hidden), "lm_head.weight": (config["draft_vocab_size"], hidden)}
+    return write_weights(folder, config, shapes, 0.1)
+
+
+def write_dflash(model: Path, folder: Path) -> Path:
+    """A random DFlash for a Llama, whose two layers see a block of drafts in both directions."""
+    config = head_config(model) | {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"}
+    config |= {"num_hidden_layers": 2, "block_size": 4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    config["dflash_config"] = {"mask_token_id": 2, "target_layer_ids": [0, 1, 2]}
+    hidden = config["hidden_size"]
+    shapes = {"fc.weight": (hidden, 3 * hidden), "hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
+    for index in range(config["num_hidden_layers"]):
+        prefix = f"layers.{index}."
+        shapes |= layer_shapes(prefix, config)
+        shapes |= {f"{prefix}self_attn.{name}_norm.weight": (config["head_dim"],) for name in "qk"}
     return write_weights(folder, config, shapes, 0.1)
 
 

@@ -10,6 +10,7 @@ from engines import ON_A_GPU, make_tokens, start
 HOST_BYTES = 64 << 20
 TOKENS = 6
 LENGTHS = (300, 640)
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 STORED_SECONDS = 1.0  # on a GPU, until what was stored is in host memory
 
 
@@ -22,11 +23,11 @@ def connect(name: str, extra: dict[str, Any] | None = None) -> Any:
 
 
 def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Greedy answers one after the other: tokens, their log-probabilities, and tokens that any cache had."""
+    """Greedy answers one after the other: tokens, their log-probabilities, what any cache had, accepted drafts."""
     import vllm
 
     params = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
-    before, rows = external_hits(llm), []
+    before, accepted, rows = external_hits(llm), count(llm, ACCEPTED), []
     for prompt in prompts:
         rows += llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     said = [row.outputs[0] for row in rows]
@@ -35,13 +36,18 @@ def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
         "logprobs": [[row[t].logprob for t, row in zip(one.token_ids, one.logprobs, strict=True)] for one in said],
         "cached": [row.num_cached_tokens for row in rows],
         "external": external_hits(llm) - before,
+        "accepted": count(llm, ACCEPTED) - accepted,
     }
 
 
 def external_hits(llm: Any) -> int:
-    """Tokens that came through a connector, as vLLM counts them for /metrics."""
-    counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:external_prefix_cache_hits"]
-    return int(sum(counts))
+    """Tokens that came through a connector."""
+    return count(llm, "vllm:external_prefix_cache_hits")
+
+
+def count(llm: Any, name: str) -> int:
+    """What vLLM counts for /metrics, 0 where it does not."""
+    return int(sum(metric.value for metric in llm.get_metrics() if metric.name == name))
 
 
 def forget_windows() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 pytest.importorskip("vllm")
+from draft_answers import write_draft_model, write_eagle3
 from engines import FAULT_APART, ON_A_GPU, WITHIN, on_this_device
 from offloaded import LENGTHS, answer_from_host
 from processes import in_a_process
@@ -63,3 +64,30 @@ def test_planted_faults_are_seen(answers, connector, fault):
     said = answers[connector]
     assert said[fault]["external"] == sum(WHOLE)
     assert gap(said[fault], said["hit"]) > FAULT_APART
+
+
+@pytest.fixture(scope="module")
+def drafting(strong_llama, tmp_path_factory):
+    """The same where a model drafts, whose raw pages lie in the blocks of codes."""
+    nearly_right = write_draft_model(strong_llama, tmp_path_factory.mktemp("nearly-right"), noise=0.02)
+    head = write_eagle3(strong_llama, tmp_path_factory.mktemp("head"))
+    drafts = [{"method": "draft_model", "model": str(nearly_right)}, {"method": "eagle3", "model": str(head)}]
+    found = {}
+    for connector, one in zip(CASES, drafts, strict=True):
+        settings = on_this_device() | {"speculative_config": one | {"num_speculative_tokens": 3}}
+        case = str(strong_llama), connector, {"codec": "exact"}, settings
+        found[connector] = in_a_process(answer_from_host, *case)
+    return found
+
+
+@pytest.mark.parametrize("connector", CASES)
+def test_drafts_come_back_with_codes(drafting, connector):
+    """EAGLE's last block is never taken whole, so the shorter prompt lacks one more."""
+    said, lacks = drafting[connector], {"SimpleCPUOffloadConnector": 128}.get(connector, 0)
+    assert said["host"]["external"] == sum(WHOLE) - lacks == said["hit"]["external"] + sum(said["hit"]["cached"])
+    assert gap(said["host"], said["hit"]) <= WITHIN
+    assert said["host"]["accepted"] == said["hit"]["accepted"] and (said["host"]["accepted"] > 0) == (not lacks)
+    if not ON_A_GPU:
+        assert gap(said["host"], said["cold"]) <= WITHIN and said["host"]["accepted"] == said["cold"]["accepted"]
+    for fault in FAULTS:
+        assert gap(said[fault], said["hit"]) > FAULT_APART

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("nixl")
 from disaggregated import Engine
-from engines import FAULT_APART, WITHIN, make_tokens, on_this_device
+from draft_answers import write_eagle3
+from engines import FAULT_APART, ON_A_GPU, WITHIN, make_tokens, on_this_device
 
 from vllm_lexico.dictionary.file import load_dictionary, read_checksum
 
@@ -76,3 +77,23 @@ def test_another_dictionary_is_refused_with_both_hashes(answers, strong_dictiona
     lines = [line for line in refused["said"] if "compatibility hash mismatch" in line]
     hashes = [read_checksum(one) for one in (strong_dictionary, another_dictionary)]
     assert lines and all(one in line for line in lines for one in hashes)
+
+
+def test_drafts_go_on_from_what_another_engine_read(strong_llama, tmp_path):
+    head = {"method": "eagle3", "model": str(write_eagle3(strong_llama, tmp_path)), "num_speculative_tokens": 3}
+    settings, prompts = (
+        on_this_device() | {"speculative_config": head},
+        [make_tokens(length, length) for length in LENGTHS],
+    )
+    reads = Engine(str(strong_llama), "kv_producer", {"codec": "exact"}, settings)
+    answers = Engine(str(strong_llama), "kv_consumer", {"codec": "exact"}, settings)
+    try:
+        told = answers.call("ask", prompts, reads.call("prefill", prompts))
+        assert answers.call("reset")
+        cold = answers.call("ask", prompts)
+        hit = answers.call("ask", prompts)
+    finally:
+        reads.close()
+        answers.close()
+    assert told["external"] == sum(WHOLE) and cold["external"] == 0
+    assert gap(told, hit if ON_A_GPU else cold) <= WITHIN

@@ -1,7 +1,7 @@
 """Drafts by a model: with the exact codec LEXICO answers, and accepts drafts, as vLLM's own backend does.
 
-Tiny checkpoints with strong random weights in float32: a head of EAGLE3, a MiMo that predicts a token more, a draft
-model of a shape of its own and one that is right now and then. On a GPU the same checkpoints run in bfloat16.
+Tiny checkpoints with strong random weights in float32: heads of EAGLE and EAGLE3, a MiMo that predicts a token more, a
+draft model of a shape of its own and one that is right now and then. On a GPU the same checkpoints run in bfloat16.
 """
 
 import pytest
@@ -11,7 +11,9 @@ from draft_answers import (
     LENGTHS,
     NUM_DRAFTS,
     answer_with_drafts,
+    write_dflash,
     write_draft_model,
+    write_eagle,
     write_eagle3,
     write_mimo,
     write_own_draft_model,
@@ -24,9 +26,9 @@ from vllm_lexico.serve.tail_pages import TAIL_SUFFIX
 
 CHUNKS = {"max_model_len": 2048, "max_num_batched_tokens": 256, "enable_prefix_caching": True, "block_size": 64}
 BACKENDS = ("CPU_ATTN", "LEXICO")
-KINDS = ("EAGLE3", "MTP", "draft model", "draft model that is nearly right")
-NEARLY_RIGHT = KINDS[3]
-BESIDE_STATES = "MTP beside states"
+KINDS = ("EAGLE", "EAGLE3", "MTP", "draft model", "draft model that is nearly right")
+NEARLY_RIGHT = KINDS[4]
+BESIDE_STATES, DFLASH = "MTP beside states", "DFlash"
 MOST_APART = 1e-4  # of log-probabilities in float32
 BFLOAT16_MEAN_APART = 0.05  # up to where answers part; a faulty cache is apart by whole nats
 
@@ -34,7 +36,11 @@ BFLOAT16_MEAN_APART = 0.05  # up to where answers part; a faulty cache is apart 
 def write_drafts(kind, strong_llama, folder):
     """A model and what drafts for it, as vLLM's speculative configuration."""
     model, drafts = strong_llama, {}
-    if kind == "EAGLE3":
+    if kind == "EAGLE":
+        drafts = {"method": "eagle", "model": str(write_eagle(model, folder))}
+    elif kind == DFLASH:
+        drafts = {"method": "dflash", "model": str(write_dflash(model, folder))}
+    elif kind == "EAGLE3":
         drafts = {"method": "eagle3", "model": str(write_eagle3(model, folder))}
     elif kind == "MTP":
         model, drafts = write_mimo(folder), {"method": "mtp"}
@@ -133,7 +139,7 @@ def test_states_are_kept_beside_drafts(strong_llama, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS, BESIDE_STATES])
+@pytest.mark.parametrize("kind", [*KINDS, BESIDE_STATES, DFLASH])
 def test_on_a_gpu(kind, enforce_eager, strong_llama, tmp_path):
     """The V2 runner, whose drafts run in CUDA graphs of their own."""
     settings = CHUNKS | on_this_device() | {"enforce_eager": enforce_eager, "max_num_seqs": 8}

@@ -83,14 +83,14 @@ def setup(sparsity=15, codec="packed16", path=None):
 def test_engines_agree_on_all_that_a_code_means(monkeypatch):
     monkeypatch.setattr(identity, "read_checksum", lambda path: f"sha-of-{path}")
 
-    def said(path="a", block=128, sinks=1, **settings):
+    def said(path="a", block=128, sinks=1, drafts="no", **settings):
         own = setup(path=path, **settings)
         layout = CodeLayout(64, 2, own.config.sparsity.key, own.config.sparsity.value, own.config.codec, block)
-        return identity.identity(own, layout, make_spec(sink_blocks=sinks))
+        return identity.identity(own, layout, make_spec(sink_blocks=sinks), drafts)
 
     assert said() == said() and "dictionary sha-of-a," in said()
-    others = [said("b"), said(sparsity=7), said(codec="exact"), said(block=64), said(sinks=2)]
-    assert len({said(), *others}) == 6
+    others = [said("b"), said(sparsity=7), said(codec="exact"), said(block=64), said(sinks=2), said(drafts="mtp")]
+    assert len({said(), *others}) == 7
 
 
 def test_a_worker_compares_the_identity_too():

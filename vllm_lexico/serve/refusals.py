@@ -65,11 +65,6 @@ def engine_refusals(vllm_config: Any) -> list[str]:
             "start without --enable-dbo"
         )
     reasons += _drafts(vllm_config.speculative_config)
-    if connector is not None and drafts_have_layers(vllm_config):
-        reasons.append(
-            "drafts by a model are not supported beside a KV connector, where their pages were never tried; start "
-            f"without {_asks_for_connector(cache)}, or without drafts"
-        )
     if _table_is_mistaken(vllm_config):
         reasons.append(
             "a draft model beside layers with windows or chunks is not supported in vLLM's V1 runner, which hands it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from vllm_lexico import last_word
 from vllm_lexico.serve import refusals
@@ -28,7 +28,8 @@ def adopt(connector: Any, vllm_config: Any, kv_cache_config: Any) -> None:
     Raises:
         ValueError: the cache has groups that are no codes and no tails.
     """
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    wiring.check_groups()
+    specs = [_one_of(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
     tails = [spec for spec in specs if isinstance(spec, LexicoTailSpec)]
     if not tails:
         return
@@ -57,6 +58,11 @@ def adopt(connector: Any, vllm_config: Any, kv_cache_config: Any) -> None:
         if connector.connector_worker is not None:
             said = engine_identity(vllm_config, tails[0], codes[0].block_size)
             _become(connector.connector_worker, nixl.AgreeingWorker, said)
+
+
+def _one_of(spec: Any) -> Any:
+    """A layer's cache spec of a group where a worker is told each: beside raw pages of drafts."""
+    return next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
 
 
 def _become(part: Any, kind: Any, *args: Any) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_lexico import __version__
 from vllm_lexico.dictionary.file import read_checksum
+from vllm_lexico.serve.refusals import drafts_have_layers
 from vllm_lexico.serve.setup import LexicoSetup
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from vllm_lexico.serve.tail_pages import LexicoTailSpec
 
 
-def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec) -> str:
+def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, drafts: str = "no") -> str:
     """One line that is the same for engines whose code pages mean the same.
 
     It has the dictionary's hash in full, so that who reads two of them sees which dictionaries they are.
@@ -23,13 +24,14 @@ def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec) -> st
         setup: of the engine.
         layout: of a layer's codes on a rank.
         tail: the cache spec of its raw tokens.
+        drafts: the method of drafts that have pages beside codes.
     """
     dictionary = "none" if setup.dictionary_path is None else read_checksum(setup.dictionary_path)
     sparsity = setup.config.sparsity
     return (
         f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}, "
         f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
-        f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}"
+        f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}, {drafts} drafts in blocks"
     )
 
 
@@ -43,4 +45,5 @@ def engine_identity(vllm_config: Any, tail: LexicoTailSpec, block_tokens: int) -
     """
     setup = LexicoSetup.of(vllm_config)
     layout = setup.layout(tail.head_size, tail.num_kv_heads, block_tokens, tail.dtype)
-    return identity(setup, layout, tail)
+    drafts = vllm_config.speculative_config.method if drafts_have_layers(vllm_config) else "no"
+    return identity(setup, layout, tail, drafts)

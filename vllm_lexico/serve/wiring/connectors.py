@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
 from vllm_lexico.serve.wiring import Wire, check
 
 
@@ -26,6 +28,11 @@ def check_simple_cpu(scheduler: type, ours: type) -> None:
         "cpu_kv_cache_config cpu_block_pool cpu_coordinator",
         "get_num_new_matched_tokens _select_eager_blocks_to_store",
     )
+
+
+def check_groups() -> None:
+    """Test that a group's own specs are where the adoption of connectors looks for them; ValueError if not."""
+    check((Wire(UniformTypeKVCacheSpecs, "kv_cache_specs", "a connector would be refused beside drafts"),))
 
 
 def check_nixl(scheduler: type, ours: type, worker: type) -> None:
