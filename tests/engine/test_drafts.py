@@ -1,7 +1,7 @@
 """Drafts by a model: with the exact codec LEXICO answers, and accepts drafts, as vLLM's own backend does.
 
-Tiny checkpoints with strong random weights in float32: heads of EAGLE and EAGLE3, a MiMo that predicts a token more, a
-draft model of a shape of its own and one that is right now and then. On a GPU the same checkpoints run in bfloat16.
+Tiny checkpoints with strong random weights in float32: heads of EAGLE, EAGLE3 and DFlash, a MiMo that predicts a token
+more, a draft model of a shape of its own and one that is right now and then. On a GPU they run in bfloat16.
 """
 
 import pytest
@@ -26,9 +26,9 @@ from vllm_lexico.serve.tail_pages import TAIL_SUFFIX
 
 CHUNKS = {"max_model_len": 2048, "max_num_batched_tokens": 256, "enable_prefix_caching": True, "block_size": 64}
 BACKENDS = ("CPU_ATTN", "LEXICO")
-KINDS = ("EAGLE", "EAGLE3", "MTP", "draft model", "draft model that is nearly right")
-NEARLY_RIGHT = KINDS[4]
-BESIDE_STATES, DFLASH = "MTP beside states", "DFlash"
+KINDS = ("EAGLE", "EAGLE3", "MTP", "DFlash", "draft model", "draft model that is nearly right")
+NEARLY_RIGHT = KINDS[5]
+BESIDE_STATES = "MTP beside states"
 MOST_APART = 1e-4  # of log-probabilities in float32
 BFLOAT16_MEAN_APART = 0.05  # up to where answers part; a faulty cache is apart by whole nats
 
@@ -38,7 +38,7 @@ def write_drafts(kind, strong_llama, folder):
     model, drafts = strong_llama, {}
     if kind == "EAGLE":
         drafts = {"method": "eagle", "model": str(write_eagle(model, folder))}
-    elif kind == DFLASH:
+    elif kind == "DFlash":
         drafts = {"method": "dflash", "model": str(write_dflash(model, folder))}
     elif kind == "EAGLE3":
         drafts = {"method": "eagle3", "model": str(write_eagle3(model, folder))}
@@ -98,7 +98,7 @@ def test_prefixes_are_found_as_without_codes(answers):
 def test_drafts_share_the_blocks_of_codes(answers):
     kind, found = answers
     codes, tail = found["LEXICO"]["groups"]
-    drafts = {"draft model": 2, NEARLY_RIGHT: 4}.get(kind, 1)
+    drafts = {"DFlash": 2, "draft model": 2, NEARLY_RIGHT: 4}.get(kind, 1)
     assert len(codes) == 4 + drafts and len(tail) == 4
 
 
@@ -139,7 +139,7 @@ def test_states_are_kept_beside_drafts(strong_llama, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS, BESIDE_STATES, DFLASH])
+@pytest.mark.parametrize("kind", [*KINDS, BESIDE_STATES])
 def test_on_a_gpu(kind, enforce_eager, strong_llama, tmp_path):
     """The V2 runner, whose drafts run in CUDA graphs of their own."""
     settings = CHUNKS | on_this_device() | {"enforce_eager": enforce_eager, "max_num_seqs": 8}
