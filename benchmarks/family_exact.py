@@ -1,7 +1,7 @@
 """Does any setting change what a family of models answers? LEXICO's exact codec beside vLLM without LEXICO.
 
-    python benchmarks/family_exact.py                              # every family that the device runs, every setting
-    python benchmarks/family_exact.py --families LFM2 Bamba --settings defaults "few pages" --at-once 8
+    python benchmarks/family_exact.py                              # every family, every setting
+    python benchmarks/family_exact.py --families LFM2 "Granite 4" --settings defaults "few pages" --at-once 8
 
 Tiny random checkpoints of tests/engine/tiny_families.py, each setting of bench/crossed.py in an engine of its own, as
 many at once as asked. What is refused is listed with its reason. The distance from vLLM is judged by a small number in
@@ -94,7 +94,8 @@ def jobs_of(name: str, family: Any, options: argparse.Namespace) -> list[Job]:
     if any(setting.squeezed for setting in asked.values()):
         jobs.append(Job(name, SQUEEZED, False))
     for key, setting in asked.items():
-        jobs += [Job(name, key, coded) for coded in ([False, True] if setting.changes_model else [True])]
+        jobs += [Job(name, key, False)] if crossed.has_own_peer(family.changes, setting) else []
+        jobs.append(Job(name, key, True))
     return jobs
 
 
@@ -119,7 +120,9 @@ class Judge:
                 self._say(one, *peers)
 
     def _peers(self, job: Job) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
-        own = job.name if job.setting.changes_model else SQUEEZED if job.setting.squeezed else PLAIN
+        own = SQUEEZED if job.setting.squeezed else PLAIN
+        if crossed.has_own_peer(self.families[job.family].changes, job.setting):
+            own = job.name
         named = {one.name: result for one, result in self.found.items() if one.family == job.family and not one.coded}
         names = (own, PLAIN, OTHER if self._dtype(job) != "float32" else PLAIN)
         return None if any(name not in named for name in names) else (named[own], named[PLAIN], named[names[2]])
@@ -179,7 +182,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> Judge:
     """Every job, as many at once as asked."""
     tiny = runpy.run_path(str(TESTS / "tiny_families.py"))
     on_gpu = "VLLM_CPU_CI_ENV" not in os.environ
-    families: dict[str, Any] = tiny["FAMILIES"] | (tiny["ON_GPU"] if on_gpu or options.families else {})
+    families: dict[str, Any] = tiny["FAMILIES"]
     if unknown := set(options.families or ()) - set(families):
         raise ValueError(f"families {sorted(unknown)} are unknown; allowed: {', '.join(families)}")
     dtype = options.dtype or ("bfloat16" if on_gpu else None)
@@ -211,7 +214,7 @@ def _in_turn(rows: list[list[Job]]) -> Iterator[Job]:
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--families", nargs="+", help="of tests/engine/tiny_families.py (default: all that run here)")
+    parser.add_argument("--families", nargs="+", help="of tests/engine/tiny_families.py (default: all)")
     parser.add_argument("--settings", nargs="+", help="of bench/crossed.py (default: all)")
     parser.add_argument("--at-once", type=int, default=1, help="engines at a time (default: %(default)s)")
     parser.add_argument("--dtype", help="of all engines (default: bfloat16 on a GPU, the family's on a CPU)")

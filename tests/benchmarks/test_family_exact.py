@@ -29,7 +29,7 @@ def said(first=-0.1, tokens=(5, 6, 7), faulty=-3.0, preemptions=0):
 
 def judged(command, tiny, out, family, name, ours, *peers, dtype=None):
     """What is said of one engine of LEXICO's, given after its peers' answers: in float16 last, where there are two."""
-    judge = command.Judge(tiny["FAMILIES"] | tiny["ON_GPU"], dtype, out)
+    judge = command.Judge(tiny["FAMILIES"], dtype, out)
     for one, result in zip((command.PLAIN, command.OTHER, command.SQUEEZED), peers, strict=False):
         if result is not None:
             judge.take(command.Job(family, one, False), result)
@@ -59,17 +59,21 @@ def test_float32_answers_are_judged_by_a_number(command, tiny, tmp_path, capsys,
 
 @pytest.mark.parametrize(("first", "fault"), [(-0.12, ""), (-0.2, "bfloat16 itself")])
 def test_bfloat16_is_judged_by_float16(command, tiny, tmp_path, first, fault):
-    judge = judged(command, tiny, tmp_path, "LFM2", "defaults", said(first), said(-0.1), said(-0.16))
+    judge = judged(command, tiny, tmp_path, "Qwen3-Next", "defaults", said(first), said(-0.1), said(-0.16))
     assert fault in " ".join(judge.faults) and bool(judge.faults) == bool(fault)
     (row,) = map(json.loads, (tmp_path / "exactness.jsonl").read_text().splitlines())
-    assert (row["peer"], row["case"]["scenario"], row["case"]["model"]) == (command.OTHER, "defaults", "tiny LFM2")
+    assert (row["peer"], row["case"]["scenario"], row["case"]["model"]) == (
+        command.OTHER,
+        "defaults",
+        "tiny Qwen3-Next",
+    )
     assert row["peer_value"] == pytest.approx(0.02) and row["case"]["with_empty_pages"] == pytest.approx(2.9 / 3)
 
 
 def test_an_engine_waits_for_those_that_it_is_judged_by(command, tiny, tmp_path):
-    judge = judged(command, tiny, tmp_path, "LFM2", "few pages", said(preemptions=1), said(), said(-0.2))
+    judge = judged(command, tiny, tmp_path, "Qwen3-Next", "few pages", said(preemptions=1), said(), said(-0.2))
     assert not judge.said
-    judge.take(command.Job("LFM2", command.SQUEEZED, False), said())
+    judge.take(command.Job("Qwen3-Next", command.SQUEEZED, False), said())
     assert judge.right == 1
     alone = judged(command, tiny, tmp_path, "Llama", "few pages", said(), said(), None, said())
     assert "nothing was preempted" in " ".join(alone.faults)
@@ -82,14 +86,18 @@ def test_every_family_gets_what_means_something_for_it(command, tiny, monkeypatc
     options = argparse.Namespace(settings=None, dtype=None)
     names = {
         name: {job.name for job in command.jobs_of(name, family, options) if job.coded}
-        for name, family in (tiny["FAMILIES"] | tiny["ON_GPU"]).items()
+        for name, family in tiny["FAMILIES"].items()
     }
     assert "windows of 64" in names["Gemma 3"] and "windows of 64" not in names["Llama"]
     stateful = {name for name, settings in names.items() if "states of steps" in settings}
-    assert stateful == {"Qwen3-Next", *tiny["ON_GPU"]}
-    assert "drafts" in names["Bamba"]
+    assert stateful == {"Qwen3-Next", "LFM2", "Granite 4", "Falcon-H1", "Nemotron-H"}
+    assert "drafts" in names["LFM2"]
+    small = {
+        job.coded for job in command.jobs_of("LFM2", tiny["FAMILIES"]["LFM2"], options) if job.name == "small chunks"
+    }
+    assert small == {False, True}
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
-    assert "drafts" not in {job.name for job in command.jobs_of("Bamba", tiny["ON_GPU"]["Bamba"], options)}
+    assert "drafts" not in {job.name for job in command.jobs_of("LFM2", tiny["FAMILIES"]["LFM2"], options)}
     changed = [job for job in command.jobs_of("Gemma 3", tiny["FAMILIES"]["Gemma 3"], options) if not job.coded]
     assert {"vLLM", "vLLM with few pages", "windows of 64"} <= {job.name for job in changed}
     assert "vLLM in float16" not in {job.name for job in changed}

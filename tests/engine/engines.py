@@ -118,7 +118,7 @@ def answer_beside(
         hits: tokens of each prompt that the prefix cache had.
         faulty: log-probabilities of cold answers with a fault planted; of LEXICO alone.
         written: K and V of `TEXT`, see `written`; of LEXICO alone.
-        line, kept_bytes: LEXICO's line at start; what a request keeps at most in layers that are not coded.
+        line, kept: LEXICO's line at start; see `_kept`.
     """
     import logging
 
@@ -151,7 +151,7 @@ def answer_beside(
         }
         if backend == "LEXICO":
             (found[backend]["line"],) = [line for line in said_at_start if line.startswith("LEXICO:")]
-            found[backend]["kept_bytes"] = _kept_bytes(llm)
+            found[backend]["kept"] = _kept(llm)
             with written() as found[backend]["written"]:
                 ask(llm, [TEXT], 1)
             llm.reset_prefix_cache()
@@ -161,15 +161,14 @@ def answer_beside(
     return found
 
 
-def _kept_bytes(llm: Any) -> int:
-    """Bytes of a request in layers with windows, chunks or states, by the cache's groups as vLLM made them."""
+def _kept(llm: Any) -> tuple[int, int]:
+    """Layers with windows, chunks or states, and what a request keeps there, by the groups as vLLM made them."""
     config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     bounded = ("SlidingWindowSpec", "ChunkedLocalAttentionSpec", "MambaSpec")
-    return sum(
-        len(group.layer_names) * group.kv_cache_spec.max_memory_usage_bytes(llm.llm_engine.vllm_config)
-        for group in config.kv_cache_groups
-        if type(group.kv_cache_spec).__name__ in bounded
-    )
+    groups = [group for group in config.kv_cache_groups if type(group.kv_cache_spec).__name__ in bounded]
+    counts = [len(group.layer_names) for group in groups]
+    kept = [group.kv_cache_spec.max_memory_usage_bytes(llm.llm_engine.vllm_config) for group in groups]
+    return sum(counts), sum(count * one for count, one in zip(counts, kept, strict=True))
 
 
 def refusal_or_answer(cache: str, model: str, settings: dict[str, Any]) -> tuple[str, list[str]]:

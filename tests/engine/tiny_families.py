@@ -30,6 +30,22 @@ LINEAR = {
     "shared_expert_intermediate_size": 64,
 }
 
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 64,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+CONVOLUTIONS = {
+    "layer_types": ["conv", "full_attention"] * 2,
+    "block_auto_adjust_ff_dim": False,
+    "block_dim": 256,
+    "conv_dim": 256,
+    "conv_dim_out": 256,
+}
+
 
 class Family(NamedTuple):
     """How a checkpoint is made.
@@ -106,41 +122,7 @@ FAMILIES = {
         HALF,
         text="Text",
     ),
-    "Falcon": Family("Falcon", {"alibi": False, "multi_query": True, "parallel_attn": True, "bias": False}),
-    "GPT-2": Family(
-        "GPT2",
-        {
-            "n_embd": 256,
-            "n_head": 4,
-            "n_layer": 4,
-            "n_positions": 1024,
-            "hidden_size": None,
-            "num_key_value_heads": None,
-        },
-    ),
-}
-MAMBA2 = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 64,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 64,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 64,
-}
-# vLLM's build for CPUs has no kernels for these: `python benchmarks/family_exact.py` runs them on a GPU.
-ON_GPU = {
-    "LFM2": Family(
-        "Lfm2",
-        {
-            "layer_types": ["conv", "full_attention"] * 2,
-            "block_auto_adjust_ff_dim": False,
-            "conv_dim": 256,
-            "conv_dim_out": 256,
-        },
-        HALF,
-        "bfloat16",
-    ),
-    "Bamba": Family("Bamba", {"attn_layer_indices": [1, 3], **MAMBA2}, HALF, "bfloat16"),
+    "LFM2": Family("Lfm2", CONVOLUTIONS, HALF),
     "Granite 4": Family(
         "GraniteMoeHybrid",
         {
@@ -152,9 +134,8 @@ ON_GPU = {
             **MAMBA2,
         },
         HALF,
-        "bfloat16",
     ),
-    "Falcon-H1": Family("FalconH1", {"head_dim": 64, "mamba_d_ssm": 512, **MAMBA2}, (0, 1, 2, 3), "bfloat16"),
+    "Falcon-H1": Family("FalconH1", {"head_dim": 64, "mamba_d_ssm": 512, **MAMBA2}),
     "Nemotron-H": Family(
         "NemotronH",
         {
@@ -168,7 +149,18 @@ ON_GPU = {
             "chunk_size": 64,
         },
         HALF,
-        "bfloat16",
+    ),
+    "Falcon": Family("Falcon", {"alibi": False, "multi_query": True, "parallel_attn": True, "bias": False}),
+    "GPT-2": Family(
+        "GPT2",
+        {
+            "n_embd": 256,
+            "n_head": 4,
+            "n_layer": 4,
+            "n_positions": 1024,
+            "hidden_size": None,
+            "num_key_value_heads": None,
+        },
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,16 @@ def keep_block_of_states() -> None:
 
     validate_block_size.lexico = True  # type: ignore[attr-defined]
     VllmConfig.validate_block_size = validate_block_size
+
+
+def without_states_inside(spec: Any) -> Any:
+    """A spec of Mamba2's states on a CPU with which chunks end where a state is kept.
+
+    Why: vLLM 0.32 has Mamba2 keep a state inside of a chunk, which its kernels for CPUs do not give back, and ends with
+    an IndexError. How: the spec says that the layer keeps none there, as that of linear attention does. Can go when
+    `mamba_chunk_scan_combined_varlen` for CPUs follows `return_intermediate_states`.
+    """
+    return dataclasses.replace(spec, num_prefill_checkpoint_blocks=0) if spec.num_prefill_checkpoint_blocks else spec
 
 
 def prepare_kernels_of_states(vllm_config: Any, layers: dict[str, Any]) -> None:

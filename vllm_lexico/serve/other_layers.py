@@ -162,7 +162,8 @@ def _shared(name: str, layer: Any, tail: LexicoTail, spec: Any, vllm_config: Any
     if isinstance(spec, MambaSpec):  # a block of its own, so that it needs no padding
         block_tokens = tail.layout(vllm_config).block_tokens
         block_tokens = block_tokens if spec.mamba_cache_mode == "align" else spec.block_size
-        return dataclasses.replace(spec, block_size=block_tokens, page_size_padded=None)
+        spec = dataclasses.replace(spec, block_size=block_tokens, page_size_padded=None)
+        return compat_layers.without_states_inside(spec) if current_platform.is_cpu() else spec
     if spec is None:
         return None
     return fitted(spec, layer.get_attn_backend(), tail.layout(vllm_config).page_bytes, name)
