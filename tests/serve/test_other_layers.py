@@ -106,6 +106,7 @@ def a_hybrid(state_layers=36, coded=12):
         cache_config=types.SimpleNamespace(mamba_cache_mode="align"),
         max_in_flight_tokens=4096,
         speculative_config=None,
+        num_speculative_tokens=0,
     )
 
 
@@ -121,7 +122,7 @@ def test_blocks_beside_states_are_about_as_large_as_a_state():
     assert other_layers.block_beside_states(setup, a_hybrid(), 50_000, None) == 128
 
 
-def test_a_state_needs_no_padding_and_is_kept_where_blocks_of_codes_end():
+def test_a_state_needs_no_padding_and_is_kept_where_blocks_of_codes_end(monkeypatch):
     state = MambaSpec(
         shapes=((4, 4),), dtypes=(torch.float32,), block_size=384, page_size_padded=4096, mamba_cache_mode="align"
     )
@@ -129,6 +130,13 @@ def test_a_state_needs_no_padding_and_is_kept_where_blocks_of_codes_end():
     tail = types.SimpleNamespace(layout=lambda config: layout)
     shared = other_layers._shared("layers.0.mixer", None, tail, state, None)
     assert (shared.block_size, shared.page_size_padded, shared.page_size_bytes) == (512, None, 64)
+    inside = dataclasses.replace(state, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
+    for on_cpu in (False, True):  # whose kernels keep no state inside of a chunk
+        monkeypatch.setattr(
+            other_layers, "current_platform", types.SimpleNamespace(is_cpu=lambda on_cpu=on_cpu: on_cpu)
+        )
+        kept = other_layers._shared("layers.0.mixer", None, tail, inside, None)
+        assert (kept.num_prefill_checkpoint_blocks, kept.block_size) == (int(not on_cpu), 512)
     lasting = dataclasses.replace(state, mamba_cache_mode="none", block_size=4096)
     assert other_layers._shared("layers.0.mixer", None, tail, lasting, None).block_size == 4096
     assert other_layers._shared("layers.1.attn", None, tail, None, None) is None
