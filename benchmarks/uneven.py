@@ -11,6 +11,8 @@ Which tokens get many atoms and which few is decided by
                training alone (`bench/gates.py`)
   lost         the energy that 7 atoms lose of it, which coding can know without a gate
   damage       the oracle's attention times the root of that
+  heads        how often the oracle chooses a head's tokens in texts of training; layers likewise
+  .. in shares the same within a head's block, of which each head has that share
   random       nothing: what uneven records cost by themselves
 
 Beside these: even codes with atoms moved between keys and values and between layers, and with other stretches of keys
@@ -44,7 +46,7 @@ from bench.asked_model import AskedModel, History
 from bench.gates import GATES, Gate, recall
 from bench.record import RESULTS, record
 from bench.restretched import RestretchedCodec, stretches
-from bench.uneven_cases import Case, cases, choose, lost_scores, mean_bytes, read_back
+from bench.uneven_cases import Case, cases, choose, in_shares, lost_scores, mean_bytes, read_back
 from bench.uneven_texts import AnyTexts, Text, make_texts, repetitions, training_texts
 from bench.vector_codecs import DictionaryCodec
 from lexico_kernels.memory.layout import KV
@@ -76,6 +78,7 @@ class Study:
         self.layers = shape.num_layers
         self.gates: dict[str, Gate] = {}
         self.stretches: dict[str, Tensor] = {}
+        self.shares: Tensor | None = None  # [layers, Hk], of tokens that the oracle chooses in texts of training
         self.coders = cache(partial(self._coder))
         self.stretch = {kv: dictionary.tensors[f"{kv}_stretch"].to(self.model.device) for kv in KV}
         config = self.model.model.generation_config
@@ -102,14 +105,24 @@ class Study:
 
         frame: of a task, for its way to ask.
         """
-        gates = [name for name in GATES if any(case.by == name for case in self.cases)]
+        gates = [name for name in GATES if any(case.by.split()[0] == name for case in self.cases)]
         named = {case.stretch for case in self.cases} - {""}
         energy = torch.zeros_like(self.stretch["key"])
-        if gates or named:
+        if (
+            gates
+            or named
+            or any("heads" in case.by or "shares" in case.by or "layers" in case.by for case in self.cases)
+        ):
             texts = training_texts(frame, self.args.data, self.args.gate_tokens, self.args.gate_texts)
             histories = [self.model.compute(ids) for ids in texts]
             scores = [self._drawn(frame, *both, energy) for both in zip(texts, histories, strict=True)]
             self.gates = {name: GATES[name](histories, scores, self.args.gate_steps) for name in gates}
+            whole = Case("shares", 7, (3, 3), (15, 15), scope="model")
+            places = [range(self.model.sinks, max(len(ids) - self.args.window, self.model.sinks + 1)) for ids in texts]
+            marked = [
+                choose(*both, whole)[..., both[1].start : both[1].stop] for both in zip(scores, places, strict=True)
+            ]
+            self.shares = torch.cat(marked, 2).float().mean(2)
             self.stretches = stretches(self.stretch["key"], energy, named)
         self._spent("gates")
 
@@ -145,6 +158,14 @@ class Study:
         scores |= {name: gate(exact) for name, gate in self.gates.items()}
         random = torch.Generator().manual_seed(text.index)
         scores["random"] = torch.rand(scores["oracle"].shape, generator=random).to(self.model.device)
+        if self.shares is not None:
+            by_layer = self.shares.mean(1, keepdim=True)
+            scores["heads"], scores["layers"] = (
+                share.expand(self.shares.shape)[..., None].expand(scores["oracle"].shape)
+                for share in (self.shares, by_layer)
+            )
+            ranked = ("oracle", "random", *self.gates)
+            scores |= {f"{name} in shares": in_shares(scores[name], self.shares) for name in ranked}
         if any(case.by in ("lost", "damage") for case in self.cases):
             scores["lost"] = lost_scores(exact, coded, self.coders(ERRORS_OF, ""), self.stretch)
             scores["damage"] = scores["oracle"] + scores["lost"] / 2
@@ -154,7 +175,7 @@ class Study:
         """Bytes of a vector, and for what is not the oracle's choice the share of that that is chosen."""
         mask = chosen.get(case.name)
         facts = {"vector_bytes": mean_bytes(case, self.layers, mask, coded)} if case.codes else {}
-        if mask is not None and case.by != "oracle":
+        if mask is not None and not case.by.startswith("oracle"):
             facts["recall"] = recall(mask, choose(oracle, coded, case))
         return facts
 

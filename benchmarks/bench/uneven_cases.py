@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCK_TOKENS = 128
 MASK_BYTES = BLOCK_TOKENS // 8  # which tokens of a head's block have the larger records
+ROWS_AT_ONCE = 4096
 SCOPES = ("span", "block", "page", "head", "layer", "model")
 
 Pair = tuple[int, int]  # atoms of keys and of values
@@ -88,6 +89,15 @@ def cases(layers: int) -> list[Case]:
         Case("oracle 3/15 by page", 7, *mean_7, scope="page"),
         Case("oracle 3/15 by model", 7, *mean_7, scope="model"),
         Case("oracle 7/31 by model", 15, *mean_15, scope="model"),
+        Case("heads 3/15", 7, *mean_7, by="heads", scope="model"),
+        Case("heads 7/31", 15, *mean_15, by="heads", scope="model"),
+        Case("layers 3/15", 7, *mean_7, by="layers", scope="model"),
+        Case("oracle 3/15 in shares", 7, *mean_7, by="oracle in shares", scope="model"),
+        Case("oracle 7/31 in shares", 15, *mean_15, by="oracle in shares", scope="model"),
+        Case("mlp 3/15 in shares", 7, *mean_7, by="mlp in shares", scope="model"),
+        Case("linear 3/15 in shares", 7, *mean_7, by="linear in shares", scope="model"),
+        Case("random 3/15 in shares", 7, *mean_7, by="random in shares", scope="model"),
+        Case("mlp 7/31 in shares", 15, *mean_15, by="mlp in shares", scope="model"),
         Case("mlp 3/15", 7, *mean_7, by="mlp"),
         Case("mlp 7/31", 15, *mean_15, by="mlp"),
         Case("linear 3/15", 7, *mean_7, by="linear"),
@@ -153,6 +163,22 @@ def choose(scores: Tensor, coded: range, case: Case) -> Tensor:
     return chosen.permute(axes).flatten(2)[..., :L]  # each of these orders is its own inverse
 
 
+def in_shares(scores: Tensor, shares: Tensor) -> Tensor:
+    """Scores by which `choose` takes the best of each head's block, of each head its share of the block's tokens.
+
+    Args:
+        scores: [layers, Hk, L].
+        shares: [layers, Hk], of a scope "model" on average.
+
+    Returns:
+        float32 [layers, Hk, L], 0 where a head's share ends; for the scope "model".
+    """
+    L = scores.shape[2]
+    blocks = torch.nn.functional.pad(scores, (0, -L % BLOCK_TOKENS), value=-torch.inf).unflatten(2, (-1, BLOCK_TOKENS))
+    rank = blocks.argsort(-1, descending=True).argsort(-1).flatten(2)[..., :L]
+    return shares[..., None] * BLOCK_TOKENS - rank
+
+
 def mean_bytes(case: Case, layers: int, chosen: Tensor | None, coded: range) -> float:
     """Bytes of a vector's record on average, with its part of the mask; chosen: as `choose` returns."""
     low, high = zip(*(case.atoms(layer) for layer in range(layers)), strict=True)
@@ -215,12 +241,15 @@ def read_back(
         read = exact.repeat(len(wanted), 1, 1, 1)
         part = exact[0, :, coded.start : coded.stop].transpose(0, 1).contiguous()
         known: dict[tuple[int, str], Tensor] = {}
+        rows = coded.stop - coded.start
+        if part.is_cuda and rows:  # kernels are compiled for few sizes then
+            part = part[torch.arange(-(-rows // ROWS_AT_ONCE) * ROWS_AT_ONCE, device=part.device) % rows]
         for out, case in zip(read, wanted, strict=True):
             if not case.codes:
                 continue
             low, high = ((pair[at], case.stretch if kv == "key" else "") for pair in case.atoms(layer))
             for kind in {low, high} - known.keys():
-                known[kind] = coders(*kind)(layer, kv, part).transpose(0, 1)
+                known[kind] = coders(*kind)(layer, kv, part)[:rows].transpose(0, 1)
             mask = chosen[case.name][layer, :, coded.start : coded.stop, None] if case.high else None
             new = known[low] if mask is None else torch.where(mask, known[high], known[low])
             out[:, coded.start : coded.stop] = new

@@ -183,6 +183,17 @@ def test_the_best_of_each_group_are_chosen(bench, scope):
             assert own[marked].min() > own[~marked].max()
 
 
+def test_each_head_has_its_share_of_each_block(bench):
+    scores = torch.randn(2, 2, 384, generator=torch.Generator().manual_seed(6))
+    shares = torch.tensor([[0.0, 0.25], [0.5625, 0.5]])  # 1.3125 of 4 heads: 42 of 128 on average
+    case, coded = bench.uneven_cases.Case("a case", 7, (3, 3), (15, 15), scope="model"), range(384)
+    chosen = bench.uneven_cases.choose(bench.uneven_cases.in_shares(scores, shares), coded, case)
+    assert chosen.unflatten(2, (3, 128)).sum(-1).tolist() == [[[0] * 3, [32] * 3], [[72] * 3, [64] * 3]]
+    for head, count in (((0, 1), 32), ((1, 0), 72)):
+        best = scores[head][128:256].topk(count).indices + 128
+        assert chosen[head][best].all()
+
+
 def test_each_case_reads_its_own_codes(bench, model, dictionary):
     loaded, exact, coded = load_dictionary(dictionary), model.compute(TEXT), range(16, 140)
     kind = bench.uneven_cases
@@ -328,6 +339,9 @@ def test_every_case_has_its_row(uneven, folder, dictionary, data, tmp_path, caps
         "linear 3/15",
         "random 3/15",
         "lost 3/15",
+        "heads 3/15",
+        "layers 3/15",
+        "mlp 3/15 in shares",
         "even 15 far pairs",
     ]
     options = "--tasks qa_2 pairs_2 --texts 2 --questions 2 --chunk 200 --gate-texts 1 --gate-tokens 120 --gate-steps 3"
@@ -337,15 +351,14 @@ def test_every_case_has_its_row(uneven, folder, dictionary, data, tmp_path, caps
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 2 * 2 * len(names)
     rows = [json.loads(line) for line in (tmp_path / "uneven.jsonl").read_text().splitlines()]
-    assert [(row["case"]["task"], row["case"]["way"]) for row in rows] == [
-        (task, name) for task in ("qa_2", "pairs_2") for name in names
-    ]
+    for task in ("qa_2", "pairs_2"):
+        assert sorted(row["case"]["way"] for row in rows if row["case"]["task"] == task) == sorted(names)
     for row in rows:
         case = row["case"]
         assert case["questions"] == 4 and row["metric"] == "found" and row["peer"] == "exact"
         assert row["value"] - row["peer_value"] == pytest.approx((case["won"] - case["lost"]) / 4)
         assert ("vector_bytes" in case) == (case["way"] != "exact")
-        assert ("recall" in case) == (case["way"].split()[0] in ("mlp", "linear", "random", "lost"))
+        assert ("recall" in case) == (case["way"].split()[0] in ("mlp", "linear", "random", "lost", "heads", "layers"))
     assert len({line["answer"] for line in lines}) > 4  # ways differ
     uneven.run(uneven.parse_args([*args[: -len(names)], "exact", "even 7", "--seconds", "1e-3"]))
     assert "time is up after 0 of 2 texts" in capsys.readouterr().out
