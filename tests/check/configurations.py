@@ -31,6 +31,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         rope_theta=500000.0,
         rope_scaling=LLAMA3_ROPE,
     ),
+    "Llama-3.1-70B": config(
+        "llama",
+        "LlamaForCausalLM",
+        **sizes(80, 8192, 28672, 64, 8, 128256),
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling=LLAMA3_ROPE,
+    ),
     "Qwen3-8B": config(
         "qwen3",
         "Qwen3ForCausalLM",

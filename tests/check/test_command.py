@@ -32,7 +32,7 @@ def test_what_a_person_reads(write_family, capsys):
         assert (
             line.startswith(f"{name}  ") and f" {row['tokens']:,}  " in line and f"{row['bytes_per_token']:,}" in line
         )
-        assert line.endswith(f" {row['times_bf16']:.1f}")
+        assert abs(float(line.split()[-1]) - row["times_bf16"]) <= 0.055  # of two decimals and of one
     command = f"vllm serve {folder} --attention-backend LEXICO --max-model-len 32768"
     assert f"Serve it          {command}" in lines
     words = " ".join(" ".join(lines).split())

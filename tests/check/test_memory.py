@@ -94,6 +94,7 @@ def coded_specs(shape, sparsity, load):
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         cache_config=SimpleNamespace(mamba_cache_mode="align"),
         max_in_flight_tokens=load.in_flight_tokens,
+        num_speculative_tokens=0,
     )
     block = 128
     if beside_states:

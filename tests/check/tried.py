@@ -23,6 +23,7 @@ class Known(NamedTuple):
 # In the order of the table.
 MODELS = {
     "Llama-3.1-8B": Known("Llama", "H100, H200"),
+    "Llama-3.1-70B": Known("Llama", "two H200s"),  # 16 of its 80 layers, tensor parallel; benchmarks/parallel.py
     "Qwen2.5-7B": Known("Qwen2"),
     "Qwen3-8B": Known("Qwen3"),
     "Qwen3-30B-A3B": Known("Qwen3-MoE"),

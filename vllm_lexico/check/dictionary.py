@@ -78,7 +78,14 @@ class DictionaryState:
     based_on: str
 
 
-def find_state(shape: ModelShape, max_model_len: int, gpus: int = 1, overrides: str = "") -> DictionaryState:
+# The least memory of Hopper's GPUs, which keep atoms in 8 bits three times: in two orders to choose by, and to be
+# solved for.
+HOPPER_BYTES = 79 << 30
+
+
+def find_state(
+    shape: ModelShape, max_model_len: int, gpus: int = 1, overrides: str = "", gpu_memory: int = 0
+) -> DictionaryState:
     """Look for a model's dictionary as serving does, and predict how long making one takes.
 
     Args:
@@ -86,6 +93,7 @@ def find_state(shape: ModelShape, max_model_len: int, gpus: int = 1, overrides: 
         max_model_len: tokens that a request may have.
         gpus: that share its heads.
         overrides: of its configuration, as JSON.
+        gpu_memory: bytes of each GPU.
     """
     path, info, several = None, None, None
     fingerprint = shape.fingerprint(max_model_len)
@@ -102,9 +110,8 @@ def find_state(shape: ModelShape, max_model_len: int, gpus: int = 1, overrides: 
         made_for=info.model_name if info else None,
         own=info is not None and same_model(info.model_name, shape.name),
         atoms=atoms,
-        # Keys and values of each head: the atoms in 16 bits, and in 8 bits those that coding chooses by, in two orders,
-        # and solves for.
-        num_bytes=len(shape.coded) * 2 * heads * atoms * size * 5,
+        # Keys and values of each head: the atoms in 16 bits, and in 8 bits those that coding takes.
+        num_bytes=len(shape.coded) * 2 * heads * atoms * size * (5 if gpu_memory >= HOPPER_BYTES else 3),
         several=several,
         command=train_command(shape.name, overrides, fingerprint.short_context),
         minutes=seconds / 60,

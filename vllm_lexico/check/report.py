@@ -154,7 +154,7 @@ def make_report(asked: Asked) -> Report:
     if reasons:
         return Report(asked, shape, reasons, max_model_len)
     overrides = json.dumps(json.loads(asked.overrides), sort_keys=True) if asked.overrides else ""
-    dictionary = find_state(shape, max_model_len, asked.gpus, overrides)
+    dictionary = find_state(shape, max_model_len, asked.gpus, overrides, asked.gpu_memory)
     budget = _budget(asked, shape, find_weights(asked.model, folder), dictionary)
     load = Load(max_model_len, asked.step_tokens, asked.gpus)
     plain = memory.plain_plan(shape, load)
