@@ -119,7 +119,8 @@ def orchestrate(args: argparse.Namespace) -> None:
 
             args.drafts["model"] = str(write_rounded_model(Path(args.model), Path(folder), args.rounded))
         found = run_engines(args)
-    case = {"model": Path(args.model).name, "method": args.drafts.get("method"), "lexico": args.lexico}
+    lexico = {name: Path(one).name if name == "dictionary" else one for name, one in args.lexico.items()}
+    case = {"model": Path(args.model).name, "method": args.drafts.get("method"), "lexico": lexico}
     drafting = Path(args.drafts.get("model", "")).name if not args.rounded else f"rounded to {args.rounded} bits"
     case |= {"drafts": args.drafts.get("num_speculative_tokens"), "draft_model": drafting, "longest": args.longest}
     apart = {}
