@@ -191,7 +191,7 @@ def make_prompts() -> list[list[int]]:
 
 
 def answer_with_drafts(
-    model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any], fault: bool
+    model: str, backend: str, lexico: dict[str, Any], settings: dict[str, Any], fault: str | None
 ) -> dict[str, Any]:
     """What an engine that drafts answers to long prompts in chunks, and to their continuations from the cache.
 
@@ -200,8 +200,8 @@ def answer_with_drafts(
         hits: tokens of each prompt that the prefix cache had.
         counts: tokens drafted and accepted.
         groups: names of the layers of each cache group.
-        long, faulty: the same, of longer answers to the first prompts, sound and where codes of rejected drafts are
-            kept; if asked for.
+        long, faulty: the same, of longer answers to the first prompts, or shorter ones to the last, sound and with the
+            fault; where there is one.
     """
     import transformers
     import vllm
@@ -229,11 +229,14 @@ def answer_with_drafts(
         "counts": [int(metrics[name]) for name in COUNTS],
         "groups": [list(group.layer_names) for group in groups],
     }
-    for name, planted in (("long", None), ("faulty", REJECTED_KEPT)) if fault else ():
+    for name, planted in (("long", None), ("faulty", fault)) if fault else ():
         llm.reset_prefix_cache()
         if backend == "LEXICO":
             llm.collective_rpc("plant_fault", args=(planted,))
-        outputs = answers(prompts[:FAULTY_PROMPTS], FAULTY_TOKENS)
+        if fault == REJECTED_KEPT:
+            outputs = answers(prompts[:FAULTY_PROMPTS], FAULTY_TOKENS)
+        else:
+            outputs = answers(prompts[-FAULTY_PROMPTS:], CONTINUED_TOKENS)
         found[name] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
         found[name]["logprobs"] = [logprobs(output) for output in outputs]
     return found

@@ -20,6 +20,7 @@ from draft_answers import (
     write_qwen3_next,
 )
 from engines import on_this_device
+from faults import REJECTED_KEPT
 from processes import in_a_process
 
 from vllm_lexico.serve.tail_pages import TAIL_SUFFIX
@@ -62,7 +63,7 @@ def answers(request, strong_llama, tmp_path_factory):
     for backend in BACKENDS:
         lexico = {"codec": "exact"} if backend == "LEXICO" else {}
         case = model, backend, lexico, CHUNKS | drafts
-        found[backend] = in_a_process(answer_with_drafts, *case, fault=kind == NEARLY_RIGHT)
+        found[backend] = in_a_process(answer_with_drafts, *case, fault=REJECTED_KEPT if kind == NEARLY_RIGHT else None)
     return kind, found
 
 
@@ -108,12 +109,12 @@ def test_codes_of_rejected_drafts_are_seen_where_they_are_kept(answers):
         assert apart(found["LEXICO"]["faulty"]["logprobs"], found["CPU_ATTN"]["long"]["logprobs"]) > 10 * MOST_APART
 
 
-def compare_in_bfloat16(kind, theirs, strong_llama, folder, settings):
+def compare_in_bfloat16(kind, theirs, strong_llama, folder, settings, fault=None):
     """Answers part where two tokens are tied; up to there log-probabilities are near, and as many drafts accepted."""
     model, drafts = write_drafts(kind, strong_llama, folder)
     kept = {theirs: {}, "LEXICO": {"codec": "exact"}}
     found = {
-        name: in_a_process(answer_with_drafts, model, name, kept[name], settings | drafts, fault=False) for name in kept
+        name: in_a_process(answer_with_drafts, model, name, kept[name], settings | drafts, fault=fault) for name in kept
     }
     ends = []
     for one, other in zip(found["LEXICO"]["tokens"], found[theirs]["tokens"], strict=True):
@@ -133,8 +134,10 @@ def compare_in_bfloat16(kind, theirs, strong_llama, folder, settings):
 def test_states_are_kept_beside_drafts(strong_llama, tmp_path):
     """Without a prefix cache: the CPU build of vLLM 0.32 copies states with a kernel of Triton there."""
     settings = CHUNKS | {"block_size": None, "dtype": "bfloat16", "enable_prefix_caching": False}
-    found = compare_in_bfloat16(BESIDE_STATES, "CPU_ATTN", strong_llama, tmp_path, settings)
+    found = compare_in_bfloat16(BESIDE_STATES, "CPU_ATTN", strong_llama, tmp_path, settings, "wiped pages")
     assert found["LEXICO"]["counts"] == found["CPU_ATTN"]["counts"]
+    faulty, sound = (found["LEXICO"][name]["logprobs"] for name in ("faulty", "long"))
+    assert apart(faulty, sound) > 10 * BFLOAT16_MEAN_APART
 
 
 @pytest.mark.gpu
