@@ -12,6 +12,7 @@ BESIDE = "have a state beside attention"
 # that vLLM takes by itself.
 SERVED = [
     ("Llama-3.1-8B", range(32), [], (8, 128), 131072, 131072),
+    ("Llama-3.1-70B", range(80), [], (8, 128), 131072, 131072),
     ("Qwen3-8B", range(36), [], (8, 128), 40960, 40960),
     ("Qwen2.5-7B", range(28), [], (4, 128), 131072, 131072),
     ("Qwen2.5-VL-7B", range(28), [], (4, 128), 128000, 128000),

@@ -41,6 +41,11 @@ def test_what_ran_on_a_cpu_is_a_family_of_the_engine_tests(root, monkeypatch):
 def test_shapes_that_ran_on_a_gpu_have_rows(root):
     rows = rows_of(root, "engine") + rows_of(root, "families")
     measured = {(row["case"].get("model", "").replace("-", " "), row["gpu"].split()[1]) for row in rows}
+    measured |= {
+        (row["case"].get("model", "").replace("-", " "), f"two {row['gpu'].split()[1]}s")
+        for row in rows_of(root, "parallel")
+        if row["case"].get("tensor_parallel") == 2
+    }
     claimed = [
         (name.replace("-", " "), gpu)
         for name, known in MODELS.items()
