@@ -145,7 +145,7 @@ class Judge:
         dtype, known = self._dtype(job), "error" not in plain and "error" not in other
         noise = compare(plain["answers"], other["answers"]) if known and plain is not other else None
         row, wrong = crossed.judge(ours["answers"], theirs["answers"], noise, dtype)
-        faulty, seen = crossed.judge_fault(ours["faulty"], theirs["answers"], noise, dtype)
+        faulty, seen = crossed.judge_fault(ours["faulty"], ours["answers"], theirs["answers"], noise, dtype)
         if not all(map(math.isfinite, (row["mean"], row["max"], faulty))):
             self._fault(f"{words} answers are no numbers, or no token is the same: {row}")
             return

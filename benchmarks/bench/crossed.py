@@ -228,11 +228,14 @@ def checkpoint(family: Any, folder: Path, write: Any) -> Path:
     return folder
 
 
-def judge_fault(faulty: Answers, theirs: Answers, noise: dict[str, float] | None, dtype: str) -> tuple[float, bool]:
-    """How far answers with a fault are from vLLM's, and whether `judge` sees it."""
-    cut = [{name: values[:FAULTY_TOKENS] for name, values in row.items()} for row in theirs[: len(faulty)]]
-    row, wrong = judge(faulty, cut, noise, dtype)
-    return row["mean"], bool(wrong)
+def judge_fault(
+    faulty: Answers, sound: Answers, theirs: Answers, noise: dict[str, float] | None, dtype: str
+) -> tuple[float, bool]:
+    """How far answers with a fault are from vLLM's, and whether that, or where they part, is not as of sound ones."""
+    cut = [[{k: values[:FAULTY_TOKENS] for k, values in row.items()} for row in rows] for rows in (sound, theirs)]
+    whole, peer = (rows[: len(faulty)] for rows in cut)
+    row, wrong = judge(faulty, peer, noise, dtype)
+    return row["mean"], bool(wrong) or row["partings"] > compare(whole, peer)["partings"]
 
 
 def judge(ours: Answers, theirs: Answers, noise: dict[str, float] | None, dtype: str) -> tuple[dict[str, float], str]:

@@ -47,7 +47,7 @@ MODELS = {
     "Qwen3-Next-80B": Known("Qwen3-Next", "H200"),
     "Qwen3.5-27B": Known(),
     "Nemotron-3-Nano": Known("Nemotron-H", TINY),
-    "Granite-4.0-H-Small": Known("Granite 4"),
+    "Granite-4.0-H-Small": Known("Granite 4", TINY),
     "LFM2-1.2B": Known("LFM2"),
     "Falcon-H1-7B": Known("Falcon-H1"),
     "Mistral-7B-v0.1": Known(refused="windows throughout"),

@@ -58,7 +58,7 @@ def test_answers_are_vllms(crossed, answers):
 
 def test_empty_code_pages_are_seen(crossed, answers):
     dtype, theirs, ours = answers
-    apart, seen = crossed.judge_fault(ours["faulty"], theirs["answers"], None, dtype)
+    apart, seen = crossed.judge_fault(ours["faulty"], ours["answers"], theirs["answers"], None, dtype)
     assert "wiped pages" in FAULTS and seen, apart
 
 
