@@ -204,37 +204,22 @@ __device__ void add_token(const Levels& levels, const ValueRecord& record, const
   add_to_bins(levels, record, bins, fixed);
 }
 
-constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;  // atoms that a thread stores
-
-// The bins of AT_ONCE atoms.
-__device__ void load_bins(const int* bins, int atom, int (&out)[2][QUERIES]) {
-  if constexpr (ROTATE && AT_ONCE == 2 && QUERIES == 4) {  // whole rows: lanes would wait for each other's single words
-    const bool later = threadIdx.x & 4;  // so that eight lanes read from all banks
-    const uint4* row = (const uint4*)(bins + atom * 4);
-    const uint4 one = row[later], other = row[!later];
-    const uint4 first = later ? other : one, second = later ? one : other;
-    out[0][0] = first.x, out[0][1] = first.y, out[0][2] = first.z, out[0][3] = first.w;
-    out[1][0] = second.x, out[1][1] = second.y, out[1][2] = second.z, out[1][3] = second.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-#pragma unroll
-      for (int g = 0; g < QUERIES; g++) out[i][g] = bins[bin_of(atom + i, g)];
-    }
-  }
-}
-
 // The bins of a split as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record
 // may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would
 // be NaN.
 __device__ void store_bins(const int* bins, char* out) {
+  constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    int bin[2][QUERIES] = {};
-    load_bins(bins, atom, bin);
+    float value[2][QUERIES] = {};
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+      for (int g = 0; g < QUERIES; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
+    }
 #pragma unroll
     for (int g = 0; g < QUERIES; g++) {
-      const u32 halves = floats_to_halves(atom ? bin[0][g] * BIN_TO_HALF : 0, bin[1][g] * BIN_TO_HALF);
+      const u32 halves = floats_to_halves(value[0][g], value[1][g]);
       if constexpr (AT_ONCE == 2) ((u32*)out)[(g * VALUE_ATOMS + atom) / 2] = halves;
       else ((u16*)out)[g * VALUE_ATOMS + atom] = (u16)halves;
     }
