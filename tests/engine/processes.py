@@ -16,7 +16,9 @@ IMPORTED_ONCE = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.mode
 
 
 def in_a_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """What a function of this folder returns, or raises, in a process where nothing ran before."""
+    """What a function of this folder's helpers returns, or raises, in a process where nothing ran before."""
+    # pytest names test modules by their path, by which another process does not find them.
+    assert "." not in function.__module__, f"{function.__module__}.{function.__name__} belongs into a helper's file"
     # What vLLM imports may touch a GPU, which no fork can use then.
     context = multiprocessing.get_context("spawn" if ON_A_GPU else "forkserver")
     if not ON_A_GPU:

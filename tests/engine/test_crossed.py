@@ -7,6 +7,7 @@ requests are answered. `python benchmarks/family_exact.py` crosses every family 
 import pytest
 
 pytest.importorskip("vllm")
+from crossed_answers import answer_in_turn
 from faults import FAULTS
 from processes import in_a_process
 from tiny_families import FAMILIES, write_checkpoint
@@ -17,18 +18,6 @@ CROSSED = {  # vLLM's build for CPUs has no kernel for drafts beside states
     "Llama 4": "drafts in small chunks, few pages",
     "Granite 4": "few pages, small chunks, window hits",
 }
-
-
-def answer_in_turn(benchmarks, model, dtype, name, faults):
-    """What vLLM answers without LEXICO, then LEXICO with a setting."""
-    import sys
-
-    sys.path.insert(0, benchmarks)
-    from bench import crossed
-
-    plain, setting, settings = crossed.PEERS[crossed.SQUEEZED], crossed.SETTINGS[name], {"dtype": dtype}
-    theirs = crossed.answer(model, plain, "CPU_ATTN", settings)
-    return theirs, crossed.answer(model, setting, "LEXICO", settings, faults)
 
 
 @pytest.fixture(scope="module")
