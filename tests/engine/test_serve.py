@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 from faults import FAULTS, WRITTEN
 
-START_SECONDS = 240
+START_SECONDS = 480  # two cores, beside another engine
 LETTERS = 1300  # of the text, in whose first line the answer stands: so many that it has left the window
 # Without it the model nearly ties between two languages, and bfloat16's rounding decides.
 SYSTEM = "Answer truthfully in one short sentence."
