@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from lexico_kernels.device.launch import STREAM_DIM
+
 from vllm_lexico.check.model import ModelShape, weights_per_token
 from vllm_lexico.dictionary.file import read_info
 from vllm_lexico.dictionary.names import same_model, train_command
@@ -78,8 +80,8 @@ class DictionaryState:
     based_on: str
 
 
-# The least memory of Hopper's GPUs, which keep atoms in 8 bits three times: in two orders to choose by, and to be
-# solved for.
+# The least memory of Hopper's GPUs, which keep atoms of heads of 128 in 8 bits three times: in two orders to choose by,
+# and to be solved for.
 HOPPER_BYTES = 79 << 30
 
 
@@ -104,6 +106,7 @@ def find_state(
         several = str(error) if "several other models" in str(error) else None
     atoms = info.atoms if info else LearnSettings().atoms
     heads, size = shape.heads.on_each(gpus), shape.heads.size
+    streams = size == STREAM_DIM and gpu_memory >= HOPPER_BYTES
     seconds = MEASURED.seconds_for(len(shape.coded), shape.heads.number, weights_per_token(shape.text))
     return DictionaryState(
         path=path,
@@ -111,7 +114,7 @@ def find_state(
         own=info is not None and same_model(info.model_name, shape.name),
         atoms=atoms,
         # Keys and values of each head: the atoms in 16 bits, and in 8 bits those that coding takes.
-        num_bytes=len(shape.coded) * 2 * heads * atoms * size * (5 if gpu_memory >= HOPPER_BYTES else 3),
+        num_bytes=len(shape.coded) * 2 * heads * atoms * size * (5 if streams else 3),
         several=several,
         command=train_command(shape.name, overrides, fingerprint.short_context),
         minutes=seconds / 60,
