@@ -2,14 +2,25 @@
 
 import ctypes
 import hashlib
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from lexico_kernels.device import nvrtc
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
 SEED = 1  # of the order in which threads go on
+
+
+def folder_for_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels for the CPU are built, once a session; skips the test where nothing can build them."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 class OnCpu:

@@ -3,11 +3,9 @@
 On a CPU `cuda_on_cpu.h` runs the kernel's source thread by thread, in random order.
 """
 
-import shutil
-
 import pytest
 import torch
-from cuda_on_cpu import OnCpu
+from cuda_on_cpu import OnCpu, folder_for_kernels
 from lexico_kernels import CodeLayout, LayerStack, RequestTables, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.omp_encode import clusters as cluster
@@ -31,10 +29,7 @@ def kernel(device, monkeypatch, tmp_path_factory):
         if not cluster._on_device(0):
             pytest.skip("this GPU has no clusters of thread blocks")
         return
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
-    folder.mkdir(exist_ok=True)
+    folder = folder_for_kernels(tmp_path_factory)
 
     def on_cpu(name, device, *shape):
         return OnCpu(folder, cluster.FILES[1:], "cluster_omp_on_cpu.cpp", name, cluster.macros(*shape))

@@ -1,10 +1,8 @@
 """omp_encode by a streaming dictionary against its twin, in poisoned memory: compiled on Hopper, else on the CPU."""
 
-import shutil
-
 import pytest
 import torch
-from cuda_on_cpu import OnCpu
+from cuda_on_cpu import OnCpu, folder_for_kernels
 from lexico_kernels import CodeLayout, RequestTables, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_DIM
@@ -29,10 +27,7 @@ def kernel(device, monkeypatch, tmp_path_factory):
         if not streams._on_device(0):
             pytest.skip("this GPU has no products of four warps")
         return
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.getbasetemp() / "cuda_on_cpu"
-    folder.mkdir(exist_ok=True)
+    folder = folder_for_kernels(tmp_path_factory)
 
     def on_cpu(device, *shape):
         return OnCpu(folder, streams.FILES[1:], "stream_omp_on_cpu.cpp", streams.NAME, streams.macros(*shape))

@@ -13,16 +13,9 @@ from torch import Tensor
 from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
-from lexico_kernels.memory.layout import (
-    BF16_MAX,
-    KV,
-    LEVEL_BITS,
-    MAX_ATOMS,
-    MOST_LOST,
-    NUM_LEVELS,
-    CodeLayout,
-)
+from lexico_kernels.memory.layout import KV, MAX_ATOMS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
+from lexico_kernels.omp_encode.encoding import arguments, record_macros
 
 FILES = ("omp_encode/cluster_primitives.cu", "omp_encode/cluster_omp.cu", "omp_encode/cluster_launch.cu")
 NAME, LAYERS_NAME = "cluster_omp", "cluster_omp_layers"
@@ -93,15 +86,10 @@ def macros(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int],
     sparsity = max(layout.key_sparsity, layout.value_sparsity)
     blocks = cluster_blocks(max(atoms))
     owned = next(row.owned for row in CLUSTER if sparsity <= row.max_sparsity)
-    found = {
+    found = record_macros(layout, atoms, half) | {
         "D": layout.head_dim,
-        "HALF": int(half),
         "CLUSTER": blocks,
         "OWNED": owned,
-        "MAX_S": sparsity,
-        "P": layout.block_tokens,
-        "R": layout.tail_tokens,
-        "HEAD_BYTES": layout.head_bytes,
         "SHARED_BYTES": shared_bytes(layout.head_dim, blocks, owned, sparsity),
         "WARPS": WARPS,
         "BLOCK_ATOMS": BLOCK_ATOMS,
@@ -109,23 +97,8 @@ def macros(layout: CodeLayout, atoms: tuple[int, int], strides: tuple[int, int],
         "UNIT": UNIT,
         "DEALT": DEALT,
         "MAX_ATOMS": MAX_ATOMS,
-        "NUM_LEVELS": NUM_LEVELS,
-        "LEVEL_BITS": LEVEL_BITS,
-        "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
-        "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
     }
-    for kv, count, stride in zip(KV, atoms, strides, strict=True):
-        address = layout.address(kv)
-        fields = {
-            "SPARSITY": address.sparsity,
-            "ATOMS": count,
-            "STRIDE": stride,
-            "SCALE_OFFSET": address.scale_offset,
-            "SCALE_STRIDE": address.scale_stride,
-            "INDEX_OFFSET": address.index_offset,
-            "INDEX_STRIDE": address.index_stride,
-        }
-        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
+    found |= {f"{kv.upper()}_STRIDE": stride for kv, stride in zip(KV, strides, strict=True)}
     return found | LayerStack.macros()
 
 
@@ -166,21 +139,7 @@ def omp_encode(
     _kernel_for(NAME, cache).launch(
         (clusters * blocks, rows, 1),
         THREADS,
-        key,
-        *map(nvrtc.Int64, key.stride()[:2]),
-        value,
-        *map(nvrtc.Int64, value.stride()[:2]),
-        cache.tail_pages,
-        nvrtc.Int64(cache.tail_pages.stride(0)),
-        *(tensor for book in books for tensor in book.tensors),
-        cache.code_pages,
-        nvrtc.Int64(cache.code_pages.stride(0)),
-        source,
-        destination,
-        M,
-        max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        float(cache.key.gain),
-        float(cache.value.gain),
+        *arguments(key, value, cache, (*cache.key.tensors, *cache.value.tensors), source, destination, relative_error),
     )
 
 

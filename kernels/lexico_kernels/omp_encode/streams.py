@@ -10,12 +10,12 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
-from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_CAPABILITY, STREAM_DIM, STREAM_SPARSITY, STREAM_VECTORS
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, NUM_LEVELS, CodeLayout
+from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache
+from lexico_kernels.omp_encode.encoding import arguments, record_macros
 
 FILES = ("omp_encode/stream_primitives.cu", "omp_encode/stream_omp.cu")
 NAME = "stream_omp"
@@ -65,31 +65,8 @@ def macros(layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool]
         shared: whether all heads have one dictionary, of keys and values.
         half: whether tokens are float16, not bfloat16.
     """
-    found = {
-        "HALF": int(half),
-        "MAX_S": max(layout.key_sparsity, layout.value_sparsity),
-        "P": layout.block_tokens,
-        "R": layout.tail_tokens,
-        "HEAD_BYTES": layout.head_bytes,
-        "SHARED_BYTES": SHARED_BYTES,
-        "STAGES": STAGES,
-        "NUM_LEVELS": NUM_LEVELS,
-        "LEVEL_BITS": LEVEL_BITS,
-        "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
-        "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
-    }
-    for kv, count, one in zip(KV, atoms, shared, strict=True):
-        address = layout.address(kv)
-        fields = {
-            "SPARSITY": address.sparsity,
-            "ATOMS": count,
-            "SHARED": int(one),
-            "SCALE_OFFSET": address.scale_offset,
-            "SCALE_STRIDE": address.scale_stride,
-            "INDEX_OFFSET": address.index_offset,
-            "INDEX_STRIDE": address.index_stride,
-        }
-        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
+    found = record_macros(layout, atoms, half) | {"SHARED_BYTES": SHARED_BYTES, "STAGES": STAGES}
+    found |= {f"{kv.upper()}_SHARED": int(one) for kv, one in zip(KV, shared, strict=True)}
     return found
 
 
@@ -124,19 +101,7 @@ def omp_encode(
     _kernel_for(cache).launch(
         (-(-M // TILE), 2 * cache.layout.num_kv_heads, 1),
         THREADS,
-        key,
-        *map(nvrtc.Int64, key.stride()[:2]),
-        value,
-        *map(nvrtc.Int64, value.stride()[:2]),
-        cache.tail_pages,
-        nvrtc.Int64(cache.tail_pages.stride(0)),
-        *(tensor for book in (cache.key, cache.value) for tensor in _tensors(book)),
-        cache.code_pages,
-        nvrtc.Int64(cache.code_pages.stride(0)),
-        source,
-        destination,
-        M,
-        max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        float(cache.key.gain),
-        float(cache.value.gain),
+        *arguments(
+            key, value, cache, (*_tensors(cache.key), *_tensors(cache.value)), source, destination, relative_error
+        ),
     )

@@ -1,0 +1,70 @@
+"""What the CUDA C++ versions of omp_encode have in common: macros of the records they write, and their arguments."""
+
+from torch import Tensor
+
+from lexico_kernels import reference
+from lexico_kernels.device import nvrtc
+from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, NUM_LEVELS, CodeLayout
+from lexico_kernels.memory.pages import LayerCache
+
+
+def record_macros(layout: CodeLayout, atoms: tuple[int, int], half: bool) -> dict[str, int]:
+    """Macros of the tokens that are coded and of the records that are written, which both kernels list.
+
+    Args:
+        layout: of the pages, "packed16".
+        atoms: N of keys and values.
+        half: whether tokens are float16, not bfloat16.
+    """
+    found = {
+        "HALF": int(half),
+        "MAX_S": max(layout.key_sparsity, layout.value_sparsity),
+        "P": layout.block_tokens,
+        "R": layout.tail_tokens,
+        "HEAD_BYTES": layout.head_bytes,
+        "NUM_LEVELS": NUM_LEVELS,
+        "LEVEL_BITS": LEVEL_BITS,
+        "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
+        "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
+    }
+    for kv, count in zip(KV, atoms, strict=True):
+        address = layout.address(kv)
+        fields = {
+            "SPARSITY": address.sparsity,
+            "ATOMS": count,
+            "SCALE_OFFSET": address.scale_offset,
+            "SCALE_STRIDE": address.scale_stride,
+            "INDEX_OFFSET": address.index_offset,
+            "INDEX_STRIDE": address.index_stride,
+        }
+        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
+    return found
+
+
+def arguments(
+    key: Tensor,
+    value: Tensor,
+    cache: LayerCache,
+    books: tuple[Tensor, ...],
+    source: Tensor,
+    destination: Tensor,
+    relative_error: float,
+) -> tuple[Tensor | int | float, ...]:
+    """A launch's arguments, of `reference.omp_encode`'s. books: the tensors of keys' codebook, then of values'."""
+    return (
+        key,
+        *map(nvrtc.Int64, key.stride()[:2]),
+        value,
+        *map(nvrtc.Int64, value.stride()[:2]),
+        cache.tail_pages,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        *books,
+        cache.code_pages,
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        source.shape[0],
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
+    )
