@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench import crossed
-from bench.crossed import OTHER, PLAIN, SQUEEZED, Setting
+from bench.crossed import OTHER, PIECES, PLAIN, SQUEEZED, Place, Setting
 from bench.record import RESULTS, ROOT, record
 from exactness import compare
 
@@ -91,6 +91,8 @@ def jobs_of(name: str, family: Any, options: argparse.Namespace) -> list[Job]:
     jobs = [Job(name, PLAIN, False)]
     if (options.dtype or family.dtype) != "float32":
         jobs.append(Job(name, OTHER, False))
+    elif options.pieces:
+        jobs.append(Job(name, PIECES, False))
     if any(setting.squeezed for setting in asked.values()):
         jobs.append(Job(name, SQUEEZED, False))
     for key, setting in asked.items():
@@ -102,9 +104,12 @@ def jobs_of(name: str, family: Any, options: argparse.Namespace) -> list[Job]:
 class Judge:
     """Prints and records each engine of LEXICO's as soon as those are there that it is compared with."""
 
-    def __init__(self, families: dict[str, Any], dtype: str | None, out: Path) -> None:
-        """families: of tiny_families.py by name. dtype: of all engines; None for the family's. out: folder of rows."""
-        self.families, self.dtype, self.out = families, dtype, out
+    def __init__(self, families: dict[str, Any], dtype: str | None, out: Path, pieces: bool = False) -> None:
+        """families: of tiny_families.py by name. dtype: of all engines; None for the family's. out: folder of rows.
+
+        pieces: whether float32 has PIECES beside it.
+        """
+        self.families, self.dtype, self.out, self.pieces = families, dtype, out, pieces
         self.found: dict[Job, dict[str, Any]] = {}
         self.said: set[Job] = set()
         self.faults: list[str] = []
@@ -124,11 +129,17 @@ class Judge:
         if crossed.has_own_peer(self.families[job.family].changes, job.setting):
             own = job.name
         named = {one.name: result for one, result in self.found.items() if one.family == job.family and not one.coded}
-        names = (own, PLAIN, OTHER if self._dtype(job) != "float32" else PLAIN)
+        names = (own, PLAIN, self._other(job))
         return None if any(name not in named for name in names) else (named[own], named[PLAIN], named[names[2]])
 
     def _dtype(self, job: Job) -> str:
         return self.dtype or self.families[job.family].dtype
+
+    def _other(self, job: Job) -> str:
+        """Which engine of vLLM's shows what its arithmetic alone does to answers; PLAIN where none does."""
+        if self._dtype(job) != "float32":
+            return OTHER
+        return PIECES if self.pieces else PLAIN
 
     def _say(self, job: Job, theirs: dict[str, Any], plain: dict[str, Any], other: dict[str, Any]) -> None:
         ours, words = self.found[job], f"{job.family} | {job.name} |"
@@ -154,28 +165,47 @@ class Judge:
             wrong = wrong or "nothing was preempted"
         if not seen and crossed.reads_codes(job.setting):
             wrong = wrong or "empty code pages are not seen"
+        largest, parted = crossed.places(ours["answers"], theirs["answers"])
         case = {
             "model": f"tiny {job.family}", "scenario": job.name, "backend": "LEXICO", "dtype": dtype,
             "tokens": row["tokens"], "largest": row["max"], "partings": row["partings"],
             "hits": hits, "hits_without": theirs["hits"], "preemptions": preemptions,
-            "with_empty_pages": faulty,
+            "with_empty_pages": faulty, "largest_at": largest and largest[:2],
+            "parted_at": [(*place[:2], place.nats if math.isfinite(place.nats) else None) for place in parted],
+            "wrong": wrong,
         }  # fmt: skip
-        peer, peer_mean = (OTHER, noise["mean"]) if noise else (None, None)
+        peer, peer_mean = (self._other(job), noise["mean"]) if noise else (None, None)
         record("exactness", case, "logprob_gap_mean", row["mean"], peer, peer_mean, folder=self.out)
         print(
-            f"{words} {row['tokens']} tokens, mean {row['mean']:.1e} ({dtype} itself {peer_mean or 0:.1e}), largest "
+            f"{words} {row['tokens']} tokens, mean {row['mean']:.1e} ({_itself(noise, dtype)}), largest "
             f"{row['max']:.1e}, {row['partings']} part; empty pages {faulty:.1e}; "
-            f"hits {hits} of {theirs['hits']}, {preemptions} preempted {wrong and 'WRONG: ' + wrong}",
+            f"hits {hits} of {theirs['hits']}, {preemptions} preempted {wrong and 'WRONG: ' + wrong}; "
+            f"{where(largest, parted)}",
             flush=True,
         )
         if wrong:
-            self.faults.append(f"{words} {wrong}")
+            self.faults.append(f"{words} {wrong}; {where(largest, parted)}")
         else:
             self.right += 1
 
     def _fault(self, words: str) -> None:
         print(words, flush=True)
         self.faults.append(words[:300])
+
+
+def _itself(noise: dict[str, float] | None, dtype: str) -> str:
+    if noise is None:
+        return f"{dtype} itself not known"
+    return f"{dtype} itself {noise['mean']:.1e}, largest {noise['max']:.1e}, {noise['partings']} part"
+
+
+def where(largest: Place | None, parted: list[Place]) -> str:
+    """In which answer, at which of its tokens, log-probabilities are furthest apart, and where answers part."""
+    words = [f"largest in answer {largest.answer} at {largest.position}"] if largest else []
+    for place in parted:
+        as_what = f"a tie, {place.nats:.1e} nats" if place.tied else f"no tie, {place.nats:.2f} nats"
+        words.append(f"answer {place.answer} parts at {place.position} ({as_what})")
+    return ", ".join(words)
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> Judge:
@@ -187,7 +217,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> Judge:
         raise ValueError(f"families {sorted(unknown)} are unknown; allowed: {', '.join(families)}")
     dtype = options.dtype or ("bfloat16" if on_gpu else None)
     options.dtype = dtype
-    judge = Judge(families, dtype, options.results)
+    judge = Judge(families, dtype, options.results, options.pieces)
     names = options.families or list(families)
     models = {n: crossed.checkpoint(families[n], folder / n.replace(" ", "_"), tiny["write_checkpoint"]) for n in names}
     jobs = list(_in_turn([jobs_of(name, families[name], options) for name in names]))
@@ -218,6 +248,9 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", help="of bench/crossed.py (default: all)")
     parser.add_argument("--at-once", type=int, default=1, help="engines at a time (default: %(default)s)")
     parser.add_argument("--dtype", help="of all engines (default: bfloat16 on a GPU, the family's on a CPU)")
+    parser.add_argument(
+        "--pieces", action="store_true", help="beside float32, vLLM in small chunks: how far it is apart"
+    )
     parser.add_argument("--engine", type=json.loads, default={}, help="more settings of vLLM's LLM(), as JSON")
     parser.add_argument("--seconds", type=float, default=7200, help="engines that have not answered by then are ended")
     parser.add_argument("--engine-seconds", type=float, default=300, help="most that an engine may take")

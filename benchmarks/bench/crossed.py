@@ -90,8 +90,9 @@ STATEFUL = {
 }
 
 
-PLAIN, OTHER, SQUEEZED = "vLLM", "vLLM in float16", "vLLM with few pages"
+PLAIN, OTHER, PIECES, SQUEEZED = "vLLM", "vLLM in float16", "vLLM in small chunks", "vLLM with few pages"
 PEERS = {PLAIN: Setting(), OTHER: Setting({}, {"dtype": "float16"}), SQUEEZED: Setting(squeezed=True)}
+PEERS |= {PIECES: Setting({}, SMALL_CHUNKS)}  # by which float32 is told from itself
 
 
 def keeps_states(changes: dict[str, Any]) -> bool:
@@ -226,6 +227,37 @@ def checkpoint(family: Any, folder: Path, write: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write(family, folder)
     return folder
+
+
+class Place(NamedTuple):
+    """Where answers differ: at which token of which.
+
+    Attributes:
+        answer, position: from 0.
+        nats: between log-probabilities of one token; where tokens part, how much worse either found the other's,
+            infinite where that is not among its best.
+        tied: the tokens where they part are as good as tied.
+    """
+
+    answer: int
+    position: int
+    nats: float
+    tied: bool = False
+
+
+def places(ours: Answers, theirs: Answers) -> tuple[Place | None, list[Place]]:
+    """Where log-probabilities of the same token are furthest apart before answers part, and where they part."""
+    largest, parted = None, []
+    for at, pair in enumerate(zip(ours, theirs, strict=True)):
+        for position, _ in enumerate(pair[0]["tokens"]):
+            one = [[{k: values[position : position + 1] for k, values in row.items()}] for row in pair]
+            found = compare(*one)
+            if found["partings"]:
+                parted.append(Place(at, position, found["worst_parting"], found["worst_parting"] <= TIE_NATS))
+                break
+            if largest is None or not found["max"] <= largest.nats:
+                largest = Place(at, position, found["max"])
+    return largest, parted
 
 
 def judge_fault(

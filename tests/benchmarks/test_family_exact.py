@@ -70,6 +70,36 @@ def test_bfloat16_is_judged_by_float16(command, tiny, tmp_path, first, fault):
     assert row["peer_value"] == pytest.approx(0.02) and row["case"]["with_empty_pages"] == pytest.approx(2.9 / 3)
 
 
+def test_what_is_wrong_is_said_with_its_place(command, tiny, tmp_path, capsys):
+    ours, theirs = said(-0.1003), said()
+    for one, token, regret in ((ours, 8, 2.0), (theirs, 7, 0.1)):  # a second answer, which parts at its last token
+        steps = [{5: -0.2}, {6: -0.4}, {token: -0.5, 7: -0.5 - (token == 8) * regret, 8: -0.5 - (token == 7) * 0.1}]
+        one["answers"].append({"tokens": [5, 6, token], "steps": steps})
+    ours["answers"][1]["steps"][1][6] = -0.40005
+    judge = judged(command, tiny, tmp_path, "Llama", "defaults", ours, theirs)
+    words = "largest in answer 0 at 0, answer 1 parts at 2 (no tie, 2.00 nats)"
+    assert words in capsys.readouterr().out and words in judge.faults[0]
+    (row,) = map(json.loads, (tmp_path / "exactness.jsonl").read_text().splitlines())
+    assert row["case"]["largest_at"] == [0, 0] and row["case"]["parted_at"] == [[1, 2, 2.0]]
+    assert "3.0e-04 apart" in row["case"]["wrong"]
+    assert command.where(None, [command.Place(0, 3, 0.25, tied=True)]) == "answer 0 parts at 3 (a tie, 2.5e-01 nats)"
+
+
+def test_float32_is_told_from_itself_by_small_chunks(command, tiny, tmp_path, capsys):
+    import argparse
+
+    options = argparse.Namespace(settings=["defaults"], dtype=None, pieces=True)
+    family = tiny["FAMILIES"]["Llama"]
+    assert command.Job("Llama", command.PIECES, False) in command.jobs_of("Llama", family, options)
+    judge = command.Judge(tiny["FAMILIES"], None, tmp_path, pieces=True)
+    judge.take(command.Job("Llama", command.PLAIN, False), said())
+    judge.take(command.Job("Llama", "defaults", True), said(-0.1003))
+    assert not judge.said
+    judge.take(command.Job("Llama", command.PIECES, False), said(-0.1002))
+    assert "float32 itself 6.7e-05, largest 2.0e-04, 0 part" in capsys.readouterr().out
+    assert judge.faults, "its noise loosens nothing in float32"
+
+
 def test_an_engine_waits_for_those_that_it_is_judged_by(command, tiny, tmp_path):
     judge = judged(command, tiny, tmp_path, "Qwen3-Next", "few pages", said(preemptions=1), said(), said(-0.2))
     assert not judge.said
@@ -83,7 +113,7 @@ def test_every_family_gets_what_means_something_for_it(command, tiny, monkeypatc
     import argparse
 
     monkeypatch.delenv("VLLM_CPU_CI_ENV", raising=False)
-    options = argparse.Namespace(settings=None, dtype=None)
+    options = argparse.Namespace(settings=None, dtype=None, pieces=False)
     names = {
         name: {job.name for job in command.jobs_of(name, family, options) if job.coded}
         for name, family in tiny["FAMILIES"].items()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-QUERY_ROWS = 256  # rows of the plain version's score matrix at a time
+SCORES = 1 << 24  # of the plain version at a time, float32
 
 
 class Packed(NamedTuple):
@@ -61,7 +62,7 @@ def dense_attention(
     Returns:
         [Tq, Hq, D] in the query's dtype and float32 [Hq, Tq] natural log-sum-exp.
     """
-    attend = _flash_attention if query.is_cuda else _plain_attention
+    attend = _flash_attention if takes_flash(query) else _plain_attention
     return attend(query, key, value, queries, keys, scale, causal, soft_cap, out)
 
 
@@ -82,7 +83,7 @@ def paged_attention(
         As `dense_attention`.
     """
     key, value = (part.unflatten(0, (-1, keys.page_tokens)) for part in (key, value))
-    if query.is_cuda:
+    if takes_flash(query):
         return _flash_attention(query, key, value, queries, keys, scale, causal=False, soft_cap=soft_cap, out=None)
     return _plain_paged(query, key, value, queries, keys, scale, soft_cap)
 
@@ -98,6 +99,16 @@ def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -
     joint = torch.empty_like(other_lse)
     merge_attn_states(out, out, lse.contiguous(), other_out, other_lse, joint)
     lse.copy_(joint)
+
+
+def takes_flash(query: Tensor) -> bool:
+    """Whether queries are FlashAttention's to attend with: on a GPU in half precision, which is all that it knows."""
+    return query.is_cuda and query.dtype != torch.float32
+
+
+def scratch_bytes(query: Tensor) -> int:
+    """What attention takes beside its results: of the plain version, scores, their weights and what is masked."""
+    return 0 if takes_flash(query) else 3 * 4 * SCORES
 
 
 @functools.cache
@@ -150,9 +161,10 @@ def _plain_paged(
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     starts = queries.starts.tolist()
     for sequence, length in enumerate(keys.lengths.tolist()):
-        rows, pages = slice(starts[sequence], starts[sequence + 1]), keys.table[sequence].long()
+        pages = keys.table[sequence].long()
         seen_key, seen_value = (part[pages].flatten(0, 1)[:length] for part in (key, value))
-        out[rows], lse[:, rows] = _attend(query[rows], seen_key, seen_value, None, scale, soft_cap)
+        for rows in _few_rows(starts[sequence], starts[sequence + 1], query.shape[1] * length):
+            out[rows], lse[:, rows] = _attend(query[rows], seen_key, seen_value, None, scale, soft_cap)
     return out, lse
 
 
@@ -174,11 +186,19 @@ def _plain_attention(
         end = query_starts[sequence + 1]
         seen = slice(key_starts[sequence], key_starts[sequence + 1])
         ahead = seen.stop - seen.start - (end - first)
-        for row in range(first, end, QUERY_ROWS):
-            rows = slice(row, min(row + QUERY_ROWS, end))
-            last_seen = torch.arange(rows.start - first, rows.stop - first)[:, None] + ahead if causal else None
+        for rows in _few_rows(first, end, query.shape[1] * (seen.stop - seen.start)):
+            last_seen = None
+            if causal:
+                last_seen = torch.arange(rows.start - first, rows.stop - first, device=query.device)[:, None] + ahead
             out[rows], lse[:, rows] = _attend(query[rows], key[seen], value[seen], last_seen, scale, soft_cap)
     return out, lse
+
+
+def _few_rows(first: int, end: int, scores_per_row: int) -> Iterator[slice]:
+    """Rows [first, end) in pieces of about SCORES scores."""
+    count = max(SCORES // max(scores_per_row, 1), 1)
+    for row in range(first, end, count):
+        yield slice(row, min(row + count, end))
 
 
 def _attend(
@@ -191,7 +211,7 @@ def _attend(
     if soft_cap:
         scores = soft_cap * (scores / soft_cap).tanh()
     if last_seen is not None:
-        scores.masked_fill_(torch.arange(num_keys) > last_seen, float("-inf"))
+        scores.masked_fill_(torch.arange(num_keys, device=scores.device) > last_seen, float("-inf"))
     lse = scores.logsumexp(-1)
     out = torch.einsum("hgqk,khd->qhgd", (scores - lse[..., None]).exp(), value.float())
     return out.reshape(num_queries, num_heads, head_dim).to(query.dtype), lse.flatten(0, 1)

@@ -23,7 +23,7 @@ from vllm_lexico.serve import draft_layers, other_layers, refusals, start_line, 
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
-from vllm_lexico.serve.dense_attention import dense_attention, merge_into
+from vllm_lexico.serve.dense_attention import dense_attention, merge_into, scratch_bytes
 from vllm_lexico.serve.later_coding import Waiting, most_later_tokens
 from vllm_lexico.serve.metadata import (
     LexicoMetadata,
@@ -293,6 +293,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         if self.setup.same_answers:  # a tile, and of its keys those that come from tail pages
             most = self.setup.reach(layout).most_tokens(history[0].shape[1])
             history = [query.new_empty((2, most, *history[0].shape[2:])) for _ in range(2)]
+        history.append(query.new_empty(scratch_bytes(query), dtype=torch.uint8))
         del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
         num_decodes = min(query.shape[0], decode_tokens)
