@@ -6,7 +6,11 @@
 Trains the same short way on all kinds of text, on books alone, on text that the model writes itself, and without
 reading far positions. "written" is what vLLM has the model write from the prompts of `train/prompts.py`, as
 `vllm-lexico train` does without --data; "written: KIND, KIND" are its texts of those kinds alone, and "written: no
-KIND" those of all others. Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
+KIND" those of all others. With --files nothing is trained: dictionary files are measured, and compared with the first.
+
+    python benchmarks/dictionary_texts.py MODEL --data DIR --files real.safetensors own.safetensors
+
+Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
 stand far into a context. Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
 """
 
@@ -24,10 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 import torch
+from bench.file_losses import loss_rows
 from bench.record import RESULTS, record
 from lexico_kernels import KV
 from torch import Tensor
 
+from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import LayerLearners
@@ -118,16 +124,45 @@ class Texts:
         return self.vectors(texts.take(count, number), furthest)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train on each kind in turn; test each dictionary on all."""
-    texts = Texts(args)
-    count = -(-args.vectors // texts.shape.num_kv_heads // (args.sequence_tokens - 16))
-    few = max(1, count // 16)
+def held_out(texts: Texts, few: int) -> tuple[dict[str, Tensor], int]:
+    """Vectors of `few` texts of every kind that nothing was trained on, and how far the model's context goes."""
     tests = {kind: texts.read((kind,), few, None) for kind in TESTED}
     far = texts.loaded.config.max_position_embeddings
     if far > FAR:  # the second pair of sequences stands far into a context, see `capture`
         wide = texts.read(("books",), 4 * few, None, furthest=2 * FAR)
         tests["books, far"] = wide.unflatten(2, (4 * few, -1))[:, :, 2::4].flatten(2, 3).contiguous()
+    return tests, far
+
+
+def measure_files(args: argparse.Namespace) -> None:
+    """What dictionary files lose on texts of all kinds, beside the first of them."""
+    files = {path.name: load_dictionary(path) for path in args.files}
+    texts = Texts(args)
+    count = -(-args.vectors // texts.shape.num_kv_heads // (args.sequence_tokens - 16))
+    tests, _ = held_out(texts, max(1, count // 16))
+    first = args.files[0].name
+    rows = loss_rows(files, tests, SPARSITIES)
+    for row in rows:
+        info = files[row["file"]].info
+        case = {
+            "study": "texts", "model": Path(args.model).name, "trained_on": info.data, "recipe": info.recipe,
+            "text": row["text"], "part": row["part"], "sparsity": row["sparsity"], "bytes": 2 * (row["sparsity"] + 1),
+            "atoms": info.atoms, "training_vectors": info.vectors_seen, "peer_trained_on": files[first].info.data,
+        }  # fmt: skip
+        peer = (first, row["lost"] / row["ratio"]) if row["file"] != first else (None, None)
+        record("dictionary", case, "energy_lost", row["lost"], *peer, folder=args.out)
+        print(
+            f"{row['file']:32s} on {row['text']:12s} {row['part']:5s} s={row['sparsity']:2d} {row['lost']:.4f}  "
+            f"{row['ratio']:.3f} of {first}'s",
+            flush=True,
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train on each kind in turn; test each dictionary on all."""
+    texts = Texts(args)
+    count = -(-args.vectors // texts.shape.num_kv_heads // (args.sequence_tokens - 16))
+    tests, far = held_out(texts, max(1, count // 16))
     stores: dict[str, Any] = {
         "all, near": lambda: texts.read(KINDS, count, 0),
         "all": lambda: texts.read(KINDS, count, 0, furthest=2 * FAR if far > FAR else 0),
@@ -182,6 +217,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("model", help="a checkpoint's folder or hub id")
     parser.add_argument("--data", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--trained-on", default="all, near;all;books;own", help="parted by ; (default: %(default)s)")
+    parser.add_argument(
+        "--files", type=Path, nargs="+", metavar="FILE", help="dictionary files to measure, the first the peer"
+    )
     parser.add_argument("--atoms", type=int, default=4096, help="(default: %(default)s)")
     parser.add_argument("--vectors", type=int, default=700_000, help="a layer and part (default: %(default)s)")
     parser.add_argument("--passes", type=int, default=4, help="over the vectors (default: %(default)s)")
@@ -201,4 +239,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(parse_args())
+    given = parse_args()
+    (measure_files if given.files else run)(given)
