@@ -10,25 +10,41 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MambaSpec,
+    SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
 from vllm_lexico.evals.engine import check_cache, unread_caches
-from vllm_lexico.evals.held import Held, PoolMeter, block_bytes, token_bytes
+from vllm_lexico.evals.held import (
+    Held,
+    PoolMeter,
+    block_bytes,
+    plain_sequence_bytes,
+    plain_token_bytes,
+    summarize_held,
+    token_bytes,
+)
 from vllm_lexico.serve.tail_pages import LexicoTailSpec
 
 # Qwen2.5-Coder-1.5B: a token of a layer has two heads of 128 keys and as many values, 1,024 bytes in 16 bits.
 LAYERS, SHAPE = 28, {"num_kv_heads": 2, "head_size": 128, "dtype": torch.bfloat16}
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
 PLAIN_BYTES = LAYERS * 1_024
+LONGEST = 32_768
 
 
 def full(block_size=16, **more):
     return FullAttentionSpec(block_size=block_size, **SHAPE | more)
+
+
+def windowed(tokens, block_size=16):
+    return SlidingWindowSpec(block_size=block_size, sliding_window=tokens, **SHAPE)
 
 
 def config(num_blocks, block, *groups):
@@ -75,8 +91,7 @@ def padded():
 
 def unlike_groups():
     """Groups of 12 and 13 layers over each other: a block has room for the larger."""
-    window = {"sliding_window": 64}
-    return config(4, 13 * 16 * 1_024, (NAMES[:12], full(**window)), (NAMES[12:25], full()))
+    return config(4, 13 * 16 * 1_024, (NAMES[:12], windowed(64)), (NAMES[12:25], full()))
 
 
 @pytest.mark.parametrize(
@@ -93,14 +108,73 @@ def unlike_groups():
 )
 def test_bytes_are_those_of_the_allocation(make, block, token):
     made = make()
-    assert (block_bytes(made), token_bytes(made)) == (block, token)
+    assert (block_bytes(made), token_bytes(made, LONGEST)) == (block, token)
+
+
+def beside_windows(codes=False):
+    """Gemma 3's proportions: two layers that grow and ten with a window of 512, in groups of two."""
+    page = 128 * 128 if codes else 16 * 1_024  # codes of S = 15: an eighth
+    grown = [(NAMES[:2], full(128, state_content_bytes=64) if codes else full())]
+    if codes:
+        own = {"sliding_window": 129, "sink_blocks": 1, "hit_margin_tokens": 0, "concurrent_batches": 1}
+        tail = LexicoTailSpec(block_size=16, page_size_padded=page, **SHAPE, **own)
+        grown.append(([f"{name}.lexico_tail" for name in NAMES[:2]], tail))
+    return config(9, 2 * page, *grown, *[(NAMES[i : i + 2], windowed(512)) for i in range(2, 12, 2)])
+
+
+STATE = MambaSpec(block_size=LONGEST, shapes=((3, 64), (4, 8)), dtypes=(torch.bfloat16, torch.float32))
+STATE_BYTES = 3 * 64 * 2 + 4 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "longest", "percent", "of_2048"),
+    [
+        (plain, LONGEST, 100, 2_048 * PLAIN_BYTES),
+        (lambda: lexico(64, 16), LONGEST, 12.5, 2_048 * PLAIN_BYTES),
+        (beside_windows, LONGEST, 100, 2 * 2_048 * 1_024 + 10 * 512 * 1_024),  # of 12 layers it was 16.67
+        (lambda: beside_windows(codes=True), LONGEST, 12.5, 2 * 2_048 * 1_024 + 10 * 512 * 1_024),
+        (lambda: beside_windows(codes=True), 400, 12.5 * 2 / 12 + 100 * 10 / 12, 2 * 2_048 * 1_024 + 10 * 512 * 1_024),
+        # A window that no sequence outgrows, windows that are kept whole, chunks, states: brothers of the same fault
+        (lambda: config(3, 12 * 16_384, (NAMES[:12], windowed(4_096))), 4_096, 100, 12 * 2_048 * 1_024),
+        (lambda: config(3, 12 * 16_384, (NAMES[:12], full(sliding_window=64))), LONGEST, 100, 12 * 2_048 * 1_024),
+        (
+            lambda: config(
+                3,
+                2 * 16_384,
+                (NAMES[:2], full()),
+                (NAMES[2:4], ChunkedLocalAttentionSpec(block_size=16, attention_chunk_size=1_000, **SHAPE)),
+            ),
+            LONGEST,
+            100,
+            2 * 3_048 * 1_024,
+        ),
+        (
+            lambda: config(3, 2 * 16_384, (NAMES[:2], full()), (NAMES[2:4], STATE)),
+            LONGEST,
+            100,
+            2 * (2_048 * 1_024 + STATE_BYTES),
+        ),
+    ],
+)
+def test_percentages_are_of_the_same_layers(make, longest, percent, of_2048):
+    made = make()
+    assert 100 * token_bytes(made, longest) / plain_token_bytes(made, longest) == pytest.approx(percent)
+    assert plain_sequence_bytes(made, 2_048) == of_2048
+
+
+def test_what_is_held_is_of_what_16_bits_would_hold():
+    said = summarize_held([Held(10, 300, 600), Held(30, 900, 1_000)])
+    assert (said["bytes_per_token"], said["plain_bytes_per_token"]) == (30, 40)
+    assert summarize_held([])["plain_bytes_per_token"] is None
 
 
 @pytest.mark.parametrize(("slot_bytes", "tokens"), [(134, 617_376), (102, 722_848)])
 def test_a_pool_has_room_for_as_many_tokens_as_vllm_said(slot_bytes, tokens):
     """Of 6.5 GB, on an H100."""
     made = turboquant(slot_bytes)
-    assert made.num_blocks * 32 == tokens and 0 <= 6_500_000_000 - tokens * token_bytes(made) < block_bytes(made)
+    assert made.num_blocks * 32 == tokens and 0 <= 6_500_000_000 - tokens * token_bytes(made, LONGEST) < block_bytes(
+        made
+    )
 
 
 def test_several_allocations_are_refused():
@@ -125,7 +199,7 @@ def test_a_sequence_is_measured_when_it_ends():
     meter = PoolMeter(types.SimpleNamespace(kv_cache_manager=manager), turboquant(134))
     for finished in (False, True):  # preempted, then done
         manager.free(types.SimpleNamespace(request_id="r", num_computed_tokens=70, is_finished=lambda f=finished: f))
-    assert meter.take() == [Held(70, 3 * 336_896)] and meter.take() == []
+    assert meter.take() == [Held(70, 3 * 336_896, 70 * PLAIN_BYTES)] and meter.take() == []
     assert len(given_back) == 2 and meter.finished == 1
 
 

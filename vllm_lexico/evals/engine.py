@@ -93,7 +93,7 @@ class Engine:
         harness: lm-evaluation-harness's model around the engine, or None.
         dictionary_path: LEXICO's dictionary, or None.
         token_bytes: that a token adds to the pool.
-        plain_token_bytes: that a token takes in 16 bits.
+        plain_token_bytes: that it takes in 16 bits, in the same layers.
         max_model_len: tokens of the longest sequence.
         limited_by_model: whether the model reads less than `needed_tokens`.
         notes: what a user has to know of the task that runs; the worker keeps them with its result.
@@ -122,8 +122,8 @@ class Engine:
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         kv_cache_config = self.scheduler.kv_cache_config
         self.meter = PoolMeter(self.scheduler, kv_cache_config)
-        self.token_bytes = token_bytes(kv_cache_config)
-        self.plain_token_bytes = plain_token_bytes(self.vllm_config)
+        self.token_bytes = token_bytes(kv_cache_config, self.max_model_len)
+        self.plain_token_bytes = plain_token_bytes(kv_cache_config, self.max_model_len)
         self._check_cache(cache)
         if self.vllm_config.cache_config.cache_dtype.startswith("turboquant_"):
             self.llm.collective_rpc(fix_turboquant)

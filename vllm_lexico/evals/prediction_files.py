@@ -24,12 +24,13 @@ AGAIN = "run the same command again, which makes this result anew"
 
 
 class HeldFields(Fields):
-    """What sequences held, as `summarize_held` says it; None where there were none."""
+    """What sequences held, as `summarize_held` says it; None where there were none, and in files without it."""
 
     sequences: Count
     tokens: Amount | None
     bytes: Amount | None
     bytes_per_token: Amount | None
+    plain_bytes_per_token: Amount | None = None
 
 
 class About(Fields):

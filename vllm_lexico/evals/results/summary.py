@@ -174,11 +174,12 @@ def task_metrics(task: str, result: Result, reference: Result | None) -> dict[st
     """The figures of a task, see `TaskFields`. reference: the same task of the cache that this one is compared with."""
     about, others = result.about, reference.rows if reference else None
     peers = {measure.name: measure for measure in TASKS[task].measures(others, others)} if others else {}
-    plain, measures = about["plain_token_bytes"], []
+    measures = []
     for measure in TASKS[task].measures(result.rows, others):
         size = next(iter(measure.case.values()), "all")  # a length in tokens, a number of passages or pairs
         held = about["held"].get(str(size), about["held"]["all"])
         of_token = held["bytes_per_token"]
+        plain = held.get("plain_bytes_per_token") or about["plain_token_bytes"]
         measures.append(
             {"metric": measure.name, "kind": measure.kind, "case": dict(measure.case)}
             | estimate(measure, peers.get(measure.name))
