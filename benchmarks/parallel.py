@@ -10,7 +10,9 @@ exact  Engines with torch.compile and FULL CUDA graphs answer prompts of many le
        parallelism (PP) over all GPUs, the same with drafts from the prompt (ngram), and real codes, beside FLASH_ATTN.
        The exact codec must be no further from FLASH_ATTN with TP than that is from itself on one GPU; codes with TP
        no further from full precision than codes on one GPU, give or take that noise. Of a model whose KV heads the
-       GPUs cannot share, a copy with added heads is made that answers the same; without --model one of random weights.
+       GPUs cannot share, a copy with added heads is made that answers the same; without --model one of random weights,
+       which has experts where `--settings '{"enable_expert_parallel": true}'` shares them out (with false, each rank
+       has a part of every expert).
 speed  The shape of Llama-3.1-70B with --layers layers, dummy weights, TP: tokens that fit, decode tokens per second of
        8 sequences of 32k, time to the first token of 8,192, against FLASH_ATTN and fp8; and the same ratios on one GPU
        with one rank's part of the model, within 10 % of which they should be. Decode runs in CUDA graphs.
@@ -50,6 +52,7 @@ from vllm_lexico.errors import refusal
 
 MEASURES = ("exact", "speed", "train")
 SPEED_MEASURES = ("fit", "ttft", "decode")
+EXPERTS = 8  # of the model of random weights, where ranks share experts
 SPEED_ENGINES = ("FLASH_ATTN", "LEXICO-15", "LEXICO-7", "fp8")
 # The whole of torch.compile and CUDA graphs, of few sizes so that engines start soon.
 GRAPHS = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
@@ -110,7 +113,9 @@ def prepare_model(options: argparse.Namespace, folder: Path) -> tuple[Path, Path
         )
     else:
         shape = {"head_dim": 64, "hidden_size": 384, "intermediate_size": 512, "initializer_range": 0.15}
-        model = write_letters_model(folder / "random-llama", 4, ranks, **shape)
+        experts = EXPERTS if "enable_expert_parallel" in options.settings else 0
+        name = "random-mixtral" if experts else "random-llama"
+        model = write_letters_model(folder / name, 4, ranks, experts, **shape)
     if options.dictionary:
         return model, more_heads.write_dictionary_with_more_heads(options.dictionary, model, folder / "its.safetensors")
     shape_alone = write_model(folder / "shape-alone", json.loads((model / "config.json").read_text()))
@@ -133,6 +138,7 @@ def exact(options: argparse.Namespace, folder: Path, deadline: float, kept: Kept
     waves = [jobs[at : at + options.at_once] for at in range(0, len(jobs), options.at_once)]
     pairs, found = parallel_exact.pairs(options.peer, options.gpus), dict[str, parallel_exact.Found]()
     case = {"model": model.name, "gpus": options.gpus, "compiled": "compilation_config" not in options.settings}
+    case |= {name: options.settings[name] for name in ("enable_expert_parallel",) if name in options.settings}
     for job, _, result in run_jobs(waves, __file__, options, deadline, kept):
         found[job.name] = result
         hits = parallel_exact.count(result, "hits")
