@@ -75,14 +75,15 @@ def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *
     if not _has_kernels(layers.caches[0]):
         reference.omp_encode_layers(layers, source, destination, relative_error=relative_error)
         return
-    from lexico_kernels.omp_encode import all_layers, clusters, entry_order
+    from lexico_kernels.omp_encode import all_layers, clusters, entry_order, streams
 
-    # The count of tokens to code is known on the device only, so both kernels are launched and one returns at once.
+    # The count of tokens to code is known on the device only, so both ways are launched, and one returns at once.
     fewer = 0
     if clusters.supports_layers(layers):
         fewer = LAYERS.cluster_tokens
         clusters.omp_encode_layers(layers, source, destination, relative_error=relative_error, most=fewer)
-    all_layers.omp_encode_layers(layers, source, destination, relative_error=relative_error, fewer=fewer)
+    encode = streams.omp_encode_layers if streams.supports_layers(layers) else all_layers.omp_encode_layers
+    encode(layers, source, destination, relative_error=relative_error, fewer=fewer)
     if entry_order.supports(layers.caches[0]):
         entry_order.order_entries_layers(layers, destination)
 

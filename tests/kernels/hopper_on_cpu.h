@@ -118,3 +118,5 @@ inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
   return result;
 }
 inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+
+inline void atomicMax(int* to, int value) { *to = std::max(*to, value); }

@@ -16,3 +16,13 @@ extern "C" void launch_stream_omp(int x, int y, unsigned seed, const u16* key, i
                key_gain, value_gain);
   });
 }
+
+extern "C" void launch_stream_omp_layers(int x, int y, unsigned seed, const i64* addresses, int dictionaries, int heads,
+                                         i64 tail_page_stride, i64 code_page_stride, const int* source,
+                                         const i64* destination, int M, int fewer, float min_energy, float key_gain,
+                                         float value_gain) {
+  cpu::launch({unsigned(x), unsigned(y), 1}, THREADS, 1, SHARED_BYTES, seed, [=] {
+    stream_omp_layers(addresses, dictionaries, heads, tail_page_stride, code_page_stride, source, destination, M, fewer,
+                      min_energy, key_gain, value_gain);
+  });
+}

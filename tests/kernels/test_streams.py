@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_on_cpu import OnCpu, folder_for_kernels
-from lexico_kernels import CodeLayout, RequestTables, reference
+from lexico_kernels import CodeLayout, LayerStack, RequestTables, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_DIM
 from lexico_kernels.omp_encode import streams
@@ -12,6 +12,7 @@ from lexico_kernels.testing import (
     check_gain,
     fused_tokens,
     poisoned_cache,
+    raised_cache,
     records_at,
     residual_energy,
     stream_cache,
@@ -29,10 +30,11 @@ def kernel(device, monkeypatch, tmp_path_factory):
         return
     folder = folder_for_kernels(tmp_path_factory)
 
-    def on_cpu(device, *shape):
-        return OnCpu(folder, streams.FILES[1:], "stream_omp_on_cpu.cpp", streams.NAME, streams.macros(*shape))
+    def on_cpu(name, device, *shape):
+        return OnCpu(folder, streams.FILES[1:], "stream_omp_on_cpu.cpp", name, streams.macros(*shape))
 
     monkeypatch.setattr(streams, "_kernel", on_cpu)
+    monkeypatch.setattr(streams, "multiprocessors", lambda device: 3)  # so that a block codes several tiles
 
 
 def layout(Hk=1, S=(5, 4), **kwargs):
@@ -117,6 +119,36 @@ def test_odd_vectors(device):
         torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
     assert out_key.isfinite().all()
     torch.testing.assert_close(out_key[5], key[5].float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("count", "S", "atoms"), [(40, (4, 4), 140), (300, (2, 4), 1300)])
+def test_all_layers_code_as_each_does(count, S, atoms, device):
+    """From the tail, by blocks that take several tiles and dictionaries; not at all where there are too few tokens."""
+    it = layout(2, S)
+    pages = 6 + count // it.tail_tokens
+    each, at_once = (
+        [
+            stream_cache(
+                raised_cache(poisoned_cache(it, pages + 4, atoms=atoms, dtype=torch.bfloat16, device=device, seed=i))
+            )
+            for i in range(2)
+        ]
+        for _ in range(2)
+    )
+    for i, cache in enumerate(each + at_once):
+        key, value = fused_tokens(count, it, torch.bfloat16, device, i % 2)
+        reference.write_tail(key, value, cache, torch.arange(count, device=device) + it.tail_tokens)
+    entries = torch.arange(count + 300, device=device)
+    source = (-1 - it.tail_tokens - entries.clamp(max=count - 1)).int()
+    destination = torch.where(entries < count, entries + P, -1)
+    layers = LayerStack.of(at_once)
+    streams.omp_encode_layers(layers, source, destination, fewer=count)
+    assert all((cache.code_pages == 0xFF).all() for cache in at_once)
+    streams.omp_encode_layers(layers, source, destination, fewer=count - 1)
+    for one, other in zip(each, at_once, strict=True):
+        streams.omp_encode(one.tail_pages[:0, :, 0, 0], one.tail_pages[:0, :, 0, 1], one, source, destination)
+        assert torch.equal(one.code_pages, other.code_pages)
+    assert not torch.equal(at_once[0].code_pages, at_once[1].code_pages)
 
 
 def test_skips_everything(device):

@@ -59,13 +59,16 @@ class LayerCache:
         return self.key if kv == "key" else self.value
 
 
+BOOK_FIELDS = ("atoms", "levels", "mean", "stretch", "stream_atoms", "integers", "lengths")
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """Layers that one launch codes, alike in all but where their tensors are. Make it with `of`.
 
     Attributes:
         caches: of the layers, at least one.
-        addresses: int64 [L, 10] on their device, of each layer's tensors in the order of COLUMNS.
+        addresses: int64 [L, 16] on their device, of each layer's tensors in the order of COLUMNS; 0 of what is None.
     """
 
     caches: tuple[LayerCache, ...]
@@ -74,7 +77,7 @@ class LayerStack:
     COLUMNS: ClassVar[tuple[str, ...]] = (
         "tail_pages",
         "code_pages",
-        *(f"{kv}.{field}" for kv in KV for field in ("atoms", "levels", "mean", "stretch")),
+        *(f"{kv}.{field}" for kv in KV for field in BOOK_FIELDS),
     )
 
     @classmethod
@@ -82,7 +85,8 @@ class LayerStack:
         """Stack layers that are alike; None if they are not, or lie where kernels cannot load 16 bytes at once."""
         if len({_kind(cache) for cache in caches}) != 1:
             return None
-        addresses = [[_at(cache, column).data_ptr() for column in cls.COLUMNS] for cache in caches]
+        tensors = [[_at(cache, column) for column in cls.COLUMNS] for cache in caches]
+        addresses = [[0 if each is None else each.data_ptr() for each in row] for row in tensors]
         if any(address % 16 for row in addresses for address in row):
             return None
         return cls(tuple(caches), tensor(addresses, dtype=int64, device=caches[0].code_pages.device))
@@ -99,7 +103,7 @@ class LayerStack:
         return {"COLUMNS": len(cls.COLUMNS)} | names
 
 
-def _at(cache: LayerCache, column: str) -> Tensor:
+def _at(cache: LayerCache, column: str) -> Tensor | None:
     kv, _, field = column.rpartition(".")
     return getattr(cache.codebook(kv) if kv else cache, field)
 
@@ -107,9 +111,10 @@ def _at(cache: LayerCache, column: str) -> Tensor:
 def _kind(cache: LayerCache) -> tuple:
     """What layers of a stack have in common."""
     tensors = [_at(cache, column) for column in LayerStack.COLUMNS]
-    strides = [pages.stride(0) for pages in tensors[:2]]
+    strides = [pages.stride(0) for pages in (cache.tail_pages, cache.code_pages)]
     gains = [cache.codebook(kv).gain for kv in KV]
-    return cache.layout, *strides, *gains, *((tensor.dtype, tensor.device, tensor.shape) for tensor in tensors)
+    kinds = [None if each is None else (each.dtype, each.device, each.shape) for each in tensors]
+    return cache.layout, *strides, *gains, *kinds
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 // Macros, from `streams.macros`: HALF (1: tokens are float16, 0: bfloat16), MAX_S, P, R, HEAD_BYTES, SHARED_BYTES, STAGES
 // (chunks in flight); NUM_LEVELS, LEVEL_BITS, and as bits of floats MOST_LOST_BITS and BF16_MAX_BITS; and of keys and
 // values, KEY_ and VALUE_: SPARSITY, ATOMS, SHARED (1: all heads have one dictionary), SCALE_OFFSET, SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE
-// (layout.RecordAddress).
+// (layout.RecordAddress); and columns of addresses (LayerStack.macros).
 
 constexpr u32 EVERY_LANE = 0xFFFFFFFFu;
 constexpr int D = 128, GROUPS = 4, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
@@ -38,7 +38,7 @@ struct Shared {
   float lengths[TILE][PITCH];  // what makes a chosen atom's integers as long as the atom
   float norms[TILE], energies[TILE];
   u64 here[STAGES], done[STAGES];  // arrivals of a chunk's bytes, of the warps that have used it
-  int any;
+  int tiles;  // that have something to be coded
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES, "streams.py counts other bytes of shared memory");
 
@@ -113,13 +113,13 @@ __device__ __forceinline__ void keep_residual(u8* rows, int row, int part, const
       make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// A block's stream of chunks: every pass takes all atoms' once. A chunk is in one of STAGES places, in turn.
+// A block's stream of chunks: of every tile, every pass takes all atoms' once. A chunk is in one of STAGES places, in turn.
 struct Stream {
   const u8* from;
-  u32 chunks, coming;  // of a pass; not fetched yet, of all passes
+  u32 chunks, coming;  // of a pass; not fetched yet, of all passes over this tile
   u32 next;            // to be fetched, of a pass
   u32 stage, parity;   // of the chunk that is used next
-  u32 fresh;           // 1: none was used
+  u32 fresh;           // 1: none of this tile was used
 };
 
 // Let the stream's next chunk come to such a place; all threads count, and `leader` does it.
@@ -128,6 +128,18 @@ __device__ __forceinline__ void fetch(Shared& s, Stream& stream, u32 stage, bool
   if (leader) start_copy(address_of(s.chunks[stage]), from, CHUNK_BYTES, address_of(&s.here[stage]));
   --stream.coming;
   if (++stream.next == stream.chunks) stream.next = 0;
+}
+
+// Let a tile's first chunks come, each as soon as everybody has used what was in its place. Of a place that was never used
+// a phase before the first counts as complete.
+__device__ __forceinline__ void begin_stream(Shared& s, Stream& stream, const u8* from, u32 chunks, int passes) {
+  stream.from = from, stream.chunks = chunks, stream.coming = chunks * passes, stream.next = 0, stream.fresh = 1;
+  if (threadIdx.x / 32) return;
+  for (u32 at = stream.stage; at < stream.stage + STAGES && stream.coming; ++at) {
+    wait_for(address_of(&s.done[at % STAGES]), stream.parity ^ u32(at < STAGES));
+    fetch(s, stream, at % STAGES, threadIdx.x == 0);
+    __syncwarp();
+  }
 }
 
 // The largest of a thread's products of a row, of even and of odd columns, each with the number of its octet.
@@ -268,50 +280,35 @@ __device__ __forceinline__ void write_records(const Shared& s, int vector, const
         any ? bfloat16_bits(fminf(peak * gain_factor, __uint_as_float(BF16_MAX_BITS))) : u16(0);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    stream_omp(const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value, i64 value_stride_t,
-               i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u8* key_chunks, const u8* key_integers,
-               const float* key_lengths, const float* key_levels, const float* key_mean, const float* key_stretch,
-               const u8* value_chunks, const u8* value_integers, const float* value_lengths, const float* value_levels,
-               const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
-               const i64* destination, int M, float min_energy, float key_gain, float value_gain) {
-  ALIGNED_SHARED_MEMORY(memory);
-  Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, part = lane % 8;
+// Where the K or V vectors of one head are, what codes them, and where their records go.
+struct Where {
+  const u16* tokens;  // of the batch
+  i64 token_stride;
+  const u16* tail;
+  i64 tail_page_stride;
+  const u8 *chunks, *integers;
+  const float *lengths, *levels, *mean, *stretch;
+  float gain;
+  u8* codes;
+  i64 code_page_stride;
+};
+
+// Code a tile's jobs, `count` of them.
+__device__ __forceinline__ void code_tile(Shared& s, Stream& stream, const Where& where, const Kv& kv, const int* source,
+                                          const i64* destination, int count, float min_energy, u32 mask) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 8;
   const int group = __shfl_sync(EVERY_LANE, warp / 4, 0);  // the compiler knows by this that lanes have the same
-  const int head = blockIdx.y / 2, is_value = blockIdx.y % 2, tile = blockIdx.x * TILE;
-  const Kv kv = is_value ? VALUE : KEY;
-  if (thread == 0) s.any = 0;
-  __syncthreads();
-  if (thread < TILE && tile + thread < M && destination[tile + thread] >= P) s.any = 1;
-  if (thread < STAGES) make_arrival(address_of(&s.here[thread]), 1), make_arrival(address_of(&s.done[thread]), WARPS);
-  publish_arrivals();
-  __syncthreads();
-  if (!s.any) return;
-
-  const u32 chunks = (kv.atoms + CHUNK - 1) / CHUNK;
-  const i64 of_head = kv.shared ? 0 : head;
-  Stream stream = {(is_value ? value_chunks : key_chunks) + of_head * chunks * CHUNK_BYTES, chunks, chunks * kv.sparsity,
-                   0, 0, 0, 1};
-  for (u32 stage = 0; stage < STAGES && stream.coming; ++stage) fetch(s, stream, stage, thread == 0);
-  __syncwarp();
-
-  const u8* integers = (is_value ? value_integers : key_integers) + of_head * kv.atoms * D;
-  const float* lengths = (is_value ? value_lengths : key_lengths) + of_head * kv.atoms;
-  const u16* tokens = is_value ? value + head * value_stride_h : key + head * key_stride_h;
-  const i64 token_stride = is_value ? value_stride_t : key_stride_t;
-  const float* mean = (is_value ? value_mean : key_mean) + head * D + 16 * part;
-  const float* stretch = (is_value ? value_stretch : key_stretch) + head * D + 16 * part;
   const int first = 16 * warp, vector = first + lane / 8;  // of the warp; this lane's first
+  begin_stream(s, stream, where.chunks, (kv.atoms + CHUNK - 1) / CHUNK, kv.sparsity);
   Sixteen own[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int job = tile + vector + 4 * i;
-    const bool coded = job < M && destination[job < M ? job : 0] >= P;
+    const int job = vector + 4 * i;
+    const bool coded = job < count && destination[job < count ? job : 0] >= P;
     const int at = coded ? source[job] : 0, slot = -1 - at;
-    const u16* from = at >= 0 ? tokens + at * token_stride
-                              : tail + slot / R * tail_page_stride + ((head * R + slot % R) * 2 + is_value) * D;
-    const float norm = begin_vector(own[i], from + 16 * part, mean, stretch, coded);
+    const u16* from = at >= 0 ? where.tokens + at * where.token_stride
+                              : where.tail + slot / R * where.tail_page_stride + slot % R * 2 * D;
+    const float norm = begin_vector(own[i], from + 16 * part, where.mean + 16 * part, where.stretch + 16 * part, coded);
     if (part == 0) s.norms[vector + 4 * i] = norm;
   }
 
@@ -323,16 +320,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < 4; ++i) keep_residual(rows, vector + 4 * i - 64 * group, part, own[i], min_energy);
     meet_for_products(group);
     u32 best[2];
-    correlate(s, stream, rows, VALUE_BITS ^ u32(M >> 31), best);
+    correlate(s, stream, rows, mask, best);
     if (lane % 4 < 2) {
       const int row = first + lane / 4 + 8 * (lane % 4), index = atom_of(lane % 4 ? best[1] : best[0]);
       s.chosen[row][step] = index;
-      s.lengths[row][step] = lengths[index];
+      s.lengths[row][step] = where.lengths[index];
       s.coefficients[row][step] = 0;
     }
     __syncwarp();
     // What an early sweep leaves the last ones take.
-    descend(s, own, first, integers, step, 1 + (step + 3 >= kv.sparsity) + step * 8 / D);
+    descend(s, own, first, where.integers, step, 1 + (step + 3 >= kv.sparsity) + step * 8 / D);
   }
 
 #pragma unroll
@@ -341,11 +338,110 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (part == 0) s.energies[vector + 4 * i] = energy;
   }
   __syncwarp();
-  u8* of_codes = codes + i64(head) * HEAD_BYTES;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
-    const int two = first + 2 * i + lane / 16, job = tile + two;
-    write_records(s, two, kv, is_value ? value_levels : key_levels, is_value ? value_gain : key_gain, of_codes,
-                  code_page_stride, job < M ? destination[job] : -1);
+    const int job = first + 2 * i + lane / 16;
+    write_records(s, job, kv, where.levels, where.gain, where.codes, where.code_page_stride,
+                  job < count ? destination[job] : -1);
+  }
+  __syncwarp();  // the next tile takes the same rows
+}
+
+__device__ __forceinline__ void make_arrivals(Shared& s) {
+  if (threadIdx.x < STAGES) {
+    make_arrival(address_of(&s.here[threadIdx.x]), 1);
+    make_arrival(address_of(&s.done[threadIdx.x]), WARPS);
+  }
+  publish_arrivals();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    stream_omp(const u16* key, i64 key_stride_t, i64 key_stride_h, const u16* value, i64 value_stride_t,
+               i64 value_stride_h, const u16* tail, i64 tail_page_stride, const u8* key_chunks, const u8* key_integers,
+               const float* key_lengths, const float* key_levels, const float* key_mean, const float* key_stretch,
+               const u8* value_chunks, const u8* value_integers, const float* value_lengths, const float* value_levels,
+               const float* value_mean, const float* value_stretch, u8* codes, i64 code_page_stride, const int* source,
+               const i64* destination, int M, float min_energy, float key_gain, float value_gain) {
+  ALIGNED_SHARED_MEMORY(memory);
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  const int head = blockIdx.y / 2, is_value = blockIdx.y % 2, tile = blockIdx.x * TILE, thread = threadIdx.x;
+  const Kv kv = is_value ? VALUE : KEY;
+  if (thread == 0) s.tiles = 0;
+  __syncthreads();
+  if (thread < TILE && tile + thread < M && destination[tile + thread] >= P) s.tiles = 1;
+  make_arrivals(s);
+  __syncthreads();
+  if (!s.tiles) return;
+  const i64 of_head = kv.shared ? 0 : head;
+  const i64 chunk_bytes = i64((kv.atoms + CHUNK - 1) / CHUNK) * CHUNK_BYTES;
+  const Where where = {is_value ? value + head * value_stride_h : key + head * key_stride_h,
+                       is_value ? value_stride_t : key_stride_t,
+                       tail + (head * R * 2 + is_value) * D,
+                       tail_page_stride,
+                       (is_value ? value_chunks : key_chunks) + of_head * chunk_bytes,
+                       (is_value ? value_integers : key_integers) + of_head * kv.atoms * D,
+                       (is_value ? value_lengths : key_lengths) + of_head * kv.atoms,
+                       is_value ? value_levels : key_levels,
+                       (is_value ? value_mean : key_mean) + head * D,
+                       (is_value ? value_stretch : key_stretch) + head * D,
+                       is_value ? value_gain : key_gain,
+                       codes + i64(head) * HEAD_BYTES,
+                       code_page_stride};
+  Stream stream = {};
+  code_tile(s, stream, where, kv, source + tile, destination + tile, M - tile, min_energy, VALUE_BITS ^ u32(M >> 31));
+}
+
+// Addresses of a codebook's tensors, from its atoms' on; and how far values' are from keys'.
+constexpr int LEVELS = KEY_LEVELS_COLUMN - KEY_ATOMS_COLUMN, MEAN = KEY_MEAN_COLUMN - KEY_ATOMS_COLUMN;
+constexpr int STRETCH = KEY_STRETCH_COLUMN - KEY_ATOMS_COLUMN, CHUNKS = KEY_STREAM_ATOMS_COLUMN - KEY_ATOMS_COLUMN;
+constexpr int INTEGERS = KEY_INTEGERS_COLUMN - KEY_ATOMS_COLUMN, LENGTHS = KEY_LENGTHS_COLUMN - KEY_ATOMS_COLUMN;
+constexpr int KV_COLUMNS = VALUE_ATOMS_COLUMN - KEY_ATOMS_COLUMN;
+static_assert(VALUE_LEVELS_COLUMN - VALUE_ATOMS_COLUMN == LEVELS && VALUE_MEAN_COLUMN - VALUE_ATOMS_COLUMN == MEAN &&
+                  VALUE_STRETCH_COLUMN - VALUE_ATOMS_COLUMN == STRETCH &&
+                  VALUE_STREAM_ATOMS_COLUMN - VALUE_ATOMS_COLUMN == CHUNKS &&
+                  VALUE_INTEGERS_COLUMN - VALUE_ATOMS_COLUMN == INTEGERS &&
+                  VALUE_LENGTHS_COLUMN - VALUE_ATOMS_COLUMN == LENGTHS,
+              "addresses of values have another order than those of keys");
+
+// All layers' tails: blocks take tiles of one dictionary after the other. Nothing if at most `fewer` jobs are to be coded:
+// then another launch does. Jobs that are to be coded stand first. A row of `addresses` has those of a layer's tensors, see
+// LayerStack.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    stream_omp_layers(const i64* addresses, int dictionaries, int heads, i64 tail_page_stride, i64 code_page_stride,
+                      const int* source, const i64* destination, int M, int fewer, float min_energy, float key_gain,
+                      float value_gain) {
+  ALIGNED_SHARED_MEMORY(memory);
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  if (M <= fewer || destination[fewer] < P) return;
+  if (threadIdx.x == 0) s.tiles = 0;
+  __syncthreads();
+  make_arrivals(s);
+  for (int job = threadIdx.x; job < M; job += THREADS)
+    if (destination[job] >= P) atomicMax(&s.tiles, job / TILE + 1);
+  __syncthreads();
+  const int tiles = s.tiles;
+  Stream stream = {};
+#pragma unroll 1
+  for (int at = blockIdx.x; at < dictionaries * tiles; at += gridDim.x) {
+    const int dictionary = at / tiles, tile = at % tiles * TILE, head = dictionary / 2 % heads, is_value = dictionary % 2;
+    const Kv kv = is_value ? VALUE : KEY;
+    const i64* row = addresses + dictionary / (2 * heads) * COLUMNS;
+    const i64* book = row + KEY_ATOMS_COLUMN + KV_COLUMNS * is_value;
+    const i64 of_head = kv.shared ? 0 : head;
+    const i64 chunk_bytes = i64((kv.atoms + CHUNK - 1) / CHUNK) * CHUNK_BYTES;
+    const Where where = {nullptr,
+                         0,
+                         reinterpret_cast<const u16*>(row[TAIL_PAGES_COLUMN]) + (head * R * 2 + is_value) * D,
+                         tail_page_stride,
+                         reinterpret_cast<const u8*>(book[CHUNKS]) + of_head * chunk_bytes,
+                         reinterpret_cast<const u8*>(book[INTEGERS]) + of_head * kv.atoms * D,
+                         reinterpret_cast<const float*>(book[LENGTHS]) + of_head * kv.atoms,
+                         reinterpret_cast<const float*>(book[LEVELS]),
+                         reinterpret_cast<const float*>(book[MEAN]) + head * D,
+                         reinterpret_cast<const float*>(book[STRETCH]) + head * D,
+                         is_value ? value_gain : key_gain,
+                         reinterpret_cast<u8*>(row[CODE_PAGES_COLUMN]) + i64(head) * HEAD_BYTES,
+                         code_page_stride};
+    code_tile(s, stream, where, kv, source + tile, destination + tile, M - tile, min_energy, VALUE_BITS ^ u32(M >> 31));
   }
 }

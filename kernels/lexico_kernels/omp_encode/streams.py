@@ -10,15 +10,16 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
+from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_CAPABILITY, STREAM_DIM, STREAM_SPARSITY, STREAM_VECTORS
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KV, CodeLayout
-from lexico_kernels.memory.pages import LayerCache
+from lexico_kernels.memory.pages import LayerCache, LayerStack
 from lexico_kernels.omp_encode.encoding import arguments, record_macros
 
 FILES = ("omp_encode/stream_primitives.cu", "omp_encode/stream_omp.cu")
-NAME = "stream_omp"
+NAME, LAYERS_NAME = "stream_omp", "stream_omp_layers"
 DTYPES = (torch.bfloat16, torch.float16)
 TILE, THREADS = 256, 512
 STAGES = 4  # chunks of the dictionary in flight
@@ -29,6 +30,13 @@ def supports(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
     """Whether `omp_encode` here can code what a step with these tokens [T, Hk, D] codes, faster than `tiles.py`."""
     vectors = 2 * key.shape[0] * cache.layout.num_kv_heads
     return vectors >= STREAM_VECTORS and supports_tensors(key, value, cache) and _on_device(key.get_device())
+
+
+def supports_layers(layers: LayerStack) -> bool:
+    """Whether `omp_encode_layers` here can code such layers."""
+    pages = layers.caches[0].tail_pages  # what one layer has all have
+    key, value = pages[:0, :, 0, 0], pages[:0, :, 0, 1]
+    return supports_tensors(key, value, layers.caches[0]) and _on_device(pages.get_device())
 
 
 def supports_tensors(key: Tensor, value: Tensor, cache: LayerCache) -> bool:
@@ -56,6 +64,12 @@ def _on_device(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] == STREAM_CAPABILITY and nvrtc.available(device)
 
 
+@once
+def multiprocessors(device: int) -> int:
+    """Of a device: blocks that run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def macros(layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool], half: bool) -> dict[str, int]:
     """The kernel's macros, which `stream_omp.cu` lists.
 
@@ -67,21 +81,21 @@ def macros(layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool]
     """
     found = record_macros(layout, atoms, half) | {"SHARED_BYTES": SHARED_BYTES, "STAGES": STAGES}
     found |= {f"{kv.upper()}_SHARED": int(one) for kv, one in zip(KV, shared, strict=True)}
-    return found
+    return found | LayerStack.macros()
 
 
 @once
 def _kernel(
-    device: int, layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool], half: bool
+    name: str, device: int, layout: CodeLayout, atoms: tuple[int, int], shared: tuple[bool, bool], half: bool
 ) -> nvrtc.Kernel:
-    return nvrtc.kernel(FILES, NAME, device, SHARED_BYTES, **macros(layout, atoms, shared, half))
+    return nvrtc.kernel(FILES, name, device, SHARED_BYTES, **macros(layout, atoms, shared, half))
 
 
-def _kernel_for(cache: LayerCache) -> nvrtc.Kernel:
+def _kernel_for(name: str, cache: LayerCache) -> nvrtc.Kernel:
     books = (cache.key, cache.value)
     atoms, shared = (books[0].num_atoms, books[1].num_atoms), (not books[0].head_stride, not books[1].head_stride)
     return _kernel(
-        cache.tail_pages.get_device(), cache.layout, atoms, shared, cache.tail_pages.dtype == torch.float16
+        name, cache.tail_pages.get_device(), cache.layout, atoms, shared, cache.tail_pages.dtype == torch.float16
     )  # fmt: skip
 
 
@@ -98,10 +112,41 @@ def omp_encode(
     M = source.shape[0]
     if M == 0:
         return
-    _kernel_for(cache).launch(
+    _kernel_for(NAME, cache).launch(
         (-(-M // TILE), 2 * cache.layout.num_kv_heads, 1),
         THREADS,
         *arguments(
             key, value, cache, (*_tensors(cache.key), *_tensors(cache.value)), source, destination, relative_error
         ),
+    )
+
+
+def omp_encode_layers(
+    layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0, fewer: int = 0
+) -> None:
+    """CUDA C++ version of `reference.omp_encode_layers`, of what `supports_layers`.
+
+    fewer: up to so many jobs to be coded are left to another launch; where there are no more, this codes nothing.
+    """
+    cache, M = layers.caches[0], source.shape[0]
+    if fewer >= M:
+        return
+    heads = cache.layout.num_kv_heads
+    dictionaries = 2 * heads * len(layers.caches)
+    blocks = min(dictionaries * -(-M // TILE), multiprocessors(cache.tail_pages.get_device()))
+    _kernel_for(LAYERS_NAME, cache).launch(
+        (blocks, 1, 1),
+        THREADS,
+        layers.addresses,
+        dictionaries,
+        heads,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        M,
+        fewer,
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
     )
