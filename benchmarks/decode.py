@@ -72,6 +72,7 @@ CASES = [
     Case(32, 8192, 31, 1, 4, 256),  # Gemma 3 270M and 1B
     Case(32, 8192, 15, 1, 4, 256),
     Case(8, 32768, 15, 2, 32),  # Nemotron 3 Nano
+    Case(8, 32768, 7, 8, 64, 64),  # gpt-oss-20b
 ]
 
 

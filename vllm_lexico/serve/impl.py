@@ -251,7 +251,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             lse: float32 [T, Hq], natural log-sum-exp of the scores.
         """
         if self.sinks is not None:
-            output.mul_((lse - self.sinks.float()).sigmoid()[..., None])
+            output.mul_((lse - self.sinks).sigmoid_()[..., None])
 
     def _attend_chunks(
         self,
