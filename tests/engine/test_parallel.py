@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism on two processes of vLLM's CPU build: they answer as its backend and the oracle do.
+"""Ranks on two processes of vLLM's CPU build, with experts shared out too: they answer as its backend, or the oracle.
 
 On GPUs `benchmarks/parallel.py` asks the same of real models, with torch.compile and CUDA graphs.
 """
@@ -19,6 +19,7 @@ from vllm_lexico.dictionary.file import load_dictionary
 
 WIPED = "wiped pages"
 TENSOR, PIPELINE = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+EXPERTS = TENSOR | {"enable_expert_parallel": True}
 NO_WINDOW = {"window": 0}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 # Log-probabilities in float32, and by how much the oracle may mind an answer's token, in nats.
@@ -45,17 +46,27 @@ def coded(strong_llama, strong_dictionary, load_benchmark, write_letters_model, 
     return {"codes": (strong_llama, strong_dictionary), "codes, one KV head": (one_head, dictionary)}
 
 
-FAULTS = {"exact": WIPED, "stages": WIPED, "codes": FIRST_HEADS, "codes, one KV head": WIPED}
+@pytest.fixture(scope="module")
+def with_experts(write_letters_model, tmp_path_factory):
+    """A Mixtral, half of whose experts are each rank's."""
+    changes = {"hidden_size": 256, "intermediate_size": 128, "initializer_range": 0.15}
+    return write_letters_model(tmp_path_factory.mktemp("experts") / "model", 2, 2, experts=4, head_dim=64, **changes)
+
+
+PEERS = {"exact": "peer", "stages": "peer", "experts": "peer with experts"}
+FAULTS = {"exact": WIPED, "experts": WIPED, "stages": WIPED, "codes": FIRST_HEADS, "codes, one KV head": WIPED}
 
 
 @pytest.fixture(scope="module")
-def answers(root, strong_llama, coded):
+def answers(root, strong_llama, with_experts, coded):
     """What each engine answers, and with a fault, by its name."""
     exactly, both = {"codec": "exact"} | NO_WINDOW, ["again", "repetitive"]
     cases = {
         "peer": (strong_llama, "CPU_ATTN", {}, TENSOR | {"block_size": 128}, both),
         "exact": (strong_llama, "LEXICO", exactly, TENSOR | {"speculative_config": DRAFTS}, both),
         "stages": (strong_llama, "LEXICO", exactly, PIPELINE, ["again"]),
+        "peer with experts": (with_experts, "CPU_ATTN", {}, EXPERTS | {"block_size": 128}, ["again"]),
+        "experts": (with_experts, "LEXICO", exactly, EXPERTS, ["again"]),
     }
     for name, (model, dictionary) in coded.items():
         cases[name] = (model, "LEXICO", {"dictionary": str(dictionary)} | NO_WINDOW, TENSOR, ["repetitive"])
@@ -92,10 +103,10 @@ def worst_regret(coded, exact):
     return judge
 
 
-@pytest.mark.parametrize("name", ["exact", "stages"])
+@pytest.mark.parametrize("name", PEERS)
 def test_the_exact_codec_on_two_ranks_answers_as_cpu_attn(answers, exact, name):
     for scenario, said in answers[name]["whole"].items():
-        row = exact.compare(said["answers"], answers["peer"]["whole"][scenario]["answers"])
+        row = exact.compare(said["answers"], answers[PEERS[name]]["whole"][scenario]["answers"])
         assert row["tokens"] >= 12, (scenario, row)
         assert row["mean"] <= MEAN_GAP and row["max"] <= MAX_GAP and row["worst_parting"] <= TIE, (scenario, row)
 
@@ -106,7 +117,7 @@ def test_codes_on_two_ranks_answer_as_the_oracle(answers, worst_regret, name):
 
 
 def test_prompts_were_found_in_the_cache_and_tokens_drafted(answers, exact):
-    hits = {name: exact.count(answers[name]["whole"], "hits") for name in ("peer", "exact", "stages")}
+    hits = {name: exact.count(answers[name]["whole"], "hits") for name in (*PEERS, *PEERS.values())}
     assert set(hits.values()) == {256 + 384 + 512}
     drafted = {name: exact.count(answers[name]["whole"], "drafted") for name in ("peer", "exact")}
     assert drafted["exact"] > drafted["peer"] == 0
@@ -118,5 +129,5 @@ def test_planted_faults_are_seen(answers, exact, worst_regret, name):
     if name.startswith("codes"):
         assert worst_regret(name, faulty) > TIE
     else:
-        row = exact.compare(faulty["again"]["answers"], answers["peer"]["whole"]["again"]["answers"])
+        row = exact.compare(faulty["again"]["answers"], answers[PEERS[name]]["whole"]["again"]["answers"])
         assert row["max"] > MAX_GAP or row["worst_parting"] > TIE, row
