@@ -23,14 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 def cut_contexts(monkeypatch, tokens):
     """Splits of at most so many tokens, a multiple of the threads."""
-    splits = LOOKUP_SPLITS._replace(tokens=tokens, short_context=tokens, short_tokens=tokens)
+    splits = LOOKUP_SPLITS._replace(tokens=tokens, fewer_tokens=(tokens,), short_context=tokens, short_tokens=tokens)
     for module in (lookup_sizes, lookup):
         monkeypatch.setattr(module, "LOOKUP_SPLITS", splits)
     forget_shapes()
 
 
 def forget_shapes():
-    for cached in (lookup_sizes.shape_for, lookup._lookup_tiles, lookup._bin_tiles):
+    for cached in (lookup_sizes.way_for, lookup_sizes.shape_for, lookup._lookup_tiles, lookup._bin_tiles):
         cached.cache_clear()
 
 
@@ -39,7 +39,7 @@ class OnCpu:
 
     def __init__(self, shape, page_alignment, folder):
         launch = lookup.lookup_launch(shape.queries)
-        self.shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms)
+        self.shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
         macros = lookup_sizes.constants(shape, launch, page_alignment, SHARED_BYTES)
         source, path = folder / "source.cu", folder / "kernel.so"
         source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in lookup.FILES[1:]))
@@ -160,8 +160,25 @@ def test_soft_cap(device, on_any_device):
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):
     problem = random_problem(layout(), [63], atoms=64, device=device)
-    assert lookup_sizes.passes_for(12, 64, 64, SHARED_BYTES) == 2
+    assert lookup_sizes.way_for(12, 64, 64, SHARED_BYTES).passes == 2
     check(problem, [0], [63], 24, device)
+
+
+@pytest.mark.parametrize(("group", "passes", "binned"), [(7, 1, 4), (4, 1, 2), (5, 2, 2)])
+def test_less_shared_memory(group, passes, binned, device, on_any_device, monkeypatch):
+    """Bins of some heads at a time, which give the bits of all at once, and passes that do not divide a group."""
+    if device == "cpu":
+        cut_contexts(monkeypatch, 64)
+    atoms, limits = (100, range(6272, 16384, 64)) if device == "cpu" else (4096, range(32768, 232448, 256))
+    problem = random_problem(layout(), [130], atoms=atoms, device=device, raw_tokens=40)
+    want = check(problem, [0], [130], 2 * group, device)
+    ways = {limit: lookup_sizes.way_for(group, atoms, atoms, limit) for limit in limits}
+    limit = next(limit for limit, way in ways.items() if way and way[:2] == (passes, binned))
+    monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: limit)
+    forget_shapes()
+    given = check(problem, [0], [130], 2 * group, device)
+    if passes == 1:  # of other rows, products with the atoms may be added up in another order
+        assert all(torch.equal(one, other) for one, other in zip(want, given, strict=True))
 
 
 @pytest.mark.parametrize(("sink_pages", "raw_tokens"), [(0, 0), (0, 500), (3, 0), (50, 0)])
@@ -191,16 +208,31 @@ def test_splits_are_never_more_than_the_grid_has():
     for tokens in [*range(1, 9000, 97), 8192, 8193, 131072, 1 << 20]:
         sizes = LOOKUP_SPLITS
         size = sizes.short_tokens if tokens <= sizes.short_context else sizes.tokens
-        assert -(-tokens // size) <= lookup_sizes.max_splits(tokens)
+        assert -(-tokens // size) <= lookup_sizes.max_splits(tokens, sizes.tokens)
 
 
-def test_query_heads_of_a_pass_fit_shared_memory():
-    assert lookup_sizes.passes_for(4, 4096, 4096, SHARED_BYTES) == 1
-    assert lookup_sizes.passes_for(8, 4096, 4096, SHARED_BYTES) == 1
-    assert lookup_sizes.passes_for(8, 4096, 4096, 163 << 10) == 2
-    assert lookup_sizes.passes_for(6, 4096, 4096, SHARED_BYTES) == 1
-    assert lookup_sizes.passes_for(16, 4096, 4096, SHARED_BYTES) == 2
-    assert lookup_sizes.passes_for(1, 4096, 4096, 1 << 10) == 0
+GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes"),
+    [
+        (227 << 10, (1, 1, 1, 1, 1, 1, 1, 1, 2, 2)),
+        (163 << 10, (1, 1, 1, 1, 1, 1, 1, 1, 2, 2)),
+        (99 << 10, (1, 1, 1, 1, 2, 2, 2, 2, 3, 4)),
+        (1 << 10, (0,) * 10),
+    ],
+)
+def test_query_heads_of_a_pass_fit_shared_memory(limit, passes):
+    for group, want in zip(GROUPS, passes, strict=True):
+        way = lookup_sizes.way_for(group, 4096, 4096, limit)
+        assert (way.passes if way else 0) == want, group
+        if way:
+            queries = -(-group // way.passes)
+            used = lookup_sizes.shared_bytes(lookup_launch(queries), queries, 4096, 4096, way)
+            assert used + LOOKUP_SPLITS.static_bytes <= limit
+            assert 1 <= way.binned <= queries
+            assert limit < 200 << 10 or way == (way.passes, queries, LOOKUP_SPLITS.tokens)  # Hopper needs no other way
 
 
 CASES = [  # query heads per KV head, D, sparsities, atoms, page alignment
@@ -218,14 +250,20 @@ CASES = [  # query heads per KV head, D, sparsities, atoms, page alignment
 ]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_compiles(case, arch):
+LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90a": SHARED_BYTES}  # of shared memory for a block
+
+
+COMPILED = [(arch, case) for arch in ("sm_80", "sm_90a") for case in CASES]
+COMPILED += [("sm_89", case) for case in CASES if case[:2] in ((4, 128), (5, 128))]
+
+
+@pytest.mark.parametrize(("arch", "case"), COMPILED, ids=str)
+def test_the_kernel_compiles(arch, case):
     """To machine code, without a GPU."""
     pytest.importorskip("cuda.bindings.nvrtc")
     group, D, S, atoms, alignment = case
     it = CodeLayout(D, 2, *S)
-    limit = SHARED_BYTES if arch == "sm_90a" else 163 << 10
+    limit = LIMITS[arch]
     shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
     macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), alignment, limit)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")

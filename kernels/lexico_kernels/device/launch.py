@@ -104,6 +104,7 @@ class LookupSplits(NamedTuple):
     """How `lookup.sparse_decode` cuts contexts."""
 
     tokens: int  # of a split at most; a multiple of every launch's threads
+    fewer_tokens: tuple[int, ...]  # the same where more query heads fit shared memory so, the longest first
     short_context: int  # coded tokens up to which a context is cut finer, for more thread blocks than it would have
     short_tokens: int  # of a split of such a context
     static_bytes: int  # bound on the shared memory that the kernel declares by itself, and what the driver takes
@@ -142,7 +143,9 @@ class LookupTail(NamedTuple):
     num_warps: int
 
 
-LOOKUP_SPLITS = LookupSplits(tokens=4096, short_context=8192, short_tokens=2048, static_bytes=6144)
+LOOKUP_SPLITS = LookupSplits(
+    tokens=4096, fewer_tokens=(3072, 2048), short_context=8192, short_tokens=2048, static_bytes=6144
+)
 LOOKUP_ATTEND = (
     LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
     LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),

@@ -8,25 +8,27 @@
 //
 // Shared memory is used twice: scores lie where the bins will be, and weights where the lookup was.
 //
-// Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), ROTATE (below), THREADS,
-// ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
+// Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), BINNED of them that have
+// bins at a time (below), ROTATE (below), THREADS, ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
 // PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
 // ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
 //
-// ROTATE (QUERIES a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
+// BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
+//
+// ROTATE (for heads with bins that are a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
 // different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
 constexpr int REDUCED = QUERIES + 1;
 constexpr int MAX_TOKENS = ROUNDS * THREADS;
-constexpr int BINS = QUERIES * VALUE_ATOMS;
+constexpr int BINS = BINNED * VALUE_ATOMS;
 constexpr int SCORES = QUERIES * MAX_TOKENS;  // as [QUERIES][MAX_TOKENS]
 constexpr int LOOKUP_ROWS = KEY_ATOMS > MAX_TOKENS ? KEY_ATOMS : MAX_TOKENS;
 constexpr int LOOKUP_BYTES = (LOOKUP_ROWS * ROW * 2 + 15) / 16 * 16;
 static_assert(SPAN_TOKENS == 32, "a warp's lanes read the records of a span together");
-static_assert(!ROTATE || (QUERIES & (QUERIES - 1)) == 0, "heads cannot be rotated");
+static_assert(BINNED >= 1 && BINNED <= QUERIES, "some heads have bins");
 constexpr float NO_SCORE = -1e30f, LOG2_E = 1.4426950408889634f;
 // All weights of a head add up to less than this, and so do the magnitudes in any of its bins, which mulhi halves.
 constexpr float FULL_SCALE = 2.1e9f;
@@ -64,21 +66,25 @@ __device__ void lookup_sums(const Levels& levels, const Record<S>& record, Share
   for (int g = 0; g < QUERIES; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
 }
 
-__device__ int bin_of(int atom, int g) {
-  return ROTATE ? atom * QUERIES + g : g * VALUE_ATOMS + atom;
-}
+// COUNT heads' bins. BESIDE: an atom's lie side by side, else a head's do.
+template <int COUNT>
+struct Bins {
+  static constexpr bool BESIDE = ROTATE && (COUNT & (COUNT - 1)) == 0;
 
-// Add weight * level to the bin of each entry's atom, for the heads of this lane. bins: where atom 0's bins are.
-template <int S>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[QUERIES],
-                            const int (&weight)[QUERIES]) {
+  __device__ static int of(int atom, int h) { return BESIDE ? atom * COUNT + h : h * VALUE_ATOMS + atom; }
+};
+
+// Add weight * level to the bin of each entry's atom, for COUNT heads of this lane. bins: where atom 0's bins are.
+template <int S, int COUNT>
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[COUNT],
+                            const int (&weight)[COUNT]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 offset = row_offset<4 * (ROTATE ? QUERIES : 1), VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4 * (Bins<COUNT>::BESIDE ? COUNT : 1), VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
-    for (int h = 0; h < QUERIES; h++) {
+    for (int h = 0; h < COUNT; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
       add_shared(bins[h] + offset, amount);
     }
@@ -180,49 +186,88 @@ __device__ void make_weights(float* scores, char* weights, const Tokens& tokens,
   }
 }
 
-// Weight (h + lane) % QUERIES goes to h.
-__device__ void rotate_heads(int (&value)[QUERIES], int lane) {
+// Weight (h + lane) % COUNT goes to h.
+template <int COUNT>
+__device__ void rotate_heads(int (&value)[COUNT], int lane) {
 #pragma unroll
-  for (int by = 1; by < QUERIES; by *= 2) {
-    int turned[QUERIES];
+  for (int by = 1; by < COUNT; by *= 2) {
+    int turned[COUNT];
 #pragma unroll
-    for (int h = 0; h < QUERIES; h++) turned[h] = lane & by ? value[(h + by) % QUERIES] : value[h];
+    for (int h = 0; h < COUNT; h++) turned[h] = lane & by ? value[(h + by) % COUNT] : value[h];
 #pragma unroll
-    for (int h = 0; h < QUERIES; h++) value[h] = turned[h];
+    for (int h = 0; h < COUNT; h++) value[h] = turned[h];
   }
 }
 
-// Add a token to the bins. weight: its row of weights.
+// Add a token to the bins of COUNT heads from FIRST on. weight_row: its row of weights.
+template <int FIRST, int COUNT>
 __device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
-                          const float (&scale)[QUERIES], const Shared (&bins)[QUERIES]) {
+                          const float (&scale)[QUERIES], const Shared (&bins)[COUNT]) {
   float weight[ROW];
   load_weights(weight_row, weight);
-  int fixed[QUERIES];
+  int fixed[COUNT];
 #pragma unroll
-  for (int g = 0; g < QUERIES; g++) fixed[g] = __float2int_rn(weight[g] * scale[g] * record.scale());
-  if constexpr (ROTATE) rotate_heads(fixed, threadIdx.x % 32);
+  for (int h = 0; h < COUNT; h++) {
+    fixed[h] = __float2int_rn(weight[FIRST + h] * scale[FIRST + h] * record.scale());
+  }
+  if constexpr (Bins<COUNT>::BESIDE) rotate_heads(fixed, threadIdx.x % 32);
   add_to_bins(levels, record, bins, fixed);
 }
 
-// The bins of a split as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null atom's is left out: a record
-// may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's infinity times its zeros would
-// be NaN.
+// The bins of a split's COUNT heads from FIRST on as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null
+// atom's is left out: a record may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's
+// infinity times its zeros would be NaN.
+template <int FIRST, int COUNT>
 __device__ void store_bins(const int* bins, char* out) {
   constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    float value[2][QUERIES] = {};
+    float value[2][COUNT] = {};
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
 #pragma unroll
-      for (int g = 0; g < QUERIES; g++) value[i][g] = atom + i ? bins[bin_of(atom + i, g)] * BIN_TO_HALF : 0;
+      for (int h = 0; h < COUNT; h++) value[i][h] = atom + i ? bins[Bins<COUNT>::of(atom + i, h)] * BIN_TO_HALF : 0;
     }
 #pragma unroll
-    for (int g = 0; g < QUERIES; g++) {
-      const u32 halves = floats_to_halves(value[0][g], value[1][g]);
-      if constexpr (AT_ONCE == 2) ((u32*)out)[(g * VALUE_ATOMS + atom) / 2] = halves;
-      else ((u16*)out)[g * VALUE_ATOMS + atom] = (u16)halves;
+    for (int h = 0; h < COUNT; h++) {
+      const u32 halves = floats_to_halves(value[0][h], value[1][h]);
+      if constexpr (AT_ONCE == 2) ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = halves;
+      else ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)halves;
     }
+  }
+}
+
+// Add up all tokens in empty bins and store them, BINNED heads from FIRST on at a time. value: this thread's first.
+template <int FIRST>
+__device__ void add_values(const Levels& levels, const Tokens& tokens, ValueRecord value, const char* weights,
+                           const float (&scale)[QUERIES], int* bins, char* out) {
+  constexpr int COUNT = BINNED < QUERIES - FIRST ? BINNED : QUERIES - FIRST;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const Shared bins_at = shared_address(bins);
+  Shared own_bins[COUNT];
+#pragma unroll
+  for (int h = 0; h < COUNT; h++) {
+    own_bins[h] = bins_at + 4 * (Bins<COUNT>::BESIDE ? (h + lane) % COUNT : Bins<COUNT>::of(0, h));
+  }
+#pragma unroll 1
+  for (int r = 0; r < ROUNDS; r++) {
+    const int index = r * THREADS + thread;
+    if (r * THREADS >= tokens.end) break;
+    const ValueRecord next = load_value(tokens, index + THREADS);
+    if (index >= tokens.begin && index < tokens.end) {
+      add_token<FIRST, COUNT>(levels, value, weights + index * (2 * ROW), scale, own_bins);
+    }
+    value = next;
+  }
+  __syncthreads();
+  store_bins<FIRST, COUNT>(bins, out);
+  if constexpr (FIRST + COUNT < QUERIES) {
+    value = load_value(tokens, thread);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < BINS; i += THREADS) bins[i] = 0;
+    __syncthreads();
+    add_values<FIRST + COUNT>(levels, tokens, value, weights, scale, bins, out);
   }
 }
 
@@ -258,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   int* const bins = (int*)scores;
 
   const int split = blockIdx.x, row = blockIdx.y, token = row / passes_per_token;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int thread = threadIdx.x;
   const int4 own = schedule[token];
   const int own_request = request[token];
   if (split >= own.w) return;
@@ -297,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   float& largest_scale = top[QUERIES];  // of the values, found in the same reduction
   largest_scale = 0;
-  const Shared lookup_at = shared_address(memory), bins_at = shared_address(bins);
+  const Shared lookup_at = shared_address(memory);
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
@@ -329,25 +374,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   for (int g = 0; g < QUERIES; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
 
   keep_levels(levels, level_words[1]);
-  Shared own_bins[QUERIES];
-#pragma unroll
-  for (int h = 0; h < QUERIES; h++) {
-    own_bins[h] = bins_at + 4 * (ROTATE ? (h + lane) % QUERIES : bin_of(0, h));
-  }
-#pragma unroll 1
-  for (int r = 0; r < ROUNDS; r++) {
-    const int index = r * THREADS + thread;
-    if (r * THREADS >= tokens.end) break;
-    const ValueRecord next = load_value(tokens, index + THREADS);
-    if (index >= tokens.begin && index < tokens.end) {
-      add_token(levels, value, memory + index * (2 * ROW), scale, own_bins);
-    }
-    value = next;
-  }
-  __syncthreads();
-
   const long long out_row = (long long)row * gridDim.x + split, statistics = (long long)gridDim.y * gridDim.x * ROW;
-  store_bins(bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
+  add_values<0>(levels, tokens, value, memory, scale, bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {
     if (thread != g) continue;

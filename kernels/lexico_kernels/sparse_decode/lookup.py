@@ -52,7 +52,7 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
     launch = lookup_launch(shape.queries)
-    shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms)
+    shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
     macros = constants(shape, launch, page_alignment, shared_limit_bytes(device))
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
@@ -91,7 +91,7 @@ def sparse_decode(
 
 @once
 def _heads(shape: Shape) -> Heads:
-    return Heads(shape.token_passes, shape.passes, shape.queries, shape.row)
+    return Heads(shape.token_passes, shape.way.passes, shape.queries, shape.row, shape.group)
 
 
 @once
@@ -99,8 +99,8 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
         ATOMS=fitting_atoms(LOOKUP_MATMUL.lookup_tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
-        SPLIT=LOOKUP_SPLITS.tokens,
-        SHORT_SPLIT=LOOKUP_SPLITS.short_tokens,
+        SPLIT=shape.way.tokens,
+        SHORT_SPLIT=min(LOOKUP_SPLITS.short_tokens, shape.way.tokens),
         SHORT_CONTEXT=LOOKUP_SPLITS.short_context,
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         TAIL=LOOKUP_TAIL.tile,

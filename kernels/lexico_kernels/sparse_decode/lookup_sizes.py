@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache as once
 from math import gcd
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,6 @@ from lexico_kernels.device.nvrtc import float_bits
 from lexico_kernels.memory.layout import KV, LEVEL_BITS, MAX_ATOMS, NUM_LEVELS, SPAN_TOKENS, CodeLayout
 
 MAX_QUERIES = 8  # query heads that one pass over the codes can serve
-NO_LIMIT_BYTES = 1 << 30
 MAX_GRID_ROWS = 65535  # CUDA's limit on a grid's second axis
 
 
@@ -32,6 +32,21 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+class Pass(NamedTuple):
+    """What a pass over a KV head's codes takes at a time.
+
+    Attributes:
+        passes: over the codes, each for as many of the KV head's query heads; the last may have fewer.
+        binned: query heads that have bins at a time: all of a pass, or as many as have room, and values are read again
+            for the next.
+        tokens: of a split at most.
+    """
+
+    passes: int
+    binned: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a launch's sizes follow from.
@@ -41,7 +56,7 @@ class Shape:
         num_heads: Hq.
         key_atoms, value_atoms: N of both dictionaries.
         max_splits: of a context.
-        passes: over a KV head's codes, each for as many of its query heads.
+        way: of the passes over a KV head's codes.
         cap: of scores in base 2 (`reference.sparse_decode` has it in base e), 0 for none.
     """
 
@@ -50,18 +65,23 @@ class Shape:
     key_atoms: int
     value_atoms: int
     max_splits: int
-    passes: int
+    way: Pass
     cap: float = 0.0
 
     @property
     def token_passes(self) -> int:
         """H, passes of a token."""
-        return self.layout.num_kv_heads * self.passes
+        return self.layout.num_kv_heads * self.way.passes
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.layout.num_kv_heads
 
     @property
     def queries(self) -> int:
-        """G, query heads of a pass."""
-        return self.num_heads // self.token_passes
+        """G, query heads of a pass; where passes do not divide the group, the last has room for more than it has."""
+        return divide_up(self.group, self.way.passes)
 
     @property
     def row(self) -> int:
@@ -80,17 +100,17 @@ class Shape:
 
     def scratch(self) -> dict[str, tuple[int, torch.dtype]]:
         """Numbers that a token needs of each buffer, and their type."""
-        heads = self.token_passes * self.row
+        heads, padded = self.token_passes * self.row, self.token_passes * self.queries
         return {
             "lookup": (heads * self.key_atoms, torch.float16),
-            "bins": (self.num_heads * self.max_splits * self.value_atoms, torch.float16),
+            "bins": (padded * self.max_splits * self.value_atoms, torch.float16),
             "stats": (3 * heads * self.max_splits, torch.float32),
             "query_scale": (heads, torch.float32),
             "offset": (heads, torch.float32),
             "coded_lse": (heads, torch.float32),
-            "chunk_out": (self.chunks * self.num_heads * self.layout.head_dim, torch.float32),
-            "tail_out": (self.num_heads * LOOKUP_TAIL.splits * self.layout.head_dim, torch.float32),
-            "tail_lse": (self.num_heads * LOOKUP_TAIL.splits, torch.float32),
+            "chunk_out": (self.chunks * padded * self.layout.head_dim, torch.float32),
+            "tail_out": (padded * LOOKUP_TAIL.splits * self.layout.head_dim, torch.float32),
+            "tail_lse": (padded * LOOKUP_TAIL.splits, torch.float32),
             "schedule": (4, torch.int32),
         }
 
@@ -103,28 +123,37 @@ class Shape:
         return max(1, min(LOOKUP_SCRATCH_BYTES // self.token_bytes(), MAX_GRID_ROWS // self.token_passes))
 
 
-def max_splits(max_tokens: int) -> int:
+def max_splits(max_tokens: int, split_tokens: int) -> int:
     """Most splits of a context of at most that many tokens; what `prepare` schedules is never more."""
-    short = divide_up(min(max_tokens, LOOKUP_SPLITS.short_context), LOOKUP_SPLITS.short_tokens)
-    return max(1, short, divide_up(max_tokens, LOOKUP_SPLITS.tokens))
+    short = divide_up(min(max_tokens, LOOKUP_SPLITS.short_context), min(LOOKUP_SPLITS.short_tokens, split_tokens))
+    return max(1, short, divide_up(max_tokens, split_tokens))
 
 
-def shared_bytes(launch: LookupLaunch, queries: int, key_atoms: int, value_atoms: int) -> int:
+def shared_bytes(launch: LookupLaunch, queries: int, key_atoms: int, value_atoms: int, way: Pass) -> int:
     """Dynamic shared memory of a block of `attend_codes`: lookup or weights, and scores or bins."""
-    tokens = divide_up(LOOKUP_SPLITS.tokens, launch.threads) * launch.threads
+    tokens = divide_up(way.tokens, launch.threads) * launch.threads
     lookup = divide_up(max(key_atoms, tokens) * power_of_two(queries) * 2, 16) * 16
-    return lookup + queries * max(value_atoms, tokens) * 4
+    return lookup + max(queries * tokens, way.binned * value_atoms) * 4
 
 
-def passes_for(queries_per_kv_head: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> int:
-    """Passes over a KV head's codes: as few as fit shared memory with their query heads; 0 if none do."""
-    for passes in range(1, queries_per_kv_head + 1):
-        queries = queries_per_kv_head // passes
-        if queries_per_kv_head % passes == 0 and queries <= MAX_QUERIES:
-            shared = shared_bytes(lookup_launch(queries), queries, key_atoms, value_atoms)
-            if shared + LOOKUP_SPLITS.static_bytes <= limit_bytes:
-                return passes
-    return 0
+@once
+def way_for(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> Pass | None:
+    """As few passes over a KV head's codes as fit shared memory with their share of `group` query heads; or None.
+
+    Of those, the one that has the bins of most query heads at a time, and of those the one with the longest splits.
+    """
+    for passes in range(1, group + 1):
+        queries = divide_up(group, passes)
+        if queries > MAX_QUERIES or divide_up(group, queries) < passes:
+            continue
+        launch = lookup_launch(queries)
+        for turns in range(1, queries + 1):
+            for tokens in (LOOKUP_SPLITS.tokens, *LOOKUP_SPLITS.fewer_tokens):
+                way = Pass(passes, divide_up(queries, turns), tokens)
+                shared = shared_bytes(launch, queries, key_atoms, value_atoms, way)
+                if shared + LOOKUP_SPLITS.static_bytes <= limit_bytes:
+                    return way
+    return None
 
 
 @once
@@ -138,25 +167,28 @@ def shape_for(
     cap: float = 0.0,
 ) -> Shape | None:
     """The shape for contexts of at most `max_tokens`, or None if the query heads do not fit shared memory."""
-    passes = passes_for(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
-    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens), passes, cap) if passes else None
+    way = way_for(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
+    if way is None:
+        return None
+    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
 
 
 def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
     """The macros of `attend_codes`."""
     layout, queries = shape.layout, shape.queries
-    shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms) + LOOKUP_SPLITS.static_bytes
+    shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
     out = {
         "QUERIES": queries,
         "ROW": shape.row,
-        "ROTATE": launch.rotate if power_of_two(queries) == queries else 0,
+        "BINNED": shape.way.binned,
+        "ROTATE": launch.rotate,
         "THREADS": launch.threads,
-        "ROUNDS": divide_up(LOOKUP_SPLITS.tokens, launch.threads),
+        "ROUNDS": divide_up(shape.way.tokens, launch.threads),
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
         "LEVELS_FROM": launch.levels_from,
         "PAGE_TOKENS": layout.block_tokens,
         "HEAD_BYTES": layout.head_bytes,
-        "PASSES": shape.passes,
+        "PASSES": shape.way.passes,
         "NUM_LEVELS": NUM_LEVELS,
         "LEVEL_BITS": LEVEL_BITS,
         "MAX_ATOMS": MAX_ATOMS,
@@ -179,7 +211,9 @@ def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_byt
 
 def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_tokens: int) -> int:
     """Most scratch that a step of that many tokens takes, whatever its dictionaries; contexts reach `max_tokens`."""
-    shape = shape_for(layout, num_heads, MAX_ATOMS, MAX_ATOMS, max_tokens, NO_LIMIT_BYTES)
-    if shape is None:
-        return 0
-    return min(num_tokens * shape.token_bytes(), max(LOOKUP_SCRATCH_BYTES, shape.token_bytes()))
+    most, shortest = 0, min(LOOKUP_SPLITS.fewer_tokens)
+    for passes in range(1, num_heads // layout.num_kv_heads + 1):  # the device says which
+        way = Pass(passes, 1, shortest)
+        shape = Shape(layout, num_heads, MAX_ATOMS, MAX_ATOMS, max_splits(max_tokens, shortest), way)
+        most = max(most, shape.token_bytes())
+    return min(num_tokens * most, max(LOOKUP_SCRATCH_BYTES, most))

@@ -1,8 +1,8 @@
 """What surrounds `attend_codes` in `lookup.sparse_decode`, in Triton: products with the atoms, the tail, the merge.
 
-A pass goes over a KV head's codes for G query heads; H passes serve a token, PASSES of them share a KV head. ROW is G
-up to a power of two. A column is a token's query head: COLUMNS // ROW tokens go through one program, in columns [token,
-head of the pass].
+A pass goes over a KV head's codes for G query heads, the last of a KV head for what is left of its GROUP; H passes
+serve a token, PASSES of them share a KV head. ROW is G up to a power of two. A column is a token's query head:
+COLUMNS // ROW tokens go through one program, in columns [token, head of the pass].
 """
 
 from typing import NamedTuple
@@ -27,6 +27,7 @@ class Heads(NamedTuple):
     PASSES: int  # of a KV head
     G: int  # query heads of a pass
     ROW: int
+    GROUP: int  # query heads of a KV head, at most PASSES * G
 
 
 class Lookups(NamedTuple):
@@ -137,8 +138,9 @@ def _make_lookups(
     token, g, there = columns(block, T, HEADS, TILES.COLUMNS)
     dims = tl.arange(0, D_PAD)
     kv_head = head // HEADS.PASSES
-    used = there & (g < G)
-    q_ptr = query.data + token * query.token_stride + (head * G + g) * query.head_stride
+    within = head % HEADS.PASSES * G + g
+    used = there & (g < G) & (within < HEADS.GROUP)
+    q_ptr = query.data + token * query.token_stride + (kv_head * HEADS.GROUP + within) * query.head_stride
     q = tl.load(q_ptr[None, :] + dims[:, None], mask=(dims < D)[:, None] & used[None, :], other=0.0)
     wide = q.to(tl.float32)
     stretched = wide * load_of_head(book.stretch, kv_head, SIZES)[:, None]
@@ -189,10 +191,12 @@ def _attend_tail(
     seq_len = tl.load(seq_len_ptr + token)
     sinks = tl.minimum(tl.load(tables.sink_end + request), seq_len)
     first = tl.minimum(tl.maximum(tl.load(tables.raw_start + request), sinks), seq_len)
-    q, mask = load_queries(query, token, head * G, heads, SIZES, G)
+    kv_head = head // HEADS.PASSES
+    within = head % HEADS.PASSES * G
+    count = tl.minimum(G, HEADS.GROUP - within)
+    q, mask = load_queries(query, token, kv_head * HEADS.GROUP + within, heads, SIZES, count)
     state = empty_state(TILES.G_PAD, SIZES.D_PAD)
     tails = tables.tail_block_table + request * tables.tail_block_table_stride
-    kv_head = head // HEADS.PASSES
     if split == SPLITS - 1:
         state = attend_raw(q, state, 0, sinks, tail, tails, kv_head, factor, SIZES, TILE, CAP)
     size = tl.cdiv(tl.cdiv(seq_len - first, SPLITS), TILE) * TILE
@@ -373,28 +377,29 @@ def merge(
     G: tl.constexpr = HEADS.G
     token, query_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     T, Hq = tl.num_programs(0), tl.num_programs(1)
-    head, g = query_head // G, query_head % G
+    kv_head, within = query_head // HEADS.GROUP, query_head % HEADS.GROUP
+    head, g = kv_head * HEADS.PASSES + within // G, within % G
     dims, chunk, split = tl.arange(0, SIZES.D_PAD), tl.arange(0, CHUNKS_PAD), tl.arange(0, TAIL_SPLITS)
-    row = token * Hq + query_head
-    at = (token * (Hq // G) + head) * HEADS.ROW + g
+    padded = (token * HEADS.H + head) * G + g
+    at = (token * HEADS.H + head) * HEADS.ROW + g
     coded_lse = tl.load(coded.lse + at)
     if not CAPPED:
         coded_lse += tl.load(offset_ptr + at)
     has_codes = coded_lse > -float("inf")
-    tails = tl.load(tail.lse + row * TAIL_SPLITS + split)
+    tails = tl.load(tail.lse + padded * TAIL_SPLITS + split)
     has_tail = tails > -float("inf")
     top = tl.maximum(tl.max(tails, 0), coded_lse)
     coded_weight = tl.where(has_codes, tl.exp2(coded_lse - top), 0.0)
     weights = tl.where(has_tail, tl.exp2(tails - top), 0.0)
     total = tl.sum(weights, 0) + coded_weight
     mask = (chunk < CHUNKS)[:, None] & (dims < D)[None, :]  # zeros where there are no codes, and no wait to know it
-    chunks = coded.out + ((chunk * T + token) * Hq + query_head)[:, None] * D + dims[None, :]
-    mean = load_of_head(book.mean, head // HEADS.PASSES, SIZES)
-    stretch = load_of_head(book.stretch, head // HEADS.PASSES, SIZES)
+    chunks = coded.out + ((chunk * T + token) * (HEADS.H * G) + head * G + g)[:, None] * D + dims[None, :]
+    mean = load_of_head(book.mean, kv_head, SIZES)
+    stretch = load_of_head(book.stretch, kv_head, SIZES)
     acc = (tl.sum(tl.load(chunks, mask=mask, other=0.0), 0) * stretch + mean) * coded_weight
-    splits = tail.out + (row * TAIL_SPLITS + split)[:, None] * D + dims[None, :]
+    splits = tail.out + (padded * TAIL_SPLITS + split)[:, None] * D + dims[None, :]
     acc += tl.sum(tl.load(splits, mask=(dims < D)[None, :], other=0.0) * weights[:, None], 0)
     merged = acc / tl.where(total > 0, total, 1.0)
     target = out.data + token * out.token_stride + query_head * out.head_stride + dims
     tl.store(target, merged.to(out.data.dtype.element_ty), mask=dims < D)
-    tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))
+    tl.store(lse_ptr + token * Hq + query_head, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))

@@ -64,11 +64,11 @@ def attend_raw(
 
 
 @triton.jit
-def load_queries(query, token, first_head, heads, SIZES: tl.constexpr, G: tl.constexpr):
-    """Queries [G_PAD, D_PAD] of heads first_head + heads, and the mask of those that are: the first G, the first D."""
+def load_queries(query, token, first_head, heads, SIZES: tl.constexpr, count):
+    """Queries [G_PAD, D_PAD] of heads first_head + heads, and the mask of those that are: `count`, the first D."""
     D: tl.constexpr = SIZES.D
     D_PAD: tl.constexpr = SIZES.D_PAD
     dims = tl.arange(0, D_PAD)
-    mask = (heads < G)[:, None] & (dims < D)[None, :]
+    mask = (heads < count)[:, None] & (dims < D)[None, :]
     rows = query.data + token * query.token_stride + (first_head + heads)[:, None] * query.head_stride + dims[None, :]
     return tl.load(rows, mask=mask, other=0.0), mask
