@@ -40,6 +40,7 @@ def make_dictionary() -> Callable[..., Dictionary]:
         fingerprint: ModelFingerprint = FINGERPRINT,
         shared: bool = True,
         usage: bool = False,
+        asked: bool = False,
     ) -> Dictionary:
         generator = torch.Generator().manual_seed(0)
         layers, heads, dim = len(fingerprint.layers), fingerprint.num_kv_heads, fingerprint.head_dim
@@ -56,6 +57,8 @@ def make_dictionary() -> Callable[..., Dictionary]:
                 share = torch.rand(size[:-1], generator=generator)
                 share[..., 0] = 0
                 tensors[f"{kv}_usage"] = (share / share.flatten(1).sum(1).view(-1, *[1] * (share.ndim - 1))).half()
+        if asked:
+            tensors["asked_shares"] = torch.rand(layers, heads, generator=generator)
         errors = {"key": {"7": [0.25, 0.5]}}
         info = DictionaryInfo(name, fingerprint, 20, atom_bits, 5, "a test", 100, 300, errors, "test", 3)
         return Dictionary(info, tensors)

@@ -63,6 +63,18 @@ def test_inspect_prints_and_draws(with_usage, tmp_path, capsys):
     assert pixels(tmp_path / "new" / "a.png") == (wide, high)
 
 
+def test_inspect_prints_what_is_asked_by_layer(with_usage, tmp_path, capsys):
+    layers, heads = with_usage.info.fingerprint.num_layers, with_usage.info.fingerprint.num_kv_heads
+    shares = torch.full((layers, heads), 0.25)
+    shares[3] = torch.linspace(0.5, 0.75, heads)
+    path = tmp_path / "d.safetensors"
+    Dictionary(with_usage.info, with_usage.tensors | {"asked_shares": shares}).save(path)
+    assert cli.main(["inspect", str(path), "--no-plot"]) == 0
+    rows = {row.split()[0]: row.split()[-1] for row in capsys.readouterr().out.splitlines() if row.strip()}
+    assert (rows["layer"], rows["2"], rows["3"]) == ("asked", "0.2500", "0.6250")
+    assert rows["mean"] == f"{(0.25 * (layers - 1) + 0.625) / layers:.4f}"
+
+
 def test_no_plot(bundled, tmp_path, capsys):
     bundled.save(tmp_path / "d.safetensors")
     assert cli.main(["inspect", str(tmp_path / "d.safetensors"), "--no-plot"]) == 0

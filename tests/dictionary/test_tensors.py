@@ -46,6 +46,36 @@ def test_rows(make_dictionary, tmp_path, kv, kind, at, value, words):
         load_dictionary(tmp_path / "d.safetensors")
 
 
+@pytest.mark.parametrize("number", [-0.01, 1.01, float("nan"), float("inf")])
+def test_shares_that_cannot_be(make_dictionary, tmp_path, number):
+    made = make_dictionary(asked=True)
+    made.tensors["asked_shares"][1, 2] = number
+    words = "in layer 1, a share of tokens that are asked for is outside 0 to 1; fetch it again"
+    with pytest.raises(ValueError, match=f"cannot be right: {words}"):
+        made.save(tmp_path / "d.safetensors")
+    write_unchecked(made, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=rf"d\.safetensors: .*{words}"):
+        load_dictionary(tmp_path / "d.safetensors")
+
+
+def test_shares_of_another_type_or_shape(make_dictionary):
+    made = make_dictionary()
+    for bad in (torch.zeros(2, 3, dtype=torch.float16), torch.zeros(2), torch.zeros(3, 2), torch.zeros(2, 3, 16)):
+        with pytest.raises(ValueError, match=r"tensor asked_shares is float.*asks for float32 \(2, 3\); fetch"):
+            Dictionary(made.info, made.tensors | {"asked_shares": bad})
+
+
+def test_shares_are_kept_and_old_files_have_none(make_dictionary, tmp_path):
+    made = make_dictionary(asked=True)
+    made.tensors["asked_shares"][0, :2] = torch.tensor([0.0, 1.0])  # the edges
+    made.save(tmp_path / "d.safetensors")
+    assert torch.equal(
+        load_dictionary(tmp_path / "d.safetensors").tensors["asked_shares"], made.tensors["asked_shares"]
+    )
+    make_dictionary().save(tmp_path / "old.safetensors")
+    assert "asked_shares" not in load_dictionary(tmp_path / "old.safetensors").tensors
+
+
 @pytest.mark.parametrize(("atom_bits", "lowest"), [(4, -8), (8, -128)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_atoms(make_dictionary, tmp_path, atom_bits, lowest, shared):

@@ -10,6 +10,7 @@ from lexico_kernels.memory.layout import KV
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.names import printable, train_command
 from vllm_lexico.dictionary.picture import plot_dictionary
+from vllm_lexico.dictionary.tensors import ASKED_SHARES
 from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
 
 EXAMPLES = """examples:
@@ -101,6 +102,9 @@ def _print_layers(dictionary: Dictionary) -> None:
             (f"{kv} dead", dead_atoms(usage).tolist(), 0),
         ]
     headings += ["effective and dead atoms"] if used else []
+    if (shares := dictionary.tensors.get(ASKED_SHARES)) is not None:
+        columns.append(("asked", shares.mean(1).tolist(), 4))
+        headings.append("share of tokens that are asked most")
     if not columns:
         return
     print(f"\n{'; '.join(headings)}")

@@ -10,12 +10,15 @@ key_mean, value_mean     [layers, Hk, D]            float32      taken off a hea
 key_stretch, ..          [layers, Hk, D]            float32      then they are divided by this, number by number
 key_levels, value_levels [layers, 32, 16]           float32      coefficient levels; row s serves sparsity s
 key_usage, value_usage   [layers, Hk, N]            float16      optional; share of all chosen atoms that are this one
+asked_shares             [layers, Hk]               float32      optional; share of a head's tokens that are asked most
 ======================== ========================== ============ =====================================================
 
 The layers are those that are coded, `coded_layers`, in ascending order: in many models not all of them. Each KV head
 has atoms of its own, or all of a layer share them; then the axis Hk is missing.
 An atom is scaled to unit length when it is loaded, so that no scale is stored. Atom 0 is the null atom: zeros. Usage is
-only there to be looked at; a layer's row of it sums to 1. `tensors.py` has the rules for types and numbers.
+only there to be looked at; a layer's row of it sums to 1. Asked most are the third of all (layer, head, token) to which
+attention is largest when the model repeats a text: shares are 1/3 on average. `tensors.py` has the rules for types and
+numbers.
 Everything else (fingerprint, data, errors) is strings in the safetensors metadata, see `DictionaryInfo`; so is the
 SHA-256 of all the rest of the file, see `_checksum`.
 """

@@ -9,6 +9,7 @@ from lexico_kernels.memory.layout import KV, MAX_SPARSITY, NUM_LEVELS
 from vllm_lexico.dictionary.atoms import has_lowest, largest_number
 from vllm_lexico.dictionary.info import REMEDY, DictionaryInfo
 
+ASKED_SHARES = "asked_shares"
 LEVEL_DISORDER = 2.0**-20  # what interpolation in float32 may put between equal levels
 USAGE_EXCESS = 2.0**-6  # what rounding to float16 may add to a sum of shares
 LEAST_STRETCH = np.finfo(np.float32).tiny  # what is smaller has no finite inverse
@@ -43,18 +44,25 @@ def check_types(tensors: Mapping[str, torch.Tensor], info: DictionaryInfo) -> No
     }
     for kv in KV:
         for kind, (dtype, size) in wanted.items():
-            tensor = tensors.get(f"{kv}_{kind}")
-            if tensor is None and kind == "usage":
-                continue
-            if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != size:
-                given = "absent" if tensor is None else _words(tensor.dtype, tuple(tensor.shape))
-                raise ValueError(
-                    f"the dictionary's tensor {kv}_{kind} is {given}, its metadata asks for {_words(dtype, size)}; "
-                    f"{REMEDY}"
-                )
-    known = {f"{kv}_{kind}" for kv in KV for kind in wanted}
+            name = f"{kv}_{kind}"
+            _check_type(tensors.get(name), name, dtype, size, optional=kind == "usage")
+    _check_type(tensors.get(ASKED_SHARES), ASKED_SHARES, torch.float32, (coded, shape.num_kv_heads), optional=True)
+    known = {f"{kv}_{kind}" for kv in KV for kind in wanted} | {ASKED_SHARES}
     if unknown := sorted(set(tensors) - known):
         raise ValueError(f"the dictionary has a tensor {unknown[0]!a}, which its format does not know; {REMEDY}")
+
+
+def _check_type(
+    tensor: torch.Tensor | None, name: str, dtype: torch.dtype, size: tuple[int, ...], *, optional: bool
+) -> None:
+    """ValueError for one that is not as the format says."""
+    if tensor is None and optional:
+        return
+    if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != size:
+        given = "absent" if tensor is None else _words(tensor.dtype, tuple(tensor.shape))
+        raise ValueError(
+            f"the dictionary's tensor {name} is {given}, its metadata asks for {_words(dtype, size)}; {REMEDY}"
+        )
 
 
 def check_numbers(tensors: Mapping[str, torch.Tensor], atom_bits: int, layers: Sequence[int]) -> None:
@@ -70,6 +78,14 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], atom_bits: int, layers: S
     Raises:
         ValueError: in one sentence, with the layer and whether it is keys or values.
     """
+    if (shares := tensors.get(ASKED_SHARES)) is not None:
+        outside = ~((shares >= 0) & (shares <= 1)).numpy()
+        if outside.any():
+            layer = layers[int(outside.any(1).argmax())]
+            raise ValueError(
+                f"the dictionary cannot be right: in layer {layer}, a share of tokens that are asked for is outside 0 "
+                f"to 1; {REMEDY}"
+            )
     for kv in KV:
         arrays = {kind: tensors[f"{kv}_{kind}"].numpy() for kind in ("mean", "stretch", "levels")}
         for words, where in (*_faults(**arrays), *_faults_of_usage(tensors.get(f"{kv}_usage"))):
