@@ -36,6 +36,7 @@ inline void add_shared(Shared at, int amount) { *reinterpret_cast<u32*>(at) += u
 inline void start_copy(Shared to, const char* from) { std::memcpy(to, from, 16); }
 inline void finish_copies() {}
 
+inline u32 twice(u32 pair, bool high) { return (high ? pair >> 16 : pair & 0xffff) * 0x10001; }
 inline float half_to_float(u32 pair, int which) { return half_value(which ? pair >> 16 : pair & 0xffff); }
 inline u32 floats_to_halves(float low, float high) { return pack(low, high); }
 inline u32 multiply_add_halves(u32 a, u32 b, u32 c) {

@@ -212,6 +212,23 @@ def test_decode_through_lookups(group, head_dim, S, atoms, block_tokens):
         assert all(torch.equal(one, many[rows]) for one, many in zip(alone, (out, lse), strict=True))
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_decode_through_lookups_in_a_crowd(head_dim):
+    """However many tokens a step has, and so columns a program, the same bits."""
+    lengths = [300, 9000, 2100, 5000] * 12
+    it = CodeLayout(head_dim, 2, 7, 7, block_tokens=P)
+    problem = random_problem(it, lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)
+    query = torch.randn(len(lengths), 8, head_dim, device="cuda", dtype=torch.bfloat16)
+    args = (cuda(range(len(lengths))), cuda(lengths))
+    cache = (problem.cache, problem.tables)
+    whole = lookup.sparse_decode(query, *cache, *args, scale=SCALE)
+    for count in (1, 4, 5, 32, 33):
+        for first in (0, 15):
+            rows = slice(first, first + count)
+            some = lookup.sparse_decode(query[rows], *cache, args[0][rows], args[1][rows], scale=SCALE)
+            assert all(torch.equal(one, many[rows]) for one, many in zip(some, whole, strict=True))
+
+
 def test_decode_through_lookups_in_slices(monkeypatch):
     lengths = [5000, 300, 9000]
     problem = random_problem(layout(), lengths, atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=100)

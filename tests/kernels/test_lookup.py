@@ -11,7 +11,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import LOOKUP_MATMUL, LOOKUP_SPLITS, lookup_launch
+from lexico_kernels.device.launch import LOOKUP_BINS, LOOKUP_MATMUL, LOOKUP_SPLITS, lookup_launch
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import assert_close, random_problem
 
@@ -30,7 +30,13 @@ def cut_contexts(monkeypatch, tokens):
 
 
 def forget_shapes():
-    for cached in (lookup_sizes.way_for, lookup_sizes.shape_for, lookup._lookup_tiles, lookup._bin_tiles):
+    for cached in (
+        lookup_sizes.way_for,
+        lookup_sizes.shape_for,
+        lookup._lookup_tiles,
+        lookup._bin_tiles,
+        lookup._merge_tiles,
+    ):
         cached.cache_clear()
 
 
@@ -280,8 +286,8 @@ def test_the_kernel_compiles_with_a_soft_cap():
 
 
 def test_columns_hold_whole_tokens():
-    assert LOOKUP_MATMUL.columns % lookup_sizes.MAX_QUERIES == 0
-    assert LOOKUP_MATMUL.bins_columns % lookup_sizes.MAX_QUERIES == 0
+    for columns in (LOOKUP_MATMUL.columns, *(row.columns for row in LOOKUP_BINS)):
+        assert columns % lookup_sizes.MAX_QUERIES == 0
 
 
 def test_scratch_is_bounded_and_covers_what_is_taken():

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lexico_kernels import LayerCache, LayerStack, RequestTables, ops
-from lexico_kernels.device.launch import CLUSTER_VECTORS, LAYERS, PURSUIT, STREAM_VECTORS
+from lexico_kernels.device.launch import CLUSTER_VECTORS, LAYERS, LOOKUP_BINS, PURSUIT, STREAM_VECTORS
 from lexico_kernels.memory.layout import SPAN_TOKENS
+from lexico_kernels.sparse_decode.lookup_sizes import MAX_QUERIES
 from torch import Tensor
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.utils.math_utils import cdiv
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
     from vllm_lexico.serve.impl import LexicoImpl
 
 # Triton compiles apart for integers that are 1 and for those that 16 divides. The products of a count of tokens and of
-# a layer's sizes that kernels take as arguments have all such forms with these counts.
-DECODED_TOKENS = (1, 2, 4, 8, 16)
+# a layer's sizes that kernels take as arguments have all such forms with these multiples.
+MULTIPLES = (1, 2, 4, 8, 16)
+# Tokens of a step from which on `sparse_decode` is launched in another way, whatever power of two its rows are of.
+FIRST_TOKENS = {bins.max_columns // row + 1 for bins in LOOKUP_BINS[:-1] for row in MULTIPLES if row <= MAX_QUERIES} | {
+    1
+}
+DECODED_TOKENS = sorted({cdiv(first, multiple) * multiple for first in FIRST_TOKENS for multiple in MULTIPLES})
 
 
 class Layer(NamedTuple):

@@ -121,18 +121,29 @@ class LookupLaunch(NamedTuple):
 
 
 class LookupMatmul(NamedTuple):
-    """How the products with the atoms are launched."""
+    """How lookups are made, beside the raw tail."""
 
-    columns: int  # heads of tokens in a program that makes lookups
-    bins_columns: int  # and in one that multiplies bins
-    lookup_tile: int  # atoms
-    bins_tile: int  # atoms
-    chunk: int  # atoms that one program goes through
-    long_chunk: int  # the same where contexts may have as many splits as this or more: they come with small batches
-    long_splits: int
-    splits_at_once: int
+    columns: int  # heads of tokens in a program
+    tile: int  # atoms
+    tiles: int  # that one program goes through
     num_warps: int
-    bins_warps: int
+
+
+class LookupBins(NamedTuple):
+    """How bins are multiplied with the atoms where a step has up to `max_columns` query heads of tokens.
+
+    No bit depends on the row, so a token's result is the same in every batch.
+    """
+
+    max_columns: int
+    columns: int  # in a program
+
+
+class LookupChunk(NamedTuple):
+    """Atoms that a program multiplies bins with, where contexts may have up to `max_splits` splits."""
+
+    max_splits: int
+    atoms: int
 
 
 class LookupTail(NamedTuple):
@@ -141,6 +152,7 @@ class LookupTail(NamedTuple):
     splits: int
     tile: int
     num_warps: int
+    merge_warps: int
 
 
 LOOKUP_SPLITS = LookupSplits(
@@ -150,22 +162,25 @@ LOOKUP_ATTEND = (
     LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
     LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),
 )
-LOOKUP_MATMUL = LookupMatmul(
-    columns=32,
-    bins_columns=16,
-    lookup_tile=128,
-    bins_tile=64,
-    chunk=256,
-    long_chunk=128,
-    long_splits=20,
-    splits_at_once=4,
-    num_warps=4,
-    bins_warps=4,
+LOOKUP_MATMUL = LookupMatmul(columns=32, tile=64, tiles=2, num_warps=4)
+LOOKUP_BINS = (
+    LookupBins(max_columns=16, columns=16),
+    LookupBins(max_columns=128, columns=32),
+    LookupBins(max_columns=UNLIMITED, columns=64),
 )
-LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4)
+LOOKUP_BINS_TILE = Launch(tile=64, num_warps=4, num_stages=3)  # atoms
+LOOKUP_BINS_SPLITS = 4  # whose bins are on their way at once
+# Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
+LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
+LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)
 LOOKUP_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
 
 
 def lookup_launch(queries: int) -> LookupLaunch:
     """The row for that many query heads per pass."""
     return next(row for row in LOOKUP_ATTEND if queries <= row.max_queries)
+
+
+def lookup_bins(columns: int) -> LookupBins:
+    """The row for that many query heads of a step's tokens."""
+    return next(row for row in LOOKUP_BINS if columns <= row.max_columns)

@@ -214,23 +214,39 @@ __device__ void add_token(const Levels& levels, const ValueRecord& record, const
   add_to_bins(levels, record, bins, fixed);
 }
 
+constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;  // atoms that a thread stores
+
+// The bins of AT_ONCE atoms.
+template <int COUNT>
+__device__ void load_bins(const int* bins, int atom, int (&out)[2][COUNT]) {
+  if constexpr (Bins<COUNT>::BESIDE && AT_ONCE == 2 && COUNT == 4) {  // whole rows: single words' lanes would wait
+    const bool later = threadIdx.x & 4;  // so that eight lanes read from all banks
+    const uint4* row = (const uint4*)(bins + atom * 4);
+    const uint4 one = row[later], other = row[!later];
+    const uint4 first = later ? other : one, second = later ? one : other;
+    out[0][0] = first.x, out[0][1] = first.y, out[0][2] = first.z, out[0][3] = first.w;
+    out[1][0] = second.x, out[1][1] = second.y, out[1][2] = second.z, out[1][3] = second.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+      for (int h = 0; h < COUNT; h++) out[i][h] = bins[Bins<COUNT>::of(atom + i, h)];
+    }
+  }
+}
+
 // The bins of a split's COUNT heads from FIRST on as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null
 // atom's is left out: a record may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's
 // infinity times its zeros would be NaN.
 template <int FIRST, int COUNT>
 __device__ void store_bins(const int* bins, char* out) {
-  constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    float value[2][COUNT] = {};
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-#pragma unroll
-      for (int h = 0; h < COUNT; h++) value[i][h] = atom + i ? bins[Bins<COUNT>::of(atom + i, h)] * BIN_TO_HALF : 0;
-    }
+    int bin[2][COUNT] = {};
+    load_bins(bins, atom, bin);
 #pragma unroll
     for (int h = 0; h < COUNT; h++) {
-      const u32 halves = floats_to_halves(value[0][h], value[1][h]);
+      const u32 halves = floats_to_halves(atom ? bin[0][h] * BIN_TO_HALF : 0, bin[1][h] * BIN_TO_HALF);
       if constexpr (AT_ONCE == 2) ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = halves;
       else ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)halves;
     }

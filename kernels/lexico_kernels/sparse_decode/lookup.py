@@ -17,9 +17,19 @@ from torch import Tensor
 
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
-from lexico_kernels.device.launch import LOOKUP_MATMUL, LOOKUP_SPLITS, LOOKUP_TAIL, fitting_atoms, lookup_launch
+from lexico_kernels.device.launch import (
+    LOOKUP_BINS_SPLITS,
+    LOOKUP_BINS_TILE,
+    LOOKUP_MATMUL,
+    LOOKUP_SPLITS,
+    LOOKUP_TAIL,
+    fitting_atoms,
+    lookup_bins,
+    lookup_launch,
+)
 from lexico_kernels.memory.pages import LayerCache, RequestTables
-from lexico_kernels.sparse_decode import lookup_triton
+from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
+from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
 from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, power_of_two, shape_for, shared_bytes
 from lexico_kernels.sparse_decode.lookup_triton import BinTiles, Heads, Lookups, LookupTiles, Partial
 from lexico_kernels.sparse_decode.softmax import LOG2_E
@@ -94,11 +104,17 @@ def _heads(shape: Shape) -> Heads:
     return Heads(shape.token_passes, shape.way.passes, shape.queries, shape.row, shape.group)
 
 
+def _size(shape: Shape) -> int:
+    """Of heads, in those of up to 128; of larger ones less is taken at a time, to fit registers and shared memory."""
+    return max(1, power_of_two(shape.layout.head_dim) // 128)
+
+
 @once
 def _lookup_tiles(shape: Shape) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
-        ATOMS=fitting_atoms(LOOKUP_MATMUL.lookup_tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
+        ATOMS=fitting_atoms(LOOKUP_MATMUL.tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
+        TILES=max(1, LOOKUP_MATMUL.tiles // _size(shape)),
         SPLIT=shape.way.tokens,
         SHORT_SPLIT=min(LOOKUP_SPLITS.short_tokens, shape.way.tokens),
         SHORT_CONTEXT=LOOKUP_SPLITS.short_context,
@@ -110,13 +126,25 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
 
 
 @once
-def _bin_tiles(shape: Shape) -> BinTiles:
+def _bin_tiles(shape: Shape, columns: int) -> BinTiles:
+    splits = triton.next_power_of_2(shape.max_splits)
     return BinTiles(
-        COLUMNS=max(LOOKUP_MATMUL.bins_columns, shape.row),
-        SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
-        SPLITS_AT_ONCE=LOOKUP_MATMUL.splits_at_once,
+        COLUMNS=max(columns // _size(shape), shape.row, 16),
+        SPLITS_PAD=splits,
+        SPLITS_AT_ONCE=min(LOOKUP_BINS_SPLITS, splits),
         CHUNK=shape.chunk,
-        ATOMS=LOOKUP_MATMUL.bins_tile,
+        ATOMS=LOOKUP_BINS_TILE.tile,
+    )
+
+
+@once
+def _merge_tiles(shape: Shape) -> MergeTiles:
+    return MergeTiles(
+        SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
+        CHUNKS=shape.chunks,
+        CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
+        TAIL_SPLITS=LOOKUP_TAIL.splits,
+        CAPPED=shape.cap > 0,
     )
 
 
@@ -132,7 +160,7 @@ def prepare(
 ) -> None:
     """Lookups, scales and schedules of all tokens, and attention over sinks and window."""
     T, tiles = query.shape[0], _lookup_tiles(shape)
-    programs = triton.cdiv(shape.key_atoms, tiles.ATOMS) * triton.cdiv(T * shape.row, tiles.COLUMNS)
+    programs = triton.cdiv(shape.key_atoms, tiles.ATOMS * tiles.TILES) * triton.cdiv(T * shape.row, tiles.COLUMNS)
     lookup_triton.prepare[(shape.token_passes * (programs + T * tiles.TAIL_SPLITS),)](
         Rows.of(query),
         Book(*cache.key.tensors),
@@ -179,40 +207,45 @@ def attend_codes(
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    tiles = _bin_tiles(shape)
-    rows = num_tokens * shape.token_passes * shape.row
+    tiles = _bin_tiles(shape, lookup_bins(num_tokens * shape.row).columns)
     grid = (shape.chunks, shape.token_passes, triton.cdiv(num_tokens * shape.row, tiles.COLUMNS))
     lookup_triton.multiply_bins[grid](
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],
-        rows * shape.max_splits,
+        _stats_stride(shape, num_tokens),
         Book(*cache.value.tensors),
         scratch["chunk_out"],
-        scratch["coded_lse"],
         num_tokens,
         shape.max_splits,
         SIZES=Sizes.of(cache),
         HEADS=_heads(shape),
         TILES=tiles,
-        num_warps=LOOKUP_MATMUL.bins_warps,
+        num_warps=LOOKUP_BINS_TILE.num_warps,
+        num_stages=LOOKUP_BINS_TILE.num_stages if _size(shape) == 1 else 1,
     )
+
+
+def _stats_stride(shape: Shape, num_tokens: int) -> int:
+    """From one kind of `stats` to the next."""
+    return num_tokens * shape.token_passes * shape.row * shape.max_splits
 
 
 def merge(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor) -> None:
     """Codes and tail into out and lse."""
-    lookup_triton.merge[(out.shape[0], shape.num_heads)](
-        Partial(scratch["chunk_out"], scratch["coded_lse"]),
+    lookup_merge.merge[(out.shape[0], shape.num_heads)](
+        scratch["chunk_out"],
+        scratch["schedule"],
+        scratch["stats"],
+        _stats_stride(shape, out.shape[0]),
         scratch["offset"],
         Book(*cache.value.tensors),
         Partial(scratch["tail_out"], scratch["tail_lse"]),
         Rows.of(out),
         lse,
+        shape.max_splits,
         SIZES=Sizes.of(cache),
         HEADS=_heads(shape),
-        CHUNKS=shape.chunks,
-        CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
-        TAIL_SPLITS=LOOKUP_TAIL.splits,
-        CAPPED=shape.cap > 0,
-        num_warps=LOOKUP_TAIL.num_warps,
+        TILES=_merge_tiles(shape),
+        num_warps=LOOKUP_TAIL.merge_warps,
     )

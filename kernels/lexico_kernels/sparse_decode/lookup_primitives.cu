@@ -68,6 +68,14 @@ __device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
   return out;
 }
 
+// One half of a pair as both; an instruction that takes the result can select the half itself.
+__device__ u32 twice(u32 pair, bool high) {
+  u32 out;
+  if (high) asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(out) : "r"(pair));
+  else asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 __device__ float half_to_float(u32 pair, int which) {
   float out;
   asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"((u16)(which ? pair >> 16 : pair & 0xffff)));

@@ -87,7 +87,7 @@ __device__ void find_levels(const Levels& levels, const Record<S>& record, u32 (
     for (int i = 0; i < S; i++) {
       const u32 both = pair[(i + 1) / 2];
       const bool high = (i + 1) & 1;
-      if constexpr (PAIRED) out[i] = __byte_perm(both, 0, high ? 0x3232 : 0x1010);
+      if constexpr (PAIRED) out[i] = twice(both, high);
       else out[i] = high ? both : both << 16;  // what is left in the low half is 2^-16 of a level
     }
   } else {

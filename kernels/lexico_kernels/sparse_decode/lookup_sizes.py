@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lexico_kernels.device.launch import (
-    LOOKUP_MATMUL,
+    LOOKUP_CHUNKS,
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
@@ -91,7 +91,7 @@ class Shape:
     @property
     def chunk(self) -> int:
         """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
-        return LOOKUP_MATMUL.long_chunk if self.max_splits >= LOOKUP_MATMUL.long_splits else LOOKUP_MATMUL.chunk
+        return next(row.atoms for row in LOOKUP_CHUNKS if self.max_splits <= row.max_splits)
 
     @property
     def chunks(self) -> int:
@@ -107,7 +107,6 @@ class Shape:
             "stats": (3 * heads * self.max_splits, torch.float32),
             "query_scale": (heads, torch.float32),
             "offset": (heads, torch.float32),
-            "coded_lse": (heads, torch.float32),
             "chunk_out": (self.chunks * padded * self.layout.head_dim, torch.float32),
             "tail_out": (padded * LOOKUP_TAIL.splits * self.layout.head_dim, torch.float32),
             "tail_lse": (padded * LOOKUP_TAIL.splits, torch.float32),

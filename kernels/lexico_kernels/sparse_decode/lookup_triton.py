@@ -1,4 +1,4 @@
-"""What surrounds `attend_codes` in `lookup.sparse_decode`, in Triton: products with the atoms, the tail, the merge.
+"""What surrounds `attend_codes` in `lookup.sparse_decode`, in Triton: products with the atoms and the tail.
 
 A pass goes over a KV head's codes for G query heads, the last of a KV head for what is left of its GROUP; H passes
 serve a token, PASSES of them share a KV head. ROW is G up to a power of two. A column is a token's query head:
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.memory import layout
-from lexico_kernels.sparse_decode.softmax import LN_2, attend_raw, empty_state, load_queries
+from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
 
 # Bins come as halves up to 2^15. Those of all splits of a context are added up and must stay finite as halves.
 BIN_SHRINK = tl.constexpr(1 / 1024)
@@ -51,6 +51,7 @@ class LookupTiles(NamedTuple):
 
     COLUMNS: int
     ATOMS: int  # of a tile
+    TILES: int  # of atoms that one program goes through
     SPLIT: int  # tokens of a split at most
     SHORT_SPLIT: int
     SHORT_CONTEXT: int
@@ -146,12 +147,13 @@ def _make_lookups(
     stretched = wide * load_of_head(book.stretch, kv_head, SIZES)[:, None]
     length = tl.sqrt(tl.sum(stretched * stretched, 0))
     unit = (stretched * tl.where(length > 0, 1 / length, 0.0)[None, :]).to(tl.float16)
-    atom = tile * TILES.ATOMS + tl.arange(0, TILES.ATOMS)
-    atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
-    products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
     row = token * HEADS.H + head
-    target = lookups.lookup + ((row * OWN.N)[None, :] + atom[:, None]) * ROW + g[None, :]
-    tl.store(target, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
+    target = lookups.lookup + (row * (OWN.N * ROW) + g)[None, :]
+    for turn in range(TILES.TILES):
+        atom = (tile * TILES.TILES + turn) * TILES.ATOMS + tl.arange(0, TILES.ATOMS)
+        atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
+        products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
+        tl.store(target + atom[:, None] * ROW, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
     if tile == 0:
         mean = load_of_head(book.mean, kv_head, SIZES)
         tl.store(lookups.query_scale + row * ROW + g, length * factor, mask=there)
@@ -238,7 +240,8 @@ def prepare(
             token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
         )
     else:
-        ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + TILES.ATOMS - 1) // TILES.ATOMS
+        PROGRAM_ATOMS: tl.constexpr = TILES.ATOMS * TILES.TILES
+        ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + PROGRAM_ATOMS - 1) // PROGRAM_ATOMS
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
         _make_lookups(
@@ -247,19 +250,17 @@ def prepare(
 
 
 @triton.jit
-def _merged_splits(
+def _top_and_unit(
     row, splits, used_head, g, stats_ptr, stats_stride, max_splits, SPLITS_PAD: tl.constexpr, ROW: tl.constexpr
 ):
-    """Of each column: the largest score, the sum of weights relative to it, and the worth of a unit of its bins."""
+    """Of each column: the largest score, and the worth of a unit of its bins."""
     split = tl.arange(0, SPLITS_PAD)
     exists = (split[:, None] < splits[None, :]) & used_head[None, :]
     at = stats_ptr + (row * max_splits)[None, :] * ROW + split[:, None] * ROW + g[None, :]
     tops = tl.load(at, mask=exists, other=-float("inf"))
     top = tl.max(tops, 0)
     shift = tl.where(exists, tl.exp2(tops - top[None, :]), 0.0)
-    total = tl.sum(shift * tl.load(at + stats_stride, mask=exists, other=0.0), 0)
-    unit = tl.max(shift * tl.load(at + 2 * stats_stride, mask=exists, other=0.0), 0)
-    return top, total, unit
+    return top, tl.max(shift * tl.load(at + 2 * stats_stride, mask=exists, other=0.0), 0)
 
 
 @triton.jit
@@ -309,7 +310,6 @@ def multiply_bins(
     stats_stride,
     book,
     chunk_out_ptr,
-    coded_lse_ptr,
     T,
     max_splits,
     SIZES: tl.constexpr,
@@ -318,7 +318,8 @@ def multiply_bins(
 ):
     """Merge the splits' bins, halves [T, H, max_splits, G, N], of a chunk of atoms and multiply them with the atoms.
 
-    chunk_out: float32 [chunks, T, H * G, D], to be added up; coded_lse: [T, H, ROW] in base 2, without the offset.
+    chunk_out: float32 [chunks, T, H * G, D], to be added up and divided by the sum of weights. How many columns go
+    through a program changes no bits: nothing but maxima is taken over an axis.
     """
     OWN: tl.constexpr = SIZES.kv[1]
     D: tl.constexpr = SIZES.D
@@ -335,71 +336,29 @@ def multiply_bins(
     dims = tl.arange(0, D_PAD)
     row = token * H + head
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
-    top, total, unit = _merged_splits(row, splits, g < G, g, stats_ptr, stats_stride, max_splits, TILES.SPLITS_PAD, ROW)
-    if chunk == 0:
-        tl.store(coded_lse_ptr + row * ROW + g, tl.where(total > 0, top + tl.log2(total), -float("inf")), mask=there)
+    top, unit = _top_and_unit(row, splits, g < G, g, stats_ptr, stats_stride, max_splits, TILES.SPLITS_PAD, ROW)
     most = tl.max(splits, 0)
+    atoms_ptr = book.atoms + (head // HEADS.PASSES) * OWN.HEAD_STRIDE
     out = tl.zeros([D_PAD, COLUMNS], tl.float32)
-    for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, N), TILE):
-        atom = first + tl.arange(0, TILE)
-        mask = (dims < D)[:, None] & (atom < N)[None, :]
-        rows = book.atoms + (head // HEADS.PASSES) * OWN.HEAD_STRIDE + atom[None, :] * D + dims[:, None]
-        atoms = tl.load(rows, mask=mask, other=0.0)
-        bins = _merge_bins(
-            bins_ptr, stats_ptr, stats_stride, row, splits, most, max_splits, g, atom, top, unit, N, HEADS, TILES
-        )
-        out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
-    out *= (unit / tl.where(total > 0, total, 1.0) / BIN_SHRINK)[None, :]
+    if most <= 1:  # nothing to merge: a loop without another within, which is pipelined
+        used = (splits > 0) & (g < G)
+        own_bins = bins_ptr + (row * max_splits * G + g) * N
+        for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, N), TILE):
+            atom = first + tl.arange(0, TILE)
+            mask = (dims < D)[:, None] & (atom < N)[None, :]
+            atoms = tl.load(atoms_ptr + atom[None, :] * D + dims[:, None], mask=mask, other=0.0)
+            bins = tl.load(own_bins[None, :] + atom[:, None], mask=used[None, :] & (atom < N)[:, None], other=0.0)
+            bins = bins.to(tl.float32) * BIN_SHRINK
+            out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
+    else:
+        for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, N), TILE):
+            atom = first + tl.arange(0, TILE)
+            mask = (dims < D)[:, None] & (atom < N)[None, :]
+            atoms = tl.load(atoms_ptr + atom[None, :] * D + dims[:, None], mask=mask, other=0.0)
+            bins = _merge_bins(
+                bins_ptr, stats_ptr, stats_stride, row, splits, most, max_splits, g, atom, top, unit, N, HEADS, TILES
+            )
+            out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
+    out *= (unit / BIN_SHRINK)[None, :]
     target = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g) * D
     tl.store(target[None, :] + dims[:, None], out, mask=(dims < D)[:, None] & (there & (g < G))[None, :])
-
-
-@triton.jit(do_not_specialize=["lse_ptr"])
-def merge(
-    coded,
-    offset_ptr,
-    book,
-    tail,
-    out,
-    lse_ptr,
-    SIZES: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNKS_PAD: tl.constexpr,
-    TAIL_SPLITS: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """Codes and tail of one query head, both `Partial`: out and natural log-sum-exp.
-
-    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here.
-    """
-    D: tl.constexpr = SIZES.D
-    G: tl.constexpr = HEADS.G
-    token, query_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    T, Hq = tl.num_programs(0), tl.num_programs(1)
-    kv_head, within = query_head // HEADS.GROUP, query_head % HEADS.GROUP
-    head, g = kv_head * HEADS.PASSES + within // G, within % G
-    dims, chunk, split = tl.arange(0, SIZES.D_PAD), tl.arange(0, CHUNKS_PAD), tl.arange(0, TAIL_SPLITS)
-    padded = (token * HEADS.H + head) * G + g
-    at = (token * HEADS.H + head) * HEADS.ROW + g
-    coded_lse = tl.load(coded.lse + at)
-    if not CAPPED:
-        coded_lse += tl.load(offset_ptr + at)
-    has_codes = coded_lse > -float("inf")
-    tails = tl.load(tail.lse + padded * TAIL_SPLITS + split)
-    has_tail = tails > -float("inf")
-    top = tl.maximum(tl.max(tails, 0), coded_lse)
-    coded_weight = tl.where(has_codes, tl.exp2(coded_lse - top), 0.0)
-    weights = tl.where(has_tail, tl.exp2(tails - top), 0.0)
-    total = tl.sum(weights, 0) + coded_weight
-    mask = (chunk < CHUNKS)[:, None] & (dims < D)[None, :]  # zeros where there are no codes, and no wait to know it
-    chunks = coded.out + ((chunk * T + token) * (HEADS.H * G) + head * G + g)[:, None] * D + dims[None, :]
-    mean = load_of_head(book.mean, kv_head, SIZES)
-    stretch = load_of_head(book.stretch, kv_head, SIZES)
-    acc = (tl.sum(tl.load(chunks, mask=mask, other=0.0), 0) * stretch + mean) * coded_weight
-    splits = tail.out + (padded * TAIL_SPLITS + split)[:, None] * D + dims[None, :]
-    acc += tl.sum(tl.load(splits, mask=(dims < D)[None, :], other=0.0) * weights[:, None], 0)
-    merged = acc / tl.where(total > 0, total, 1.0)
-    target = out.data + token * out.token_stride + query_head * out.head_stride + dims
-    tl.store(target, merged.to(out.data.dtype.element_ty), mask=dims < D)
-    tl.store(lse_ptr + token * Hq + query_head, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))
