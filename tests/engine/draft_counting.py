@@ -30,7 +30,7 @@ def plant_answers(checkpoint: Path) -> None:
     weights = load_file(file)
     embeddings = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(0))
     head = torch.zeros(VOCABULARY, HIDDEN)
-    for token in range(VOCABULARY):
+    for token in (*range(LOOP[0]), *LOOP, *LONG):
         head[following(token)] += embeddings[token]
     for name, weight in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):

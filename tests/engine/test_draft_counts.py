@@ -1,4 +1,7 @@
-"""What `drafts.py` counts where answers are known: loops that were planted, and drafts that must be right."""
+"""What `drafts.py` counts where answers are known: loops that were planted, and drafts that must be right.
+
+Greedy answers alone: with drafts vLLM 0.32's CPU build samples tokens that have no probability, with any backend.
+"""
 
 import pytest
 
@@ -27,7 +30,7 @@ def test_planted_loops_are_counted_and_nothing_else(said, how):
     """The other answers run along a circle that is longer than they are, and brief ones end before they repeat much."""
     loops = [loops for _, _, loops in said["found"][how]["answers"]]
     planted = [token in LAST_LETTERS for token in said["last"]]
-    assert loops == (planted if how == "greedy" else [False] * COUNT) and 0 < sum(planted) < COUNT
+    assert loops == ([False] * COUNT if how == "brief" else planted) and 0 < sum(planted) < COUNT
 
 
 def test_drafts_are_right_where_an_answer_repeats_itself(said):
