@@ -68,6 +68,13 @@ def test_no_text_is_longer_than_the_engine_takes():
         assert prompt.most_tokens > 0 and len(prompt.ids) + prompt.most_tokens <= 64
 
 
+def test_texts_that_are_written_to_the_end_fill_one_wave():
+    prompts = Prompts(Tokenizer(), [7], None, 256, 0, to_the_end=True)
+    wave = next_wave(prompts, Counter(), Counter(), 10_000)
+    assert all(prompt.to_the_end and len(prompt.ids) + prompt.most_tokens == 256 for prompt in wave)
+    assert 10_000 <= 256 * len(wave) < 1.1 * 10_000 and {prompt.kind for prompt in wave} == set(SHARES)
+
+
 def test_a_wave_fills_what_lacks():
     assert sum(SHARES.values()) == pytest.approx(1)
     prompts, written, counts = prompts_of(Tokenizer()), Counter(), Counter()

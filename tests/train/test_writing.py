@@ -32,7 +32,8 @@ import numpy
 from safetensors.numpy import save_file
 ids = numpy.arange(job["tokens"], dtype=numpy.int32) % 26 + 2
 save_file({"ids": ids, "lengths": numpy.array([len(ids)]), "kinds": numpy.array([0])}, job["out"])
-print(json.dumps({"wrote": {"writer": "vLLM 9", "tokens": {"bare": job["tokens"]}}}))
+wrote = {"writer": "vLLM 9", "tokens": {"bare": job["tokens"]}}
+print(json.dumps({"wrote": wrote, "start_seconds": 3.2, "write_seconds": 60.7}))
 """
 )
 FAILS = START + """print(json.dumps({"error": "ValueError: no such architecture"})); sys.exit(1)"""
@@ -117,7 +118,8 @@ def test_an_interrupted_writer_is_ended(stand_in, folder):
 
 def test_which_gpu_it_sees(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert writing._seen("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
+    threads = str(writing.torch.get_num_threads())
+    assert writing._seen("cpu") == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
     assert writing._seen("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert (

@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
         "--dtype",
         default=default.dtype,
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="dtype of the model (default: the checkpoint's own)",
+        help="dtype of the model (default: the checkpoint's own; on a CPU without bfloat16 arithmetic float32)",
     )
     parser.add_argument(
         "--hf-overrides",
@@ -116,7 +116,15 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
         help=f"training vectors per layer, for keys and values each ({_usual('vectors')})",
     )
     parser.add_argument(
-        "--sequence-tokens", type=int, help="length of the texts read (default: 2048, or the model's longest)"
+        "--sequence-tokens",
+        type=int,
+        help="length of the texts read (default: 2048, on a CPU 1024, at most the model's longest)",
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        help="length of the texts that vLLM has the model write, each written to the end (default: as long as they "
+        f"come; on a CPU {EFFORTS['cpu'].text_tokens})",
     )
 
 
@@ -218,6 +226,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
         hf_overrides=arguments.hf_overrides,
         max_model_len=arguments.max_model_len,
         writer=arguments.writer,
+        text_tokens=asked("text_tokens"),
         continue_from=arguments.continue_from,
     )
 

@@ -28,7 +28,7 @@ def load_model(model: str, device: str, dtype: str, overrides: str = "", max_mod
         max_model_len: see `settle_rotary`.
 
     Raises:
-        ValueError: the checkpoint lacks weights.
+        ValueError: the checkpoint lacks weights, or they are of a kind that needs a package which is not there.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -39,9 +39,16 @@ def load_model(model: str, device: str, dtype: str, overrides: str = "", max_mod
     config = read_config(model, overrides)
     taken = AutoModelForCausalLM if is_causal_lm(config) else AutoModelForImageTextToText
     given = {"config": config} if overrides else {}
-    loaded, report = taken.from_pretrained(
-        model, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True, **given
-    )
+    try:
+        loaded, report = taken.from_pretrained(
+            model, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True, **given
+        )
+    except ImportError as error:  # of a package that reads a kind of quantized weights
+        raise ValueError(
+            f"the weights of {model} cannot be read ({' '.join(str(error).split())}); allowed are those that "
+            f"transformers reads with what is installed; do so, or train on the model that they were made of: "
+            f"its dictionary serves its quantized twins too"
+        ) from error
     if lacking := sorted(report["missing_keys"]):
         raise ValueError(
             f"{model} lacks {len(lacking)} of its weights, as {lacking[0]}; allowed are whole checkpoints; fetch it "

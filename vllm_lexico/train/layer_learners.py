@@ -5,8 +5,9 @@ Everything here has the axes [layers, 2, heads, ...], 2 for keys and values. `fl
 way back.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from lexico_kernels.memory.layout import KV
@@ -16,6 +17,7 @@ from vllm_lexico.dictionary.atoms import pack_atoms, unit_atoms
 from vllm_lexico.train.capture import check_finite
 from vllm_lexico.train.learn import Learner, LearnSettings, count_usage, evaluate, round_atoms
 from vllm_lexico.train.levels import Levels, learn_levels
+from vllm_lexico.train.side_by_side import side_by_side
 
 LEVEL_VECTORS = {"cuda": 8192, "cpu": 512}  # per layer, for keys and for values each, by kind of device
 EVALUATED_VECTORS = {"cuda": 1 << 20, "cpu": 1024}  # the same, of those held out, at the end
@@ -26,6 +28,7 @@ USAGE_SPARSITY = 15
 LAYERS_AT_ONCE = {"cuda": 8, "cpu": 1}  # K and V of each: enough vectors per launch to keep a GPU busy
 LEAST_RATE = 0.02  # of the rate, at the end of annealing
 REVIVALS = 4  # per round
+Finishing = Generator[None, None, tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]]
 LEAST_QUERY_ENERGY = 1e-3  # of the mean number's: what keeps stretches finite where queries are silent
 
 
@@ -161,11 +164,16 @@ class LayerLearners:
             self._start(store, queries)
         rows = self._rows(store)
         steps = passes * (rows // min(self.settings.batch, rows))
-        codes = min(self.settings.batch, rows) * len(KV) * self.copies
-        for learner, layers in self._groups():
+        codes, lock = min(self.settings.batch, rows) * len(KV) * self.copies, Lock()
+
+        def learn_one(learner: Learner, layers: slice) -> Generator[None, None, None]:
             for _ in self._steps(learner, layers, store, steps, number, cooling):
                 if advance is not None:
-                    advance(codes * (layers.stop - layers.start))
+                    with lock:
+                        advance(codes * (layers.stop - layers.start))
+                yield
+
+        side_by_side(learn_one, list(self._groups()), self.device)
 
     def _steps(
         self,
@@ -204,14 +212,16 @@ class LayerLearners:
         """
         for learner, layers in self._groups():
             self._check(self.named(learner.atoms), "atoms", layers)
-        lost: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in self._reported()}
-        for learner, layers in self._groups():
+
+        def lose(learner: Learner, layers: slice) -> Generator[None, None, dict[int, torch.Tensor]]:
             vectors = self._vectors(store, layers, self._sample(store))
             atoms = self._stored_atoms(learner)
             levels = learn_levels(vectors, atoms, self._reported(), sharing=self.copies)
-            for sparsity, values in self._evaluate(vectors, atoms, levels).items():
-                lost[sparsity].append(values)
-        tables = {sparsity: torch.cat(values).cpu() for sparsity, values in lost.items()}
+            yield
+            return self._evaluate(vectors, atoms, levels)
+
+        lost = side_by_side(lose, list(self._groups()), self.device)
+        tables = {sparsity: torch.cat([own[sparsity] for own in lost]).cpu() for sparsity in self._reported()}
         self.losses.append(float(torch.stack([table.mean() for table in tables.values()]).mean()))
         return tables
 
@@ -226,33 +236,38 @@ class LayerLearners:
             store: training vectors [layers, 2, tokens, Hk, D], for the levels.
             held_out: others, for the errors.
         """
-        tensors: dict[str, list[torch.Tensor]] = {}
-        losses: dict[int, list[torch.Tensor]] = {sparsity: [] for sparsity in self._reported()}
-        for learner, layers in self._groups():
-            atoms = self._stored_atoms(learner)
-            levels = learn_levels(self._vectors(store, layers, self._sample(store)), atoms, sharing=self.copies)
-            others = self._vectors(held_out, layers, self._sample(held_out, EVALUATED_VECTORS))
-            for sparsity, values in self._evaluate(others, atoms, levels).items():
-                losses[sparsity].append(values)
-            integers = round_atoms(learner.atoms, self.settings.atom_bits)
-            usage = count_usage(others, atoms, USAGE_SPARSITY) / self.copies
-            made = {
-                "atoms": self._by_head(self.named(pack_atoms(integers, self.settings.atom_bits))),
-                "mean": self.mean[layers],
-                "stretch": self.stretch[layers],
-                "levels": self.named(levels.table)[:, :, 0],
-                "usage": self._by_head(self.named(usage)).half(),
-            }
-            for kind, tensor in made.items():
-                for at, kv in enumerate(KV):
-                    tensors.setdefault(f"{kv}_{kind}", []).append(tensor[:, at].cpu())
-        tables = {str(sparsity): torch.cat(values).tolist() for sparsity, values in losses.items()}
+        done = side_by_side(
+            lambda learner, layers: self._finish(learner, layers, store, held_out), list(self._groups()), self.device
+        )
+        tensors = {
+            f"{kv}_{kind}": torch.cat([kinds[kind][:, at].cpu() for kinds, _ in done]).contiguous()
+            for kind in done[0][0]
+            for at, kv in enumerate(KV)
+        }
+        tables = {str(sparsity): torch.cat([lost[sparsity] for _, lost in done]).tolist() for sparsity in done[0][1]}
         errors = {
             kv: {sparsity: [round(row[at], 5) for row in table] for sparsity, table in tables.items()}
             for at, kv in enumerate(KV)
         }
-        joined = {name: torch.cat(pieces).contiguous() for name, pieces in tensors.items()}
-        return FinishedLayers(joined, errors, rounds=len(self.losses))
+        return FinishedLayers(tensors, errors, rounds=len(self.losses))
+
+    def _finish(self, learner: Learner, layers: slice, store: torch.Tensor, held_out: torch.Tensor) -> Finishing:
+        """A learner's part of the file, by kind [layers, 2, ...], and the energy lost by sparsity, [layers, 2]."""
+        atoms = self._stored_atoms(learner)
+        levels = learn_levels(self._vectors(store, layers, self._sample(store)), atoms, sharing=self.copies)
+        yield
+        others = self._vectors(held_out, layers, self._sample(held_out, EVALUATED_VECTORS))
+        lost = self._evaluate(others, atoms, levels)
+        yield
+        integers = round_atoms(learner.atoms, self.settings.atom_bits)
+        usage = count_usage(others, atoms, USAGE_SPARSITY) / self.copies
+        return {
+            "atoms": self._by_head(self.named(pack_atoms(integers, self.settings.atom_bits))),
+            "mean": self.mean[layers],
+            "stretch": self.stretch[layers],
+            "levels": self.named(levels.table)[:, :, 0],
+            "usage": self._by_head(self.named(usage)).half(),
+        }, lost
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `load_state` needs to go on after this round, on the CPU."""

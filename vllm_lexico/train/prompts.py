@@ -160,10 +160,21 @@ class Prompts:
         start: the token that starts every text, if there is one.
         longest: tokens that a text may have, with its prompt.
         seed: of everything random.
+        to_the_end: all texts are as long as they may be, whatever the model thinks their end.
     """
 
-    def __init__(self, tokenizer: Any, words: list[int], start: int | None, longest: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        words: list[int],
+        start: int | None,
+        longest: int,
+        seed: int,
+        *,
+        to_the_end: bool = False,
+    ) -> None:
         self.tokenizer, self.words, self.start, self.longest = tokenizer, words, start, longest
+        self.to_the_end = to_the_end
         self.draw = random.Random(f"{RECIPE}/{seed}")
         self.chats = bool(getattr(tokenizer, "chat_template", None))
         self.kinds = tuple(SHARES) if tokenizer is not None else ("bare",)
@@ -178,7 +189,7 @@ class Prompts:
         ids = self._ask(asked) if self.chats else (*start, *self._plain(beginning))
         ids = ids[: self.longest // 2] or (self.draw.choice(self.words),)
         most = DOCUMENT_TOKENS if kind == "documents" else ANSWER_TOKENS
-        return Prompt(kind, ids, min(most, self.longest - len(ids)))
+        return Prompt(kind, ids, min(most, self.longest - len(ids)), self.to_the_end)
 
     def _plain(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -29,7 +29,7 @@ SEQUENCES_READ = {"cuda": 8, "cpu": 1}
 # Seconds for a token written or read and for a code, by kind of device, until the run has told its own.
 GUESSES = {
     "cuda": {"write": 1 / 25_000, "read": 1 / 30_000, "learn": 1 / 15_000_000, "finish": 1 / 15_000_000},
-    "cpu": {"write": 1 / 150, "read": 1 / 400, "learn": 1 / 10_000, "finish": 1 / 10_000},
+    "cpu": {"write": 1 / 110, "read": 1 / 290, "learn": 1 / 11_000, "finish": 1 / 11_000},
 }
 FINISH_CODES = 16_000  # for the levels and the last errors, per layer, for keys and for values each
 

@@ -38,7 +38,7 @@ from vllm_lexico.train.rounds import (
     texts_of,
     train_share,
 )
-from vllm_lexico.train.settings import READ_TOKENS, Plan, TrainSettings, check, share_layers
+from vllm_lexico.train.settings import READ_TOKENS, Plan, TrainSettings, check, cpu_dtype, cpu_words, share_layers
 from vllm_lexico.train.state import RunFolder
 from vllm_lexico.train.vllm_writer import WriterJob
 from vllm_lexico.train.writing import TEXT, own_text
@@ -87,9 +87,9 @@ def train_dictionary(
         out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
         check_out(out, name)
     longest = facts.longest or settings.length
-    settings = _settled(settings, facts, longest)
-    check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
+    settings = _settled(settings, facts, longest, kind)
+    check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
     shares = share_layers(facts.fingerprint.layers, devices, together)
@@ -103,14 +103,16 @@ def train_dictionary(
     return out
 
 
-def _settled(settings: TrainSettings, facts: ModelFacts, longest: int) -> TrainSettings:
-    """Settings with what the model and the dictionary that is adapted decide.
+def _settled(settings: TrainSettings, facts: ModelFacts, longest: int, kind: str) -> TrainSettings:
+    """Settings with what the model, the kind of device and the dictionary that is adapted decide.
 
     Raises:
         ValueError: that dictionary cannot be read, or is of a model of another shape or rotary embedding.
     """
     if settings.sequence_tokens is None:
-        settings = replace(settings, sequence_tokens=min(READ_TOKENS, longest))
+        settings = replace(settings, sequence_tokens=min(READ_TOKENS[kind], longest))
+    if kind == "cpu":
+        settings = replace(settings, dtype=cpu_dtype(settings.dtype))
     if not settings.continue_from:
         return settings
     parent = load_dictionary(settings.continue_from)
@@ -168,6 +170,8 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> dict[str, An
         How the text came about, as the dictionary says it.
     """
     progress = Progress(verbose=job.verbose, started=job.started)
+    if shares[0][0] == "cpu":
+        progress.say(cpu_words(job.settings, job.plan))
     try:
         made = {} if job.settings.data else _write(job, shares, progress)
         if len(shares) == 1:
@@ -192,9 +196,11 @@ def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) ->
     tokens = (job.plan.rounds * job.plan.sequences + job.plan.held_out_sequences) * settings.length
     writing = Stage("write", "vLLM writes the text", tokens, GUESSES[kind]["write"])
     progress.plan([writing, *stages_of(job, len(layers), kind, writes=False)])
+    longest = min(settings.text_tokens or settings.length, settings.length)
     wanted = WriterJob(
-        job.model, "", tokens, settings.length, kind, settings.dtype, settings.seed, settings.hf_overrides
-    )
+        job.model, "", tokens, longest, kind, settings.dtype, settings.seed, settings.hf_overrides,
+        to_the_end=settings.text_tokens is not None,
+    )  # fmt: skip
     made = own_text(settings.writer, wanted, job.run, device, progress)
     return {"writer": "transformers", "texts": "bare"} if made is None else made
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lexico_kernels.memory.layout import MAX_ATOMS, MAX_SPARSITY
@@ -18,7 +19,7 @@ from vllm_lexico.train.writing import WRITERS
 ROUND_BYTES = {"cuda": 12 << 30, "cpu": 1 << 30}  # of vectors held at once, by kind of device
 HELD_OUT_TOKENS = {"cuda": 8192, "cpu": 2048}  # positions kept, of texts that are not trained on
 FURTHEST_TOKENS = 32768  # where in a context text is read, if the model goes so far
-READ_TOKENS = 2048  # of a text, where nothing else is asked for and the model takes as many
+READ_TOKENS = {"cuda": 2048, "cpu": 1024}  # of a text, where nothing else is asked for and the model takes as many
 LARGEST_SEED = 2**32 - 1  # the seeds of rounds and layers, made of it, fit into 64 bits
 
 
@@ -32,18 +33,22 @@ class Effort:
     passes: int
     rounds: int
     shared: bool = False
+    text_tokens: int | None = None
 
 
-# By kind of device. On two cores of a CPU all that is learned is some millions of codes.
+# By kind of device. On two cores of a CPU all that is learned is some millions of codes, and short texts, all of one
+# length, are written with the fewest passes over the weights (docs/log.md).
 EFFORTS = {
     "cuda": Effort(atoms=4096, batch=8192, vectors=2_000_000, passes=8, rounds=4),
-    "cpu": Effort(atoms=1024, batch=1024, vectors=60_000, passes=1, rounds=2, shared=True),
+    "cpu": Effort(atoms=1024, batch=1024, vectors=40_000, passes=1, rounds=2, shared=True, text_tokens=256),
 }
 # The same where a dictionary is adapted, which has its atoms.
 ADAPTING = {
     "cuda": Effort(atoms=0, batch=8192, vectors=500_000, passes=4, rounds=2),
-    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1),
+    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1, text_tokens=256),
 }
+CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # what Linux calls arithmetic in it; without, float32 is faster
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,15 @@ class TrainSettings:
         vectors: different ones per layer, for keys and for values each.
         passes: how often each vector is learned from.
         rounds: of reading and learning; more where memory asks for it, fewer where they gain nothing.
-        sequence_tokens: length of the texts read; None for READ_TOKENS, or the model's longest.
-        dtype: of the model; "auto" for its own.
+        sequence_tokens: length of the texts read; None for READ_TOKENS, at most the model's longest.
+        dtype: of the model; "auto" for its own, see also `cpu_dtype`.
         seed: of everything random, 0 to 2**32 - 1.
         hf_overrides: of the model's configuration, a JSON object as vLLM's --hf-overrides takes it; "" for none.
         max_model_len: tokens of the longest sequence that is served; None for the model's own longest. It bounds where
             in a context text is read, and chooses between two sets of rotary factors where the model has them.
         writer: what has the model write where there is no data, one of WRITERS; "auto" for vLLM where it is installed
             and can.
+        text_tokens: of a text that vLLM has the model write, all written to this length; None for as long as they come.
         continue_from: a dictionary file that is adapted, whose number of atoms, bits and sharing are kept; "" for none.
 
     Raises:
@@ -81,6 +87,7 @@ class TrainSettings:
     hf_overrides: str = ""
     max_model_len: int | None = None
     writer: str = "transformers"
+    text_tokens: int | None = None
     continue_from: str = ""
 
     def __post_init__(self) -> None:
@@ -94,6 +101,8 @@ class TrainSettings:
         check("--vectors", self.vectors, self.vectors >= least, f"{least} or more (2 per atom)")
         given, shortest = self.sequence_tokens, 4 * SKIPPED_TOKENS
         check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
+        least, texts = 4 * SKIPPED_TOKENS, self.text_tokens
+        check("--text-tokens", texts, texts is None or texts >= least, f"{least} or more")
         check("--seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
         check("--max-model-len", self.max_model_len, self.max_model_len is None or self.max_model_len >= 1, "1 or more")
         if self.hf_overrides:
@@ -105,7 +114,7 @@ class TrainSettings:
     @property
     def length(self) -> int:
         """Tokens of a sequence."""
-        return self.sequence_tokens or READ_TOKENS
+        return self.sequence_tokens or READ_TOKENS["cuda"]
 
     @property
     def kept_tokens(self) -> int:
@@ -146,12 +155,35 @@ class Plan:
     def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
         """For a device of some kind. max_tokens: of the longest context that is served."""
         kept, heads = settings.kept_tokens, fingerprint.num_kv_heads
-        token_bytes = len(fingerprint.layers) * 2 * heads * fingerprint.head_dim * 2
+        number_bytes = 4 if settings.dtype == "float32" else 2
+        token_bytes = len(fingerprint.layers) * 2 * heads * fingerprint.head_dim * number_bytes
         tokens = math.ceil(settings.vectors / heads)
         rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
         sequences = max(1, math.ceil(tokens / rounds / kept))
         held_out = max(1, min(HELD_OUT_TOKENS[kind] // kept, math.ceil(sequences / 4)))
         return Plan(rounds, sequences, held_out, min(max_tokens, FURTHEST_TOKENS))
+
+
+def cpu_dtype(dtype: str) -> str:
+    """What "auto" means on a CPU: float32 where it has no arithmetic in bfloat16, which is then much slower."""
+    if dtype != "auto":
+        return dtype
+    facts = CPU_FACTS.read_text(encoding="utf-8", errors="replace").split() if CPU_FACTS.is_file() else []
+    return "auto" if CPU_BFLOAT16 & set(facts) else "float32"
+
+
+def cpu_words(settings: TrainSettings, plan: Plan) -> str:
+    """What a CPU learns, in a line."""
+    learn, text = settings.learn, "the given text"
+    if not settings.data:
+        tokens = (plan.rounds * plan.sequences + plan.held_out_sequences) * settings.length
+        pieces = f" ({settings.text_tokens} each)" if settings.text_tokens else ""
+        text = f"{tokens:,} tokens of its own text{pieces}"
+    return (
+        f"on a CPU: the model in {'its own dtype' if settings.dtype == 'auto' else settings.dtype}, {text}, "
+        f"{settings.vectors:,} vectors for each of K and V of a layer, {plan.rounds} rounds, {learn.atoms} atoms"
+        f"{' that heads share' if learn.shared else ''}; a GPU learns from more (--help says what can be set)"
+    )
 
 
 def check(name: str, given: Any, valid: bool, allowed: str) -> None:

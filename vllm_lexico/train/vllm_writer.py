@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from vllm_lexico.files import save_tensors
 from vllm_lexico.processes import end_with_parent
@@ -25,7 +24,7 @@ from vllm_lexico.train.model import read_config
 from vllm_lexico.train.own_text import end_tokens, read_tokenizer, text_tokens
 from vllm_lexico.train.prompts import RECIPE, SHARES, Prompt, Prompts
 
-TEXTS_AT_ONCE = {"cuda": 512, "cpu": 32}
+TEXTS_AT_ONCE = {"cuda": 512, "cpu": 64}
 CPU_CACHE_BYTES = 1 << 30  # vLLM's own choice, half of the memory, is more than a few texts need
 LARGEST_SHARE = 0.9  # of a GPU's memory
 SPARE_SHARE = 0.03  # of it, left of what is free
@@ -48,6 +47,7 @@ class WriterJob:
         dtype: of the model; "auto" for its own.
         seed: of everything random.
         overrides: of the configuration, a JSON object, or "".
+        to_the_end: see `Prompts`.
     """
 
     model: str
@@ -58,6 +58,7 @@ class WriterJob:
     dtype: str
     seed: int
     overrides: str
+    to_the_end: bool = False
 
     def write(self, path: Path) -> None:
         """As `main` reads it."""
@@ -71,12 +72,15 @@ def main() -> None:
     os.dup2(2, 1)  # what vLLM prints is a log
 
     lock, written = threading.Lock(), [0]
+    times = [time.monotonic()]  # of the start, of the engine's readiness
 
     def tell(**words: Any) -> None:
         with lock:
             print(json.dumps(words), file=line, flush=True)
 
     def count(tokens: int) -> None:
+        if not tokens:
+            times.append(time.monotonic())
         written[0] = tokens
         tell(tokens=tokens)
 
@@ -88,7 +92,8 @@ def main() -> None:
     threading.Thread(target=repeat, daemon=True).start()
     try:
         job = WriterJob(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-        tell(wrote=write_text(job, count))
+        made = write_text(job, count)
+        tell(wrote=made, start_seconds=times[1] - times[0], write_seconds=time.monotonic() - times[1])
     except Exception as error:  # whatever vLLM raises: the parent says it in one line and goes on without
         tell(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
@@ -99,7 +104,7 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
 
     Args:
         job: what is wanted.
-        tell: called with the tokens written so far.
+        tell: called with the tokens written so far, with 0 when the engine is ready.
 
     Returns:
         What was done, as the dictionary will say it.
@@ -110,7 +115,8 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
 
     config, tokenizer = read_config(job.model, job.overrides), read_tokenizer(job.model)
     text = config.get_text_config()
-    prompts = Prompts(tokenizer, text_tokens(config), text.bos_token_id, job.longest, job.seed)
+    words, start = text_tokens(config), text.bos_token_id
+    prompts = Prompts(tokenizer, words, start, job.longest, job.seed, to_the_end=job.to_the_end)
     ends = end_tokens(job.model, text, tokenizer)
     llm = vllm.LLM(job.model, **engine_arguments(job, tokenizer is None))
     tell(0)
@@ -121,9 +127,9 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
     while by_kind.total() < job.tokens:
         wave = next_wave(prompts, by_kind, counts, job.tokens)
         params = [sampling(prompt, ends, marks) for prompt in wave]
-        bar = _counting(tell, by_kind.total(), job.tokens)
+        _count_steps(llm.llm_engine, TEXTS_AT_ONCE[job.device], by_kind.total(), tell)
         inputs: Any = [{"prompt_token_ids": list(prompt.ids)} for prompt in wave]
-        outputs = llm.generate(inputs, params, use_tqdm=bar)
+        outputs = llm.generate(inputs, params, use_tqdm=False)
         for prompt, output in zip(wave, outputs, strict=True):
             texts.append((prompt.kind, [*prompt.ids, *output.outputs[0].token_ids]))
             by_kind[prompt.kind] += len(texts[-1][1])
@@ -136,6 +142,7 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
         "recipe": RECIPE,
         "chat_template": prompts.chats,
         "texts": counts.total(),
+        "longest": job.longest,
         "tokens": {kind: by_kind[kind] for kind in sorted(by_kind)},
     }
 
@@ -213,19 +220,22 @@ def save(path: Path, texts: list[tuple[str, list[int]]]) -> None:
     save_tensors(path, tensors)
 
 
-def _counting(tell: Callable[[int], None], before: int, wanted: int) -> Callable[..., tqdm]:
-    """A bar for vLLM, which it calls once per finished text, that shows nothing and tells how far it is."""
+def _count_steps(engine: Any, at_once: int, before: int, tell: Callable[[int], None]) -> None:
+    """Have vLLM's engine tell now and then how much is written, of which it says nothing until a text is finished.
 
-    class Counting(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs, file=sys.stderr, mininterval=3600)
+    A step writes a token of every text that is under way. The instance's `step` is replaced; both names are public.
+    """
+    step, written, told = type(engine).step, before, time.monotonic()
 
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            tell(int(before + (wanted - before) * min(1.0, self.n / max(self.total or 1, 1))))
-            return shown
+    def counted() -> Any:
+        nonlocal written, told
+        written += min(engine.get_num_unfinished_requests(), at_once)
+        if time.monotonic() - told > REPEAT_SECONDS:
+            told = time.monotonic()
+            tell(written)
+        return step(engine)
 
-    return Counting
+    engine.step = counted
 
 
 if __name__ == "__main__":

@@ -123,15 +123,20 @@ def _follow(process: subprocess.Popen, progress: Progress) -> dict[str, Any] | N
         if "tokens" in said:
             progress.advance(said["tokens"] - before)
             before = said["tokens"]
-        facts = said.get("wrote", facts)
+        if "wrote" in said:
+            facts = said["wrote"]
+            progress.say(
+                f"vLLM started in {said['start_seconds']:.0f} s and wrote {sum(facts['tokens'].values()):,} tokens in "
+                f"{said['write_seconds']:.0f} s"
+            )
     return facts
 
 
 def _seen(device: str) -> dict[str, str]:
-    """What to set so that the process sees one GPU, or none where a CPU is asked for."""
+    """What to set so that the process sees one GPU, or none where a CPU is asked for, all of whose threads it takes."""
     kind, _, number = device.partition(":")
     if kind != "cuda":
-        return {"CUDA_VISIBLE_DEVICES": ""}
+        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name for name in seen.split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": names[int(number or 0)] if names else number or "0"}
