@@ -145,7 +145,7 @@ def measure_files(args: argparse.Namespace) -> None:
     for row in rows:
         info = files[row["file"]].info
         case = {
-            "study": "texts", "model": Path(args.model).name, "trained_on": info.data, "recipe": info.recipe,
+            "study": "texts", "model": Path(args.model).name, "trained_on": info.data,
             "text": row["text"], "part": row["part"], "sparsity": row["sparsity"], "bytes": 2 * (row["sparsity"] + 1),
             "atoms": info.atoms, "training_vectors": info.vectors_seen, "peer_trained_on": files[first].info.data,
         }  # fmt: skip

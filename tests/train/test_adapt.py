@@ -22,7 +22,7 @@ def test_what_interrupts_a_run_says_what_is_kept_and_how_to_go_on(tiny_model, tm
         assert cli.main(command) == 130
         said = capsys.readouterr()
         assert f"interrupted; {words}" in said.err and "the same command goes on from there" in said.err
-    assert "round 2/3  mean " in said.out and "layer" not in said.out
+    assert "round 2/3  mean " in said.out and "  layer " not in said.out
 
 
 @pytest.mark.parametrize(

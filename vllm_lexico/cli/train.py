@@ -121,6 +121,14 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
         help="length of the texts read (default: 2048, on a CPU 1024, at most the model's longest)",
     )
     parser.add_argument(
+        "--package-text",
+        type=float,
+        metavar="SHARE",
+        help="share of the reading, without --data, that is real text: some of the package's, in English, and code of "
+        "Python's standard library; 0 for the model's own alone (default: "
+        f"{EFFORTS['cuda'].package_text}, on a CPU {EFFORTS['cpu'].package_text})",
+    )
+    parser.add_argument(
         "--text-tokens",
         type=int,
         help="length of the texts that vLLM has the model write, each written to the end (default: as long as they "
@@ -227,6 +235,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
         max_model_len=arguments.max_model_len,
         writer=arguments.writer,
         text_tokens=asked("text_tokens"),
+        package_text=asked("package_text"),
         continue_from=arguments.continue_from,
     )
 

@@ -16,7 +16,8 @@ from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners, Parent
 from vllm_lexico.train.memory import words_for_memory
-from vllm_lexico.train.own_text import sequences_from_model, split
+from vllm_lexico.train.own_text import read_tokenizer, sequences_from_model, split
+from vllm_lexico.train.package_text import mixed, package_sequences
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.settings import Plan, TrainSettings
 from vllm_lexico.train.state import Kept, RunFolder
@@ -111,8 +112,8 @@ def stages_of(job: Job, layers: int, kind: str, *, writes: bool, done: int = 0) 
     dictionaries = layers * len(KV)
 
     def reading(words: str, sequences: int) -> list[Stage]:
-        tokens = sequences * settings.length
-        written = [Stage("write", f"writing text {words}", tokens, guesses["write"])] if writes else []
+        tokens, own = sequences * settings.length, settings.own_sequences(sequences) * settings.length
+        written = [Stage("write", f"writing text {words}", own, guesses["write"])] if writes else []
         return [*written, Stage("read", f"reading text {words}", tokens, guesses["read"])]
 
     stages = reading("to test with", plan.held_out_sequences)
@@ -217,6 +218,9 @@ class _Reader:
         self.texts = texts_of(job.model, job.settings) if job.settings.data else None
         self.rows = None if job.settings.data else written_rows(job.run, job.settings.length)
         self.writes = self.texts is None and self.rows is None
+        self.package: TextSequences | None = None
+        if job.settings.package_text:
+            self.package = package_sequences(read_tokenizer(job.model), job.settings.length, job.settings.seed)
 
     def sequences(self, number: int | None) -> torch.Tensor | None:
         """A round's text, the held-out one for None, which can be made while the GPU learns.
@@ -228,10 +232,19 @@ class _Reader:
             return self.texts.take(plan.held_out_sequences if number is None else plan.sequences, number)
         if self.rows is None:
             return None
+        own = self.job.settings.own_sequences
         if number is None:
-            return self.rows[: plan.held_out_sequences]
-        first = plan.held_out_sequences + number * plan.sequences
-        return self.rows[first : first + plan.sequences]
+            return self._beside(self.rows[: own(plan.held_out_sequences)], number)
+        first = own(plan.held_out_sequences) + number * own(plan.sequences)
+        return self._beside(self.rows[first : first + own(plan.sequences)], number)
+
+    def _beside(self, own: torch.Tensor, number: int | None) -> torch.Tensor:
+        """Rows that the model wrote, with those of the package that a round has, the held-out ones for None."""
+        if self.package is None:
+            return own
+        plan, seed = self.job.plan, self.job.settings.seed * 1000 + (999 if number is None else number)
+        count = plan.held_out_sequences if number is None else plan.sequences
+        return mixed(own, self.package.take(count - self.job.settings.own_sequences(count), number), seed)
 
     def no_queries(self) -> torch.Tensor:
         """Zeros to which `read` adds the energy of queries."""
@@ -249,7 +262,7 @@ class _Reader:
         settings, shape = self.job.settings, self.job.fingerprint
         if sequences is None:
             with self.progress.stage("write"):
-                sequences = self._written(number, count)
+                sequences = self._beside(self._written(number, settings.own_sequences(count)), number)
         with self.progress.stage("read"):
             return capture(
                 self.loaded,

@@ -27,6 +27,8 @@ from vllm_lexico.dictionary.names import check_name, file_name, plain_name
 from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
 from vllm_lexico.train.model import ModelFacts, read_facts
+from vllm_lexico.train.own_text import read_tokenizer
+from vllm_lexico.train.package_text import package_documents, package_text_identity
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.rounds import (
     GUESSES,
@@ -38,7 +40,16 @@ from vllm_lexico.train.rounds import (
     texts_of,
     train_share,
 )
-from vllm_lexico.train.settings import READ_TOKENS, Plan, TrainSettings, check, cpu_dtype, cpu_words, share_layers
+from vllm_lexico.train.settings import (
+    READ_TOKENS,
+    Plan,
+    TrainSettings,
+    check,
+    cpu_dtype,
+    cpu_words,
+    own_tokens,
+    share_layers,
+)
 from vllm_lexico.train.state import RunFolder
 from vllm_lexico.train.vllm_writer import WriterJob
 from vllm_lexico.train.writing import TEXT, own_text
@@ -88,7 +99,7 @@ def train_dictionary(
         check_out(out, name)
     longest = facts.longest or settings.length
     kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
-    settings = _settled(settings, facts, longest, kind)
+    settings = _settled(model, settings, facts, longest, kind)
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
@@ -103,7 +114,7 @@ def train_dictionary(
     return out
 
 
-def _settled(settings: TrainSettings, facts: ModelFacts, longest: int, kind: str) -> TrainSettings:
+def _settled(model: str, settings: TrainSettings, facts: ModelFacts, longest: int, kind: str) -> TrainSettings:
     """Settings with what the model, the kind of device and the dictionary that is adapted decide.
 
     Raises:
@@ -113,6 +124,8 @@ def _settled(settings: TrainSettings, facts: ModelFacts, longest: int, kind: str
         settings = replace(settings, sequence_tokens=min(READ_TOKENS[kind], longest))
     if kind == "cpu":
         settings = replace(settings, dtype=cpu_dtype(settings.dtype))
+    if settings.package_text and (settings.data or not package_documents() or read_tokenizer(model) is None):
+        settings = replace(settings, package_text=0.0)
     if not settings.continue_from:
         return settings
     parent = load_dictionary(settings.continue_from)
@@ -149,6 +162,8 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that decides the file: a run goes on from state of the same alone."""
     text = texts_of(model, settings).identity() if settings.data else {}
+    if settings.package_text:
+        text = {"package": package_text_identity()}
     parent = file_checksum(Path(settings.continue_from)) if settings.continue_from else ""
     return asdict(settings) | {
         "data": list(settings.data),
@@ -193,7 +208,7 @@ def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) ->
     """Have vLLM write the text of the run where it can; how it came about, or will."""
     settings, (device, layers) = job.settings, shares[0]
     kind = torch.device(device).type
-    tokens = (job.plan.rounds * job.plan.sequences + job.plan.held_out_sequences) * settings.length
+    tokens = own_tokens(settings, job.plan)
     writing = Stage("write", "vLLM writes the text", tokens, GUESSES[kind]["write"])
     progress.plan([writing, *stages_of(job, len(layers), kind, writes=False)])
     longest = min(settings.text_tokens or settings.length, settings.length)
@@ -202,7 +217,8 @@ def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) ->
         to_the_end=settings.text_tokens is not None,
     )  # fmt: skip
     made = own_text(settings.writer, wanted, job.run, device, progress)
-    return {"writer": "transformers", "texts": "bare"} if made is None else made
+    made = {"writer": "transformers", "texts": "bare"} if made is None else made
+    return made | ({"package_text": settings.package_text} if settings.package_text else {})
 
 
 @contextmanager
@@ -254,7 +270,7 @@ def _collect(
         atom_bits=settings.learn.atom_bits,
         sparsity=settings.learn.sparsity,
         data=", ".join(Path(data).name if Path(data).exists() else data for data in settings.data)
-        or "text sampled from the model itself",
+        or f"text sampled from the model itself{', and text of the package' if settings.package_text else ''}",
         tokens_seen=read * settings.length,
         vectors_seen=read * settings.kept_tokens * facts.fingerprint.num_kv_heads,
         errors=errors,

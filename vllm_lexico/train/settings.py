@@ -34,18 +34,21 @@ class Effort:
     rounds: int
     shared: bool = False
     text_tokens: int | None = None
+    package_text: float = 0.4
 
 
 # By kind of device. On two cores of a CPU all that is learned is some millions of codes, and short texts, all of one
 # length, are written with the fewest passes over the weights (docs/log.md).
 EFFORTS = {
     "cuda": Effort(atoms=4096, batch=8192, vectors=2_000_000, passes=8, rounds=4),
-    "cpu": Effort(atoms=1024, batch=1024, vectors=40_000, passes=1, rounds=2, shared=True, text_tokens=256),
+    "cpu": Effort(
+        atoms=1024, batch=1024, vectors=40_000, passes=1, rounds=2, shared=True, text_tokens=256, package_text=0.5
+    ),
 }
 # The same where a dictionary is adapted, which has its atoms.
 ADAPTING = {
     "cuda": Effort(atoms=0, batch=8192, vectors=500_000, passes=4, rounds=2),
-    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1, text_tokens=256),
+    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1, text_tokens=256, package_text=0.5),
 }
 CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # what Linux calls arithmetic in it; without, float32 is faster
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -70,6 +73,7 @@ class TrainSettings:
         writer: what has the model write where there is no data, one of WRITERS; "auto" for vLLM where it is installed
             and can.
         text_tokens: of a text that vLLM has the model write, all written to this length; None for as long as they come.
+        package_text: share of the reading that is real text, of the package, where there is no data; 0 to 0.9.
         continue_from: a dictionary file that is adapted, whose number of atoms, bits and sharing are kept; "" for none.
 
     Raises:
@@ -88,6 +92,7 @@ class TrainSettings:
     max_model_len: int | None = None
     writer: str = "transformers"
     text_tokens: int | None = None
+    package_text: float = 0.0
     continue_from: str = ""
 
     def __post_init__(self) -> None:
@@ -103,6 +108,7 @@ class TrainSettings:
         check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
         least, texts = 4 * SKIPPED_TOKENS, self.text_tokens
         check("--text-tokens", texts, texts is None or texts >= least, f"{least} or more")
+        check("--package-text", self.package_text, 0 <= self.package_text <= 0.9, "0 to 0.9")
         check("--seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
         check("--max-model-len", self.max_model_len, self.max_model_len is None or self.max_model_len >= 1, "1 or more")
         if self.hf_overrides:
@@ -115,6 +121,10 @@ class TrainSettings:
     def length(self) -> int:
         """Tokens of a sequence."""
         return self.sequence_tokens or READ_TOKENS["cuda"]
+
+    def own_sequences(self, count: int) -> int:
+        """How many of so many sequences the model writes itself where there is no data."""
+        return count - int(count * self.package_text)
 
     @property
     def kept_tokens(self) -> int:
@@ -172,13 +182,21 @@ def cpu_dtype(dtype: str) -> str:
     return "auto" if CPU_BFLOAT16 & set(facts) else "float32"
 
 
+def own_tokens(settings: TrainSettings, plan: Plan) -> int:
+    """What the model writes for a run without data."""
+    own = settings.own_sequences
+    return (plan.rounds * own(plan.sequences) + own(plan.held_out_sequences)) * settings.length
+
+
 def cpu_words(settings: TrainSettings, plan: Plan) -> str:
     """What a CPU learns, in a line."""
     learn, text = settings.learn, "the given text"
     if not settings.data:
-        tokens = (plan.rounds * plan.sequences + plan.held_out_sequences) * settings.length
+        tokens = own_tokens(settings, plan)
         pieces = f" ({settings.text_tokens} each)" if settings.text_tokens else ""
         text = f"{tokens:,} tokens of its own text{pieces}"
+        if settings.package_text:
+            text += f" beside {settings.package_text:.0%} of the package's"
     return (
         f"on a CPU: the model in {'its own dtype' if settings.dtype == 'auto' else settings.dtype}, {text}, "
         f"{settings.vectors:,} vectors for each of K and V of a layer, {plan.rounds} rounds, {learn.atoms} atoms"

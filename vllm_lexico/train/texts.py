@@ -6,8 +6,9 @@ import lzma
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,12 +154,22 @@ class TextSequences:
         tokenizer: of transformers.
         length: tokens per sequence.
         seed: of places and order.
+        documents: more sources, by name: texts that were read already.
     """
 
-    def __init__(self, sources: Sequence[str], tokenizer: Any, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        *,
+        documents: Mapping[str, list[str]] = MappingProxyType({}),
+    ) -> None:
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self._documents = {name: _parts(read_documents(Path(name))) for name in sources if is_path(name)}
-        self._sources = list(sources)
+        self._documents |= {name: _parts(texts) for name, texts in documents.items()}
+        self._sources = [*sources, *documents]
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of each source's texts; of a dataset, of the first ones, in the order of this seed.
