@@ -49,6 +49,12 @@ def test_one_number_or_one_for_keys_and_one_for_values():
         ({"relative_error": 1.0}, ["relative_error", "1.0", "up to, not including, 1"]),
         ({"prefix_hits": "none"}, ["'none'", "'codes', 'window' or 'same'"]),
         ({"coded_later": -1}, ["coded_later", "-1", "from 0 to 1048576"]),
+        ({"uneven": [15, 31]}, ["uneven", "[15, 31]", "low < 15 < high <= 31", "leave it out"]),
+        ({"uneven": [3, 32]}, ["uneven", "[3, 32]", "high <= 31"]),
+        ({"uneven": 3}, ["uneven", "3", "[low, high]"]),
+        ({"uneven": [3, 15, 31]}, ["uneven", "[3, 15, 31]", "[low, high]"]),
+        ({"uneven": [3, 31], "sparsity": {"key": 15, "value": 11}}, ["uneven", "one sparsity for both"]),
+        ({"uneven": [3, 31], "codec": "exact"}, ["exact", "remove uneven"]),
         ({"coded_later": 64, "prefix_hits": "same"}, ['"same"', "remove coded_later"]),
         ({"codec": "int8"}, ["'int8'", "'packed16', 'paper' or 'exact'"]),
         ({"dictionary": ""}, ["dictionary", 'a Hugging Face id or "train"']),
@@ -102,6 +108,7 @@ USUAL = {
     "prefix_hits": [*PREFIX_HITS, "none", "CODES"],
     "codec": [*CODECS, "int8"],
     "coded_later": [-1, 0, 8192, 1 << 20, True],
+    "uneven": [None, [3, 31], [31, 3], (3, 31), [15], "3/31", [True, 31]],
 }
 COMBINATIONS = math.prod(3 * len(values) for values in USUAL.values())
 WILD = st.one_of(st.sampled_from(ODD), st.text(max_size=8), st.floats(), st.integers(-(2**40), 2**40))

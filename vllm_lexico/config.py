@@ -44,6 +44,8 @@ class LexicoConfig:
     dictionary: a file or a Hugging Face id; None searches for one that was made for the model; "train" searches too,
         and trains one at the first start where there is none.
     sparsity: atoms per vector, the dial between memory and quality.
+    uneven: [low, high], atoms per vector of the layers that are asked little and of those that are asked much, as many
+        of these as the bytes of `sparsity` allow; None gives all the same. The dictionary has to say which they are.
     window: newest tokens kept in full precision; at least 63 are, since so many may wait to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
     relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does);
@@ -60,6 +62,7 @@ class LexicoConfig:
 
     dictionary: str | None = None
     sparsity: Sparsity = Sparsity(15, 15)
+    uneven: tuple[int, int] | None = None
     window: int = 128
     sinks: int = 16
     relative_error: float = 0.0
@@ -72,6 +75,7 @@ class LexicoConfig:
             allowed = f'a file, a Hugging Face id or "{TRAIN}"'
             remedy = "leave it out to have one searched for"
             raise ValueError(refusal("LEXICO setting dictionary", self.dictionary, allowed, remedy))
+        self._check_uneven()
         check_whole_number("LEXICO setting window", self.window, 0, 65536, "it counts tokens, 128 by default")
         check_whole_number("LEXICO setting sinks", self.sinks, 0, 1024, "it counts tokens, 16 by default")
         error = self.relative_error
@@ -87,6 +91,19 @@ class LexicoConfig:
                 'with prefix_hits "same" a step reads the codes of its own tokens, so they cannot be made later; '
                 "remove coded_later, or choose other prefix_hits"
             )
+
+    def _check_uneven(self) -> None:
+        pair, mean = self.uneven, self.sparsity
+        if pair is None:
+            return
+        whole = isinstance(pair, tuple) and len(pair) == 2 and all(is_whole_number(x, 1, MAX_SPARSITY) for x in pair)
+        if mean.key != mean.value or not whole or not pair[0] < mean.key < pair[1]:
+            given = list(pair) if isinstance(pair, tuple) else pair
+            allowed = (
+                f"[low, high], whole numbers with low < {mean.key} < high <= {MAX_SPARSITY}, and one sparsity for both"
+            )
+            remedy = 'with "sparsity": 7, [3, 15] gives a third of the layers 15; leave it out to give all the same'
+            raise ValueError(refusal("LEXICO setting uneven", given, allowed, remedy))
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> LexicoConfig:
@@ -109,6 +126,8 @@ class LexicoConfig:
         values = dict(given)
         if "sparsity" in values:
             values["sparsity"] = Sparsity.of(values["sparsity"])
+        if isinstance(values.get("uneven"), list):
+            values["uneven"] = tuple(values["uneven"])
         return cls(**values)
 
 
@@ -154,7 +173,8 @@ def _check_exact(given: Mapping[Any, Any]) -> None:
     """Refuse what the exact codec would ignore."""
     if given.get("codec") != "exact":
         return
-    ignored = [name for name in ("sparsity", "dictionary", "relative_error") if given.get(name) is not None]
+    names = "sparsity", "uneven", "dictionary", "relative_error"
+    ignored = [name for name in names if given.get(name) is not None]
     if ignored:
         raise ValueError(
             "codec 'exact' stores the vectors themselves and takes no sparsity, dictionary or relative_error; remove "

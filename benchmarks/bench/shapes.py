@@ -67,6 +67,7 @@ def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Pa
         tensors[f"{kv}_mean"] = torch.zeros(shape)
         tensors[f"{kv}_stretch"] = torch.ones(shape)
         tensors[f"{kv}_levels"] = torch.linspace(-1, 1, 16).expand(shape[0], 32, 16).contiguous()
+    tensors["asked_shares"] = torch.rand(shape[:2], generator=generator)
     info = DictionaryInfo(
         model_name=model.name,
         fingerprint=fingerprint,

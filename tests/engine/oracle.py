@@ -5,7 +5,7 @@ which the twins of the coding operations make.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm, silu
 
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.dictionary.file import Dictionary
+from vllm_lexico.dictionary.uneven import uneven_sparsities
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS
 
 
@@ -67,6 +68,13 @@ class Oracle:
             self.config.head_dim, heads, sparsity.key, sparsity.value, self.settings.codec, self.block_tokens, 4
         )
 
+    def _sparsities(self) -> dict[int, int]:
+        """Atoms by layer where they differ."""
+        if self.settings.uneven is None:
+            return {}
+        layers, mean = range(self.config.num_hidden_layers), self.settings.sparsity.key
+        return dict(uneven_sparsities(self.dictionary, layers, mean, *self.settings.uneven))
+
     def _step(self, tokens: list[int], computed: int, kept: list, coded: list, layout: CodeLayout) -> Tensor:
         """Logits after the last of some new tokens; `computed` came before them. Appends to the cache."""
         count, config = len(tokens), self.config
@@ -109,7 +117,9 @@ class Oracle:
         """Keys and values of some tokens as their codes give them back."""
         if not len(key):
             return key, value
-        found = []
+        found, own = [], self._sparsities().get(index)
+        if own is not None:
+            layout = replace(layout, key_sparsity=own, value_sparsity=own)
         for kv, vectors in (("key", key), ("value", value)):
             book = self.dictionary.codebook(index, kv, layout.sparsity(kv))
             records = encode_heads(vectors, book, layout, kv, self.settings.relative_error)

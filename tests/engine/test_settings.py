@@ -33,6 +33,7 @@ EXACT = {
 CODED = {
     "few atoms": ({"sparsity": 3}, {}),
     "few atoms, coded later": ({"sparsity": 3, "coded_later": 8192}, {}),
+    "uneven": ({"sparsity": 7, "uneven": [3, 11]}, {}),
     "fewer for values": ({"sparsity": {"key": 15, "value": 4}}, {}),
     "paper": ({"codec": "paper", "sparsity": 7}, {}),
     "relative error": ({"relative_error": 0.5}, {}),

@@ -6,9 +6,12 @@ import pytest
 import torch
 from lexico_kernels import KV, Codebook, CodeLayout
 
+from vllm_lexico.config import LexicoConfig
+
 pytest.importorskip("vllm")
 from vllm_lexico.serve import impl
 from vllm_lexico.serve.codebooks import LayerCodebooks
+from vllm_lexico.serve.setup import LexicoSetup
 
 
 @pytest.mark.parametrize("key_sparsity", [15, 11])  # 11: tail pages are padded
@@ -40,6 +43,7 @@ def test_more_pages_at_the_same_place_are_bound_again():
     layers = types.SimpleNamespace(static_forward_context={"tail": tail})
     own.vllm_config, own.tail_name = types.SimpleNamespace(compilation_config=layers), "tail"
     own._cache, own._bound_to = None, (0, 0, 0)
+    own.setup = LexicoSetup(LexicoConfig(codec="exact"), None, 0, 1)
     few = own.bind(layer, pages[0, :2], layout)
     assert own.bind(layer, pages[0, :2], layout) is few and len(few.code_pages) == 2
     assert len(own.bind(layer, pages[0], layout).code_pages) == 5

@@ -19,8 +19,8 @@ class Layer:
     def __init__(self):
         self.kv_cache, self.impl = torch.tensor([]), self
 
-    def give_pages(self, layout=LAYOUT):
-        self.cache = poisoned_cache(layout, 4, atoms=16, dtype=torch.float16)
+    def give_pages(self, layout=LAYOUT, dtype=torch.float16):
+        self.cache = poisoned_cache(layout, 4, atoms=16, dtype=dtype)
         self.kv_cache = self.cache.code_pages
 
     def page_addresses(self, kv_cache):
@@ -59,11 +59,12 @@ def test_pages_that_move_are_found_again():
     layers = with_pages()
     finder = finder_of(layers)
     first, again = finder.of_step(LAYOUT), finder.of_step(LAYOUT)
-    assert again.stack is first.stack and again is not first
+    assert again.stacks is first.stacks and again is not first
     for layer in layers:
         layer.give_pages()
     moved = finder.of_step(LAYOUT)
-    assert [cache.code_pages.data_ptr() for cache in moved.stack.caches] == [x.kv_cache.data_ptr() for x in layers]
+    (stack,) = moved.stacks
+    assert [cache.code_pages.data_ptr() for cache in stack.caches] == [x.kv_cache.data_ptr() for x in layers]
 
 
 def test_without_pages_or_alike_layers_each_codes_by_itself():
@@ -71,8 +72,18 @@ def test_without_pages_or_alike_layers_each_codes_by_itself():
     finder = finder_of(layers)
     assert finder.of_step(LAYOUT) is None
     layers[0].give_pages()
-    layers[1].give_pages(CodeLayout(64, 2, 3, 2, block_tokens=32))
+    layers[1].give_pages(dtype=torch.bfloat16)
     assert finder.of_step(LAYOUT) is None
+
+
+def test_layers_of_each_sparsity_share_a_launch():
+    layers = with_pages(5)
+    for layer in layers[1], layers[4]:
+        layer.give_pages(CodeLayout(64, 2, 4, 4, block_tokens=32, raw_tokens=LAYOUT.tail_tokens))
+    step = finder_of(layers).of_step(LAYOUT)
+    found = [[cache.code_pages.data_ptr() for cache in stack.caches] for stack in step.stacks]
+    assert found == [[layers[at].kv_cache.data_ptr() for at in which] for which in ((0, 2, 3), (1, 4))]
+    assert [step.count_stored() for _ in range(5)] == [False] * 4 + [True]
 
 
 def test_a_step_that_missed_a_layer_is_noticed():

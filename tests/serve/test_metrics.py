@@ -62,7 +62,13 @@ def test_a_dashboard_can_tell_what_is_served(configure, strong_dictionary):
     configure("coded", lexico, dtype="bfloat16")
     unregister_vllm_metrics()  # as each start of an engine does
     labels = {"key_sparsity": "15", "value_sparsity": "11", "codec": "packed16", "version": vllm_lexico.__version__}
-    labels |= {"dictionary_file": str(strong_dictionary), "window": "128", "sinks": "40", "prefix_hits": "codes"}
+    labels |= {
+        "dictionary_file": str(strong_dictionary),
+        "window": "128",
+        "sinks": "40",
+        "prefix_hits": "codes",
+        "uneven": "",
+    }
     labels |= {"dictionary": load_dictionary(strong_dictionary).info.model_name, "model_name": "coded"}
     assert value(metrics.INFO, **labels) == 1
     # 4 layers, 2 heads: 15 + 11 entries and 2 scales of 2 bytes, against 2 x 64 numbers of 2 bytes

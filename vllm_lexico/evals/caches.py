@@ -3,7 +3,8 @@
 lexico:S                   LEXICO with S atoms per vector; lexico:K/V with K for keys and V for values
 bf16                       the cache as the model computes it
 fp8, turboquant_4bit_nc    any other of vLLM's --kv-cache-dtype by its name
-NAME+option=value          a setting of LEXICO (lexico:15+window=32+sinks=0), or of any cache: block_size, backend
+NAME+option=value          a setting of LEXICO (lexico:15+window=32+sinks=0), or of any cache: block_size, backend;
+                           uneven=low/high, as lexico:7+uneven=3/15
 """
 
 from __future__ import annotations
@@ -109,8 +110,13 @@ def _options(name: str, given: list[str]) -> dict[str, Any]:
         if not equals or option in options or option not in (*SETTINGS, *ENGINE_OPTIONS):
             known = ", ".join((*ENGINE_OPTIONS, *SETTINGS))
             raise ValueError(f"cache {name!r}: +{words} is no option, or given twice; allowed: {known}, as +name=value")
-        options[option] = _value(value)
+        options[option] = _pair(value) if option == "uneven" else _value(value)
     return options
+
+
+def _pair(words: str) -> Any:
+    """low/high as the setting `uneven` takes it, which itself checks it."""
+    return [_value(number) for number in words.split("/")]
 
 
 def _value(words: str) -> Any:

@@ -87,7 +87,7 @@ def layer_books(
     heads = heads_of_rank(total_kv_heads, num_kv_heads)
     books = {}
     for kv in KV:
-        sparsity = getattr(setup.config.sparsity, kv)
+        sparsity = getattr(setup.sparsity_of_layer(index), kv)
         book = dictionary.codebook(index, kv, sparsity, device=device, dtype=dtype, heads=heads)
         books[kv] = with_fast_atoms(book, sparsity)
     return books

@@ -35,6 +35,7 @@ from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens
 from vllm_lexico.serve.setup import LexicoSetup
 from vllm_lexico.serve.tail_layer import add_tail_layer
 from vllm_lexico.serve.tail_pages import LexicoTailManager, LexicoTailSpec
+from vllm_lexico.serve.uneven_pages import PagesOfLayer, own_pages
 from vllm_lexico.serve.wiring import allocation
 from vllm_lexico.serve.wiring.layers import check_layers
 from vllm_lexico.serve.wiring.pages import check_pages
@@ -178,7 +179,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         elif step.layers is None:
             ops.omp_encode(key, value, cache, *entries, relative_error=relative_error)
         elif step.layers.count_stored():
-            ops.omp_encode_layers(step.layers.stack, *entries, relative_error=relative_error)
+            for stack in step.layers.stacks:
+                ops.omp_encode_layers(stack, *entries, relative_error=relative_error)
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
@@ -297,7 +299,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
         num_decodes = min(query.shape[0], decode_tokens)
-        scratch = ops.decode_scratch_bytes(layout, num_decodes, self.num_heads, max_tokens + block_tokens)
+        scratch = max(
+            ops.decode_scratch_bytes(own, num_decodes, self.num_heads, max_tokens + block_tokens)
+            for own in self.setup.layouts(layout)
+        )
         query.new_empty(scratch, dtype=torch.uint8)
 
     def _tail_metadata(self) -> LexicoTailMetadata:
@@ -313,15 +318,33 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         return kv_cache.data_ptr(), tail_cache.data_ptr(), kv_cache.shape[0]
 
     def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
-        """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life."""
+        """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life.
+
+        layout: of a layer with the mean sparsity, where sparsities differ.
+        """
         pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
             books = getattr(layer, CODEBOOKS)
             codes, tail = _code_pages(kv_cache), _tail_pages(tail_cache, layout)
+            if self.setup.sparsities:
+                assert self.layer_index is not None
+                codes = own_pages(codes, self._layers_of_block(layout), self.layer_index)
+                layout = self.setup.layout_of_layer(layout, self.layer_index)
             self._cache = LayerCache(codes, tail, books.book("key"), books.book("value"), layout)
             self._bound_to = pages
         return self._cache
+
+    def _layers_of_block(self, layout: CodeLayout) -> dict[int, PagesOfLayer]:
+        """Of every coded layer of this rank, by its index: where vLLM put its pages, and bytes of its own."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        coded = [layer for layer in layers if isinstance(getattr(layer, "impl", None), LexicoImpl)]
+        return {
+            layer.impl.layer_index: PagesOfLayer(
+                _code_pages(layer.kv_cache), self.setup.layout_of_layer(layout, layer.impl.layer_index).page_bytes
+            )
+            for layer in coded
+        }
 
 
 def _code_pages(kv_cache: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Steps of decode code the tokens of all layers in one launch, when the last layer has stored its own.
 
+Where sparsities differ by layer, those of one sparsity share a launch.
+
 A launch that codes little takes as long as one that codes much, so one for all layers costs a step less, and nearly
 nothing where no token is to be coded. Nothing of a step reads what the step codes: its tokens are in the window of
 their own request, raw, and no other request of the step has hit their block (`tail.py`). All layers of a builder run in
@@ -12,23 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexico_kernels import LayerStack
+from lexico_kernels import CodeLayout, LayerCache, LayerStack
 
 
 @dataclass
 class LayersOfStep:
     """The layers that share a step's metadata, in whatever order the step runs them.
 
-    stack: what the launch codes.
+    stacks: what each launch codes.
     stored: layers that have stored the step's tokens; 0 again after the last, since metadata may serve several runs.
     """
 
-    stack: LayerStack
+    stacks: tuple[LayerStack, ...]
     stored: int = 0
 
     def count_stored(self) -> bool:
         """Count one more layer that has stored the step's tokens; True for the last, which codes for all."""
-        self.stored = (self.stored + 1) % len(self.stack.caches)
+        self.stored = (self.stored + 1) % sum(len(stack.caches) for stack in self.stacks)
         return self.stored == 0
 
 
@@ -39,7 +41,7 @@ class LayerFinder:
         self._names = layer_names
         self._layers = vllm_config.compilation_config.static_forward_context
         self._bound_to = (0, 0, 0)  # what layers without pages say
-        self._stack: LayerStack | None = None
+        self._stacks: tuple[LayerStack, ...] = ()
         self._last: LayersOfStep | None = None
 
     def of_step(self, layout: Any) -> LayersOfStep | None:
@@ -49,7 +51,16 @@ class LayerFinder:
         bound_to = first.impl.page_addresses(first.kv_cache)
         if bound_to != self._bound_to:  # vLLM gives all layers their pages at once
             layers = [self._layers[name] for name in self._names]
-            self._stack = LayerStack.of([layer.impl.bind(layer, layer.kv_cache, layout) for layer in layers])
+            self._stacks = _stacked([layer.impl.bind(layer, layer.kv_cache, layout) for layer in layers])
             self._bound_to = bound_to
-        self._last = None if self._stack is None else LayersOfStep(self._stack)
+        self._last = LayersOfStep(self._stacks) if self._stacks else None
         return self._last
+
+
+def _stacked(caches: Sequence[LayerCache]) -> tuple[LayerStack, ...]:
+    """The layers of each layout in a stack; none where layers of one are not alike."""
+    by_layout: dict[CodeLayout, list[LayerCache]] = {}
+    for cache in caches:
+        by_layout.setdefault(cache.layout, []).append(cache)
+    stacks = [LayerStack.of(alike) for alike in by_layout.values()]
+    return tuple(stack for stack in stacks if stack is not None) if all(stacks) else ()

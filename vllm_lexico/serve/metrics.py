@@ -22,6 +22,7 @@ MODEL = "model_name"  # as vLLM calls its own label
 INFO = "lexico:cache_info"
 INFO_LABELS = (
     *(MODEL, "version", "codec", "dictionary", "dictionary_file", "key_sparsity", "value_sparsity"),
+    "uneven",
     *("window", "sinks", "prefix_hits"),
 )
 TOKEN_BYTES = "lexico:bytes_per_token"
@@ -51,6 +52,7 @@ def publish(setup: LexicoSetup, model_config: Any) -> None:
         "dictionary_file": str(setup.dictionary_path or ""),
         "key_sparsity": str(config.sparsity.key if dictionary else ""),
         "value_sparsity": str(config.sparsity.value if dictionary else ""),
+        "uneven": "" if config.uneven is None else "/".join(map(str, config.uneven)),
         "window": str(config.window),
         "sinks": str(config.sinks),
         "prefix_hits": config.prefix_hits,

@@ -247,6 +247,23 @@ def mask_refusals(causal: Any, non_causal: bool = False) -> list[str]:
     return [f"attention in both directions (causal is {shown(causal)} here) is not supported; {OTHER_BACKEND}"]
 
 
+def uneven_refusals(vllm_config: Any) -> list[str]:
+    """Where layers cannot share the bytes of a block: other layers have pages in it."""
+    model = vllm_config.model_config
+    beside = [
+        name
+        for name, there in (
+            ("layers with states", model.is_hybrid),
+            ("layers with windows", are_mixed(model.hf_text_config)),
+            ("drafts by a model", drafts_have_layers(vllm_config)),
+        )
+        if there
+    ]
+    if not beside:
+        return []
+    return [f"the setting uneven is not supported beside {' and '.join(beside)}; leave it out"]
+
+
 def as_sentence(reasons: list[str]) -> str:
     """All reasons, one after another."""
     return "LEXICO cannot serve this: " + "; ".join(reasons)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from lexico_kernels import CodeLayout
 from lexico_kernels.memory.layout import KERNEL_CODECS, SPAN_TOKENS
 from vllm.platforms import current_platform
 
-from vllm_lexico.config import TRAIN, LexicoConfig
+from vllm_lexico.config import TRAIN, LexicoConfig, Sparsity
 from vllm_lexico.dictionary.coded_layers import coded_layers
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.search import find_dictionary
+from vllm_lexico.dictionary.uneven import uneven_sparsities
 from vllm_lexico.serve import refusals
 from vllm_lexico.serve.coding_plan import MAX_WAITING_TOKENS, Reach
 
@@ -34,6 +35,7 @@ class LexicoSetup:
     concurrent_batches: steps that may be under way at once.
     beside_states: of a model that has layers with states too, the layers of a rank that are coded; else 0.
     lookahead_tokens: beyond a step's last one that a model which drafts has pages for; 0 without such a model.
+    sparsities: (layer, atoms per vector) of this rank's layers where they differ; else ().
     """
 
     config: LexicoConfig
@@ -43,6 +45,7 @@ class LexicoSetup:
     beside_states: int = 0
     dictionary_state: tuple[int, ...] = ()
     lookahead_tokens: int = 0
+    sparsities: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
@@ -64,13 +67,19 @@ class LexicoSetup:
         if model.is_hybrid:
             beside_states = -(-len(coded_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
         lookahead_tokens = vllm_config.num_lookahead_tokens if refusals.drafts_have_layers(vllm_config) else 0
-        batches = vllm_config.max_concurrent_batches
-        return cls(config, path, vllm_config.num_speculative_tokens, batches, beside_states, state, lookahead_tokens)
+        sparsities: tuple[tuple[int, int], ...] = ()
+        if config.uneven is not None:
+            assert path is not None, "the exact codec takes no uneven sparsities"
+            refusals.refuse(refusals.uneven_refusals(vllm_config))
+            layers = range(*model.get_layers_start_end_indices(parallel))
+            sparsities = uneven_sparsities(_loaded(path, state), layers, config.sparsity.key, *config.uneven)
+        drafts, batches = vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches
+        return cls(config, path, drafts, batches, beside_states, state, lookahead_tokens, sparsities)
 
     @property
     def packs_blocks(self) -> bool:
         """Whether a block of the pool has the pages of all layers, one beside the other, and not of equal bytes."""
-        return bool(self.beside_states or self.lookahead_tokens)
+        return bool(self.beside_states or self.lookahead_tokens or self.sparsities)
 
     def layout(self, head_dim: int, num_kv_heads: int, block_tokens: int, dtype: torch.dtype) -> CodeLayout:
         """The code layout of a layer on this rank."""
@@ -85,6 +94,24 @@ class LexicoSetup:
             block_tokens=block_tokens,
             element_bytes=dtype.itemsize,
         )
+
+    def sparsity_of_layer(self, index: int) -> Sparsity:
+        """Atoms per vector of one of this rank's layers."""
+        own = dict(self.sparsities).get(index)
+        return self.config.sparsity if own is None else Sparsity(own, own)
+
+    def layout_of_layer(self, layout: CodeLayout, index: int) -> CodeLayout:
+        """A layer's own layout, given that of a layer with the mean sparsity; tail pages are all alike."""
+        if not self.sparsities:
+            return layout
+        own = self.sparsity_of_layer(index)
+        return replace(layout, key_sparsity=own.key, value_sparsity=own.value, raw_tokens=layout.tail_tokens)
+
+    def layouts(self, layout: CodeLayout) -> list[CodeLayout]:
+        """All that layers of this rank have."""
+        if not self.sparsities:
+            return [layout]
+        return list({self.layout_of_layer(layout, index): None for index, _ in self.sparsities})
 
     @property
     def window_tokens(self) -> int:

@@ -33,6 +33,10 @@ def describe_start(
     atoms = (
         f"sparsity {sparsity.key}" if sparsity.key == sparsity.value else f"sparsity {sparsity.key}/{sparsity.value}"
     )
+    if setup.config.uneven is not None:
+        low, high = setup.config.uneven
+        much = sum(atoms == high for _, atoms in setup.sparsities)
+        atoms += f" on average ({high} in {much} layers, {low} in {len(setup.sparsities) - much})"
     what = f"{layout.codec}, {atoms}" if dictionary else "the exact codec (for tests)"
     source = (
         f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms, {setup.dictionary_path})"

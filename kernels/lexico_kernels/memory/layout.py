@@ -69,6 +69,7 @@ class CodeLayout:
         codec: "packed16", "paper" or "exact".
         block_tokens: P, tokens per code page; a power of two, at least 16.
         element_bytes: of a number in the model's dtype: 2, or 4 for float32.
+        raw_tokens: R, where tail pages are as large as other layers' code pages; 0: as large as this layer's.
 
     Raises:
         ValueError: anything else.
@@ -81,6 +82,7 @@ class CodeLayout:
     codec: str = "packed16"
     block_tokens: int = 128
     element_bytes: int = 2
+    raw_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -199,6 +201,8 @@ class CodeLayout:
     @property
     def tail_tokens(self) -> int:
         """R: raw tokens in a page, the largest power of two that fits; 0 where not even one does."""
+        if self.raw_tokens:
+            return self.raw_tokens
         fitting = self.block_tokens * self.cell_bytes // self.raw_token_bytes
         return 1 << (fitting.bit_length() - 1) if fitting else 0
 

@@ -27,9 +27,10 @@ def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, draft
         drafts: the method of drafts that have pages beside codes.
     """
     dictionary = "none" if setup.dictionary_path is None else read_checksum(setup.dictionary_path)
-    sparsity = setup.config.sparsity
+    sparsity, uneven = setup.config.sparsity, setup.config.uneven
+    by_layer = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by layer)"
     return (
-        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}, "
+        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}{by_layer}, "
         f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
         f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}, {drafts} drafts in blocks"
     )
