@@ -116,9 +116,9 @@ def experts(tmp_path_factory):
     return str(write_checkpoint(FAMILIES["Mixtral"], tmp_path_factory.mktemp("experts")))
 
 
-def test_two_engines_in_data_parallel_step_together(experts):
-    """Not with experts split over them: the kernel of vLLM 0.32's CPU build reads beyond its part."""
-    theirs = in_a_process(run_data_parallel, experts, "CPU_ATTN", {})
-    ours = in_a_process(run_data_parallel, experts, "LEXICO", EXACT)
+@pytest.mark.parametrize("shared_out", [False, True])
+def test_two_engines_in_data_parallel_step_together(experts, shared_out):
+    theirs = in_a_process(run_data_parallel, experts, "CPU_ATTN", {}, shared_out)
+    ours = in_a_process(run_data_parallel, experts, "LEXICO", EXACT, shared_out)
     for rank in range(2):
         assert same(ours[rank]["whole"], theirs[rank]["whole"]) and not same(ours[rank][WIPED], theirs[rank]["whole"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from engines import make_tokens, start
 from faults import Faults
+from ranks import run_own_experts
 
 TOKENS = 8  # of an answer
 SECONDS = 300
@@ -309,10 +310,10 @@ def embed(model: str, backend: str, lexico: dict[str, Any]) -> dict[str, list[li
     return found
 
 
-def run_data_parallel(model: str, backend: str, lexico: dict[str, Any]) -> list[dict[str, Any]]:
+def run_data_parallel(model: str, backend: str, lexico: dict[str, Any], shared_out: bool) -> list[dict[str, Any]]:
     """What two data-parallel engines with experts answer: in each step they share the experts' work.
 
-    The second is asked less and then only steps along.
+    The second is asked less and then only steps along. shared_out: each has half of the experts, or of every expert.
 
     Returns:
         Of each engine rows under "whole", and LEXICO's with pages wiped.
@@ -325,7 +326,7 @@ def run_data_parallel(model: str, backend: str, lexico: dict[str, Any]) -> list[
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    settings = MANY | {"skip_tokenizer_init": True}
+    settings = MANY | {"skip_tokenizer_init": True, "enable_expert_parallel": shared_out}
     given = {"model": model, "backend": backend, "lexico": lexico, "settings": settings}
     processes = [context.Process(target=_tell, args=(answers, rank, port, given)) for rank in range(2)]
     for process in processes:
@@ -356,6 +357,8 @@ def _answer_as_rank(rank: int, port: int, given: dict[str, Any]) -> dict[str, An
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.v1.executor import multiproc_executor
 
+    if given["settings"]["enable_expert_parallel"]:
+        run_own_experts()
     CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = _all_gatherv, _reduce_scatterv
     # Workers of vLLM's CPU build are started anew and import everything again, which takes longer than all the rest.
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
