@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_lexico.dictionary.file import load_dictionary
-from vllm_lexico.train import rounds, writing
+from vllm_lexico.train import rounds, vllm_writer, writing
 from vllm_lexico.train.learn import LearnSettings
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.run import train_dictionary
@@ -147,3 +147,28 @@ def test_a_run_learns_from_what_was_written(stand_in, tiny_model, tmp_path, monk
     assert info.recipe["own_text"]["writer"] == "vLLM 9" and info.recipe["passes"] == 1
     assert ("own text", "writer vLLM 9, tokens (bare 448)") in info.recipe_words()
     assert not list(tmp_path.glob("*.partial"))
+
+
+class Engine:
+    """Three texts, of which two have a place; one ends after two steps."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def get_num_unfinished_requests(self):
+        return 3 if self.steps < 2 else 1
+
+    def step(self):
+        self.steps += 1
+        return ["output", self.steps]
+
+
+def test_an_engine_tells_how_much_is_written(monkeypatch):
+    told, engine = [], Engine()
+    monkeypatch.setattr(vllm_writer, "REPEAT_SECONDS", -1.0)
+    vllm_writer._count_steps(engine, 2, 100, told.append)
+    assert [engine.step() for _ in range(3)] == [["output", 1], ["output", 2], ["output", 3]]
+    assert told == [102, 104, 105]
+    vllm_writer._count_steps(engine, 2, 7, told.append)  # of the next wave: it counts anew, and once
+    engine.step()
+    assert told[3:] == [8]
