@@ -54,6 +54,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
+from vllm_lexico.train.asked import asked_most
 
 ERRORS_OF = 7  # atoms
 TASKS = ["qa_20", "qa_60", "pairs_75", "needle_8192"]
@@ -117,12 +118,9 @@ class Study:
             histories = [self.model.compute(ids) for ids in texts]
             scores = [self._drawn(frame, *both, energy) for both in zip(texts, histories, strict=True)]
             self.gates = {name: GATES[name](histories, scores, self.args.gate_steps) for name in gates}
-            whole = Case("shares", 7, (3, 3), (15, 15), scope="model")
-            places = [range(self.model.sinks, max(len(ids) - self.args.window, self.model.sinks + 1)) for ids in texts]
-            marked = [
-                choose(*both, whole)[..., both[1].start : both[1].stop] for both in zip(scores, places, strict=True)
-            ]
-            self.shares = torch.cat(marked, 2).float().mean(2)
+            coded = [max(len(ids) - self.args.window, self.model.sinks + 1) for ids in texts]
+            of_texts = [asked_most(own[..., self.model.sinks : stop]) for own, stop in zip(scores, coded, strict=True)]
+            self.shares = torch.stack(of_texts).mean(0)
             self.stretches = stretches(self.stretch["key"], energy, named)
         self._spent("gates")
 

@@ -12,10 +12,10 @@ from typing import Any
 from vllm_lexico.evals.settings import NeedleSettings
 from vllm_lexico.evals.tasks import needle, pairs, qa
 from vllm_lexico.evals.tasks.asking import Frame
+from vllm_lexico.train.asked import REPEAT
 from vllm_lexico.train.texts import read_documents
 
 SEED = 77
-REPEAT = "\n\nRepeat the text above word for word{where}."
 LAST_TOKENS = 8  # of a chunk, by which the next is asked for
 TRAINING_FILES = "train_*.jsonl.xz"
 

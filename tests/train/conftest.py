@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_lexico.train import rounds
+from vllm_lexico.train import asked, rounds
 from vllm_lexico.train.layer_learners import LayerLearners
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests find small_runs.py by its name
@@ -17,6 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests find small_runs.py by it
 @pytest.fixture(autouse=True, scope="module")
 def small_shapes(one_thread):
     """Everything that is trained here is small."""
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """So are the texts that are repeated. Returns the usual number and tokens, which other processes take."""
+    usual = asked.TEXTS["cpu"]
+    monkeypatch.setitem(asked.TEXTS, "cpu", (2, 64))
+    return usual
 
 
 @pytest.fixture(scope="session")

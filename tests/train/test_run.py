@@ -17,7 +17,7 @@ import vllm_lexico.files
 from vllm_lexico import cli
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
-from vllm_lexico.train import rounds, run, settings, state
+from vllm_lexico.train import asked, rounds, run, settings, state
 from vllm_lexico.train.run import checked_devices, train_dictionary
 from vllm_lexico.train.settings import Plan, share_layers
 
@@ -136,9 +136,10 @@ def test_two_devices_make_the_same_file_as_one(tiny_model, tmp_path, learned, te
     assert same(one, two)
 
 
-def test_two_processes(tiny_model, tmp_path, texts, monkeypatch):
+def test_two_processes(tiny_model, tmp_path, texts, monkeypatch, short_texts):
     """Real ones: what they are given travels, they leave their layers, and what goes wrong in one is a sentence."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `one_thread` here
+    monkeypatch.setitem(asked.TEXTS, "cpu", short_texts)
     monkeypatch.setattr(run, "checked_devices", lambda device: ["cpu", "cpu"])
     given = settings_for(texts, rounds=1)
     made = train(tiny_model, given, tmp_path / "two.safetensors")
@@ -236,22 +237,22 @@ def fill_disk(monkeypatch, write: int, place: str) -> None:
 
 
 def test_a_full_disk_at_any_write_ends_in_the_same_file(tiny_model, tmp_path, texts, learned, monkeypatch):
-    """Three files are written: a round, the finished layers, the dictionary. Each fails in each way once."""
+    """Four files are written: a round, what is asked, the finished layers, the dictionary. Each fails in each way."""
     given, out = settings_for(texts, rounds=2), tmp_path / "d.safetensors"
     whole = train(tiny_model, given, tmp_path / "whole.safetensors")
     learned.clear()
     left = []
-    for file in ("rounds", "finished", "dictionary"):
+    for file in ("layers_000_rounds", "asked", "layers_000_finished", "dictionary"):
         for place in ("half way", "synced", "named"):
-            write = 2 if place == "half way" and file != "rounds" else 1  # the one before it is made up for
+            write = 2 if place == "half way" and file != "layers_000_rounds" else 1  # the one before it is made up for
             with monkeypatch.context() as patch:
                 fill_disk(patch, write, place)
                 with pytest.raises(OSError, match="No space left on device"):
                     train(tiny_model, given, out)
             assert sorted(path.stem for path in tmp_path.glob("*/*.state")) == left
             assert not out.exists() and not list(tmp_path.rglob("*.tmp"))
-        left = sorted([*left, f"layers_000_{file}"])
-    assert [number for _, number, _ in learned] == [0, 0, 0, 0, 1, 1, 1, 1]
+        left = sorted([*left, file])
+    assert [number for _, number, _ in learned] == [0] * 4 + [1] * 7
     assert same(train(tiny_model, given, out), whole)
 
 

@@ -165,7 +165,8 @@ def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> No
         "--rounds",
         type=int,
         help="rounds of reading and learning, of which the last half anneals; more are made where memory is short, "
-        f"fewer where they gain nothing ({_usual('rounds')})",
+        f"fewer where they gain nothing; 0 with --continue-from learns nothing and adds to FILE how often each head is "
+        f"asked when the model repeats a text ({_usual('rounds')})",
     )
 
 

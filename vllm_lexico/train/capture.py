@@ -125,11 +125,11 @@ class _Listener:
 
 
 @contextmanager
-def _listening(listener: _Listener) -> Iterator[None]:
-    """Have models of `load_model` call the listener's attention."""
+def listening(attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
+    """Have models of `load_model` call an attention function like `exact_attention`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, listener.attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
     try:
         yield
     finally:
@@ -178,7 +178,7 @@ def capture(
     listener = _Listener(store, rows, queries, model.config.get_text_config().model_type)
     generator = torch.Generator().manual_seed(seed)
     reader = text_model(model)
-    with _listening(listener):
+    with listening(listener.attention):
         for at in range(0, count, batch):
             ids = sequences[at : at + batch].to(model.device)
             first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)

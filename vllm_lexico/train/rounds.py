@@ -13,6 +13,8 @@ from lexico_kernels.memory.layout import KV
 from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
+from vllm_lexico.dictionary.tensors import ASKED_SHARES
+from vllm_lexico.train.asked import Asking, measure_shares, words_for_shares
 from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners, Parent
 from vllm_lexico.train.memory import words_for_memory
@@ -29,9 +31,16 @@ SEQUENCES_WRITTEN = {"cuda": 512, "cpu": 8}  # at once, by kind of device
 SEQUENCES_READ = {"cuda": 8, "cpu": 1}
 # Seconds for a token written or read and for a code, by kind of device, until the run has told its own.
 GUESSES = {
-    "cuda": {"write": 1 / 25_000, "read": 1 / 30_000, "learn": 1 / 15_000_000, "finish": 1 / 15_000_000},
-    "cpu": {"write": 1 / 110, "read": 1 / 290, "learn": 1 / 11_000, "finish": 1 / 11_000},
+    "cuda": {
+        "write": 1 / 25_000,
+        "read": 1 / 30_000,
+        "learn": 1 / 15_000_000,
+        "finish": 1 / 15_000_000,
+        "ask": 1 / 15_000,
+    },
+    "cpu": {"write": 1 / 110, "read": 1 / 290, "learn": 1 / 11_000, "finish": 1 / 11_000, "ask": 1 / 200},
 }
+ASKED = "asked"  # name of the state that holds what is measured of all layers, by the first device
 FINISH_CODES = 16_000  # for the levels and the last errors, per layer, for keys and for values each
 
 
@@ -72,6 +81,12 @@ def finished_layers(run: RunFolder, layers: list[int]) -> FinishedLayers | None:
     return None if kept is None else FinishedLayers(kept.tensors, **kept.facts)
 
 
+def asked_shares(run: RunFolder) -> dict[str, torch.Tensor] | None:
+    """What the file gets to say of how often heads are asked, if that is measured; empty where it cannot be."""
+    kept = run.load(ASKED)
+    return None if kept is None else kept.tensors
+
+
 def finished_name(layers: list[int]) -> str:
     """Of the state in which a device's layers are done."""
     return f"layers_{layers[0]:03d}_finished"
@@ -90,10 +105,11 @@ def train_share(rank: int, job: Job, shares: list[tuple[str, list[int]]], progre
     device, layers = shares[rank]
     progress = progress or Progress(shown=rank == 0, verbose=job.verbose, started=job.started)
     try:
-        if finished_layers(job.run, layers) is None:
+        measures = rank == 0
+        if finished_layers(job.run, layers) is None or (measures and asked_shares(job.run) is None):
             with words_for_memory("loading the model", device):
                 share = _Share(job, layers, device, progress)
-            share.train()
+            share.train(measures=measures)
     finally:
         progress.close()
 
@@ -125,7 +141,9 @@ def stages_of(job: Job, layers: int, kind: str, *, writes: bool, done: int = 0) 
         stages.append(Stage("learn", f"learning atoms ({words})", codes, guesses["learn"]))
     copies = 1 if settings.learn.shared else job.fingerprint.num_kv_heads
     codes = FINISH_CODES * copies * dictionaries
-    return [*stages, Stage("finish", "measuring what is lost", codes, guesses["finish"])]
+    finishing = Stage("finish", "measuring what is lost", codes, guesses["finish"])
+    tokens = Asking.of(None, kind, plan.furthest).read_tokens
+    return [*stages, finishing, Stage("ask", "repeating texts to see which layers are asked", tokens, guesses["ask"])]
 
 
 class _Share:
@@ -150,8 +168,8 @@ class _Share:
         kind = self.reader.kind
         progress.plan(stages_of(job, len(layers), kind, writes=self.reader.writes, done=self.done))
 
-    def train(self) -> None:
-        """Go on from the last finished round to the end."""
+    def train(self, *, measures: bool) -> None:
+        """Go on from the last finished round to the end. measures: how often heads of all layers are asked, too."""
         plan, learners, reader = self.job.plan, self.learners, self.reader
         held_out = self._read(None, plan.held_out_sequences, reader.sequences(None))
         with ThreadPoolExecutor(1) as ahead:
@@ -177,9 +195,13 @@ class _Share:
                     self.job.run.save(rounds_name(self.layers), kept)
         with words_for_memory("learning", self.device), self.progress.stage("finish"):
             finished = learners.finish(store, held_out)
+        tokens = store.shape[2]
+        del store
+        if measures and asked_shares(self.job.run) is None:
+            self._measure_asked()
         facts = {"errors": finished.errors, "rounds": finished.rounds}
         self.job.run.save(finished_name(self.layers), Kept(finished.tensors, facts))
-        self._report_end(store)
+        self._report_end(tokens)
 
     def _read(self, number: int | None, *args: Any) -> torch.Tensor:
         with words_for_memory("reading", self.device):
@@ -201,9 +223,23 @@ class _Share:
         self.learning += time.monotonic() - before
         _report(self.progress, number, plan.rounds, self.layers, lost, time.time() - self.job.started)
 
-    def _report_end(self, store: torch.Tensor) -> None:
-        tokens = store.shape[2] * len(self.learners.losses)
-        codes = tokens * self.job.settings.passes * len(KV) * store.shape[3] * len(self.layers)
+    def _measure_asked(self) -> None:
+        """Leave in the run's folder how often each head of all layers is asked; nothing of a model too short for it."""
+        shape, asking, tensors = self.job.fingerprint, self.reader.asking, {}
+        if asking.tokens:
+            texts = asking.cut(self.reader.to_repeat())
+            began, layers = time.monotonic(), shape.layers
+            with words_for_memory("reading", self.device), self.progress.stage("ask"):
+                shares = measure_shares(
+                    self.reader.loaded, texts, layers, shape.num_kv_heads, asking, self.progress.advance
+                )
+            self.progress.say(words_for_shares(shares, layers, texts, began))
+            tensors[ASKED_SHARES] = shares
+        self.job.run.save(ASKED, Kept(tensors, {}))
+
+    def _report_end(self, kept_tokens: int) -> None:
+        tokens = kept_tokens * len(self.learners.losses)
+        codes = tokens * self.job.settings.passes * len(KV) * self.job.fingerprint.num_kv_heads * len(self.layers)
         self.progress.say(
             f"kept {tokens} tokens in {self.reading:.1f} s of reading, made {codes} codes in {self.learning:.1f} s"
         )
@@ -221,6 +257,8 @@ class _Reader:
         self.package: TextSequences | None = None
         if job.settings.package_text:
             self.package = package_sequences(read_tokenizer(job.model), job.settings.length, job.settings.seed)
+        self.held_out: torch.Tensor | None = None  # what transformers has written of it
+        self.asking = Asking.of(read_tokenizer(job.model), self.kind, job.plan.furthest)
 
     def sequences(self, number: int | None) -> torch.Tensor | None:
         """A round's text, the held-out one for None, which can be made while the GPU learns.
@@ -246,6 +284,18 @@ class _Reader:
         count = plan.held_out_sequences if number is None else plan.sequences
         return mixed(own, self.package.take(count - self.job.settings.own_sequences(count), number), seed)
 
+    def to_repeat(self) -> torch.Tensor:
+        """Text by which it is measured how often heads are asked: int64 [rows, length], the same on every call.
+
+        Held-out text, where transformers writes: it is there in every run, resumed or not.
+        """
+        rows = self.asking.rows(self.job.settings.length)
+        if self.texts is not None:
+            return self.texts.take(rows, self.job.plan.rounds)
+        found = self.held_out if self.rows is None else self.rows
+        assert found is not None, "the held-out text is read first"
+        return found[:rows]
+
     def no_queries(self) -> torch.Tensor:
         """Zeros to which `read` adds the energy of queries."""
         shape = len(self.layers), self.job.fingerprint.num_kv_heads, self.job.fingerprint.head_dim
@@ -263,6 +313,7 @@ class _Reader:
         if sequences is None:
             with self.progress.stage("write"):
                 sequences = self._beside(self._written(number, settings.own_sequences(count)), number)
+            self.held_out = sequences if number is None else self.held_out
         with self.progress.stage("read"):
             return capture(
                 self.loaded,

@@ -24,6 +24,7 @@ from lexico_kernels.memory.layout import KV
 from vllm_lexico.dictionary.file import Dictionary, check_out, load_dictionary
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import check_name, file_name, plain_name
+from vllm_lexico.train.asked_only import add_shares
 from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
 from vllm_lexico.train.model import ModelFacts, read_facts
@@ -33,6 +34,7 @@ from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.rounds import (
     GUESSES,
     Job,
+    asked_shares,
     finished_layers,
     finished_name,
     rounds_name,
@@ -101,6 +103,8 @@ def train_dictionary(
     kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
     settings = _settled(model, settings, facts, longest, kind)
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
+    if settings.rounds == 0:
+        return add_shares(model, settings, name, longest, out, devices[0])
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
     shares = share_layers(facts.fingerprint.layers, devices, together)
@@ -260,7 +264,10 @@ def _collect(
         if finished is None:
             raise ValueError(f"{run.folder} was changed while it was in use; give the same command again")
         done.append(finished)
-    tensors = {key: torch.cat([own.tensors[key] for own in done]) for key in done[0].tensors}
+    asked = asked_shares(run)
+    if asked is None:
+        raise ValueError(f"{run.folder} was changed while it was in use; give the same command again")
+    tensors = {key: torch.cat([own.tensors[key] for own in done]) for key in done[0].tensors} | asked
     errors = {kv: {s: [x for own in done for x in own.errors[kv][s]] for s in done[0].errors[kv]} for kv in KV}
     read = plan.sequences * max(own.rounds for own in done)
     info = DictionaryInfo(

@@ -63,7 +63,8 @@ class TrainSettings:
         learn: how atoms are learned.
         vectors: different ones per layer, for keys and for values each.
         passes: how often each vector is learned from.
-        rounds: of reading and learning; more where memory asks for it, fewer where they gain nothing.
+        rounds: of reading and learning; more where memory asks for it, fewer where they gain nothing. 0 where the
+            dictionary to go on from gets nothing but how often its heads are asked.
         sequence_tokens: length of the texts read; None for READ_TOKENS, at most the model's longest.
         dtype: of the model; "auto" for its own, see also `cpu_dtype`.
         seed: of everything random, 0 to 2**32 - 1.
@@ -102,7 +103,8 @@ class TrainSettings:
         check("--sparsity", learn.sparsity, 1 <= learn.sparsity <= MAX_SPARSITY, f"1 to {MAX_SPARSITY}")
         check("--key-metric", learn.key_metric, 0 <= learn.key_metric <= 1, "0 to 1")
         check("--passes", self.passes, self.passes >= 1, "1 or more")
-        check("--rounds", self.rounds, self.rounds >= 1, "1 or more")
+        least_rounds = 0 if self.continue_from else 1
+        check("--rounds", self.rounds, self.rounds >= least_rounds, "1 or more, and 0 with --continue-from")
         check("--vectors", self.vectors, self.vectors >= least, f"{least} or more (2 per atom)")
         given, shortest = self.sequence_tokens, 4 * SKIPPED_TOKENS
         check("--sequence-tokens", given, given is None or given >= shortest, f"{shortest} or more")
