@@ -17,7 +17,7 @@ from vllm_lexico.train.capture import SKIPPED_TOKENS, check_finite, listening, t
 
 REPEAT = "\n\nRepeat the text above word for word{where}."
 ASKED_SHARE = 1 / 3  # of all (layer, head, token)
-TEXTS = {"cuda": (12, 4096), "cpu": (4, 1024)}  # texts, and tokens of each, by kind of device
+TEXTS = {"cuda": (12, 4096), "cpu": (4, 512)}  # texts, and tokens of each, by kind of device
 SCORES_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 23}  # float32 numbers
 _MARK = "<|the text goes here|>"
 
