@@ -33,7 +33,8 @@ def uneven_sparsities(
     if shares is None:
         raise ValueError(
             f"the dictionary of {dictionary.info.model_name} does not say which layers are asked much, as the setting "
-            "uneven needs; make it anew with `vllm-lexico train`, or leave the setting out"
+            "uneven needs; add it to the file with `vllm-lexico train MODEL --continue-from FILE --rounds 0`, or leave "
+            "the setting out"
         )
     of_layer = dict(zip(dictionary.info.fingerprint.layers, shares.mean(1).tolist(), strict=True))
     coded = [index for index in layers if index in of_layer]
