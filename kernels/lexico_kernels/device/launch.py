@@ -162,6 +162,9 @@ LOOKUP_ATTEND = (
     LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
     LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),
 )
+# Query heads of a KV head that go in one pass where they fit; more go in passes of 4, of which two blocks share a
+# multiprocessor: 8 took 400 us so on an H200, 469 in one pass (docs/log.md).
+LOOKUP_ONE_PASS = 7
 LOOKUP_MATMUL = LookupMatmul(columns=32, tile=64, tiles=2, num_warps=4)
 LOOKUP_BINS = (
     LookupBins(max_columns=16, columns=16),

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from lexico_kernels.device.launch import (
+    LOOKUP_ATTEND,
     LOOKUP_CHUNKS,
+    LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
@@ -139,9 +141,11 @@ def shared_bytes(launch: LookupLaunch, queries: int, key_atoms: int, value_atoms
 def way_for(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> Pass | None:
     """As few passes over a KV head's codes as fit shared memory with their share of `group` query heads; or None.
 
-    Of those, the one that has the bins of most query heads at a time, and of those the one with the longest splits.
+    Large groups go in passes of four heads at most, which are faster. Of ways with as many passes, the one
+    that has the bins of most query heads at a time, and of those the one with the longest splits.
     """
-    for passes in range(1, group + 1):
+    least = 1 if group <= LOOKUP_ONE_PASS else divide_up(group, LOOKUP_ATTEND[0].max_queries)
+    for passes in range(least, group + 1):
         queries = divide_up(group, passes)
         if queries > MAX_QUERIES or divide_up(group, queries) < passes:
             continue
