@@ -10,12 +10,11 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
-from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
 from lexico_kernels.memory.layout import KV, MAX_ATOMS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
-from lexico_kernels.omp_encode.encoding import arguments, record_macros
+from lexico_kernels.omp_encode.encoding import arguments, layers_arguments, record_macros
 
 FILES = ("omp_encode/cluster_primitives.cu", "omp_encode/cluster_omp.cu", "omp_encode/cluster_launch.cu")
 NAME, LAYERS_NAME = "cluster_omp", "cluster_omp_layers"
@@ -154,22 +153,11 @@ def omp_encode_layers(
     assert most <= WINDOW, most
     if M == 0:
         return
-    heads, blocks = cache.layout.num_kv_heads, cluster_blocks(max(cache.key.num_atoms, cache.value.num_atoms))
-    dictionaries = 2 * heads * len(layers.caches)
+    blocks = cluster_blocks(max(cache.key.num_atoms, cache.value.num_atoms))
+    dictionaries = 2 * cache.layout.num_kv_heads * len(layers.caches)
     clusters = max(1, min(LAYERS.cluster_blocks // blocks, dictionaries))
     _kernel_for(LAYERS_NAME, cache).launch(
         (clusters * blocks, 1, 1),
         THREADS,
-        layers.addresses,
-        dictionaries,
-        heads,
-        nvrtc.Int64(cache.tail_pages.stride(0)),
-        nvrtc.Int64(cache.code_pages.stride(0)),
-        source,
-        destination,
-        M,
-        most,
-        max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        float(cache.key.gain),
-        float(cache.value.gain),
+        *layers_arguments(layers, source, destination, most, relative_error),
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, NUM_LEVELS, CodeLayout
-from lexico_kernels.memory.pages import LayerCache
+from lexico_kernels.memory.pages import LayerCache, LayerStack
 
 
 def record_macros(layout: CodeLayout, atoms: tuple[int, int], half: bool) -> dict[str, int]:
@@ -64,6 +64,28 @@ def arguments(
         source,
         destination,
         source.shape[0],
+        max(relative_error, reference.MIN_RESIDUAL) ** 2,
+        float(cache.key.gain),
+        float(cache.value.gain),
+    )
+
+
+def layers_arguments(
+    layers: LayerStack, source: Tensor, destination: Tensor, limit: int, relative_error: float
+) -> tuple[Tensor | int | float, ...]:
+    """A launch's arguments, of `reference.omp_encode_layers`'s. limit: jobs, by which launches share the work."""
+    cache = layers.caches[0]
+    heads = cache.layout.num_kv_heads
+    return (
+        layers.addresses,
+        2 * heads * len(layers.caches),
+        heads,
+        nvrtc.Int64(cache.tail_pages.stride(0)),
+        nvrtc.Int64(cache.code_pages.stride(0)),
+        source,
+        destination,
+        source.shape[0],
+        limit,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         float(cache.key.gain),
         float(cache.value.gain),

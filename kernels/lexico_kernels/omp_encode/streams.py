@@ -10,13 +10,12 @@ from functools import cache as once
 import torch
 from torch import Tensor
 
-from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_CAPABILITY, STREAM_DIM, STREAM_SPARSITY, STREAM_VECTORS
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
-from lexico_kernels.omp_encode.encoding import arguments, record_macros
+from lexico_kernels.omp_encode.encoding import arguments, layers_arguments, record_macros
 
 FILES = ("omp_encode/stream_primitives.cu", "omp_encode/stream_omp.cu")
 NAME, LAYERS_NAME = "stream_omp", "stream_omp_layers"
@@ -131,22 +130,10 @@ def omp_encode_layers(
     cache, M = layers.caches[0], source.shape[0]
     if fewer >= M:
         return
-    heads = cache.layout.num_kv_heads
-    dictionaries = 2 * heads * len(layers.caches)
+    dictionaries = 2 * cache.layout.num_kv_heads * len(layers.caches)
     blocks = min(dictionaries * -(-M // TILE), multiprocessors(cache.tail_pages.get_device()))
     _kernel_for(LAYERS_NAME, cache).launch(
         (blocks, 1, 1),
         THREADS,
-        layers.addresses,
-        dictionaries,
-        heads,
-        nvrtc.Int64(cache.tail_pages.stride(0)),
-        nvrtc.Int64(cache.code_pages.stride(0)),
-        source,
-        destination,
-        M,
-        fewer,
-        max(relative_error, reference.MIN_RESIDUAL) ** 2,
-        float(cache.key.gain),
-        float(cache.value.gain),
+        *layers_arguments(layers, source, destination, fewer, relative_error),
     )
