@@ -88,7 +88,7 @@ def write_dictionary_with_more_heads(dictionary: Path, model: Path, out: Path) -
         return dictionary
     tensors = {}
     for name, tensor in loaded.tensors.items():
-        by_head = name.endswith(("_mean", "_stretch")) or (name.endswith("_atoms") and not loaded.shared)
+        by_head = name.endswith(("_mean", "_stretch", "_shares")) or (name.endswith("_atoms") and not loaded.shared)
         if not name.endswith("_usage"):  # optional, and counted over the heads that there were
             tensors[name] = torch.cat((tensor, tensor[:, :more]), 1) if by_head else tensor
     Dictionary(replace(loaded.info, fingerprint=fingerprint), tensors).save(out)

@@ -91,7 +91,7 @@ def test_the_twin_codes_as_each_layer_does(codec):
 def test_layers_that_differ_are_not_stacked(device):
     alike = [poisoned_cache(layout(), 4, atoms=64, dtype=DTYPE, device=device, seed=seed) for seed in range(2)]
     stack = LayerStack.of(alike)
-    assert stack.addresses.shape == (2, LayerStack.macros()["COLUMNS"]) == (2, 10)
+    assert stack.addresses.shape == (2, LayerStack.macros()["COLUMNS"]) == (2, 16)
     for name, column in (("value.mean", "VALUE_MEAN_COLUMN"), ("code_pages", "CODE_PAGES_COLUMN")):
         assert LayerStack.column(name) == LayerStack.macros()[column]
     assert int(stack.addresses[1, LayerStack.column("value.mean")]) == alike[1].value.mean.data_ptr()
