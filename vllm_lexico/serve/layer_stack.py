@@ -62,5 +62,5 @@ def _stacked(caches: Sequence[LayerCache]) -> tuple[LayerStack, ...]:
     by_layout: dict[CodeLayout, list[LayerCache]] = {}
     for cache in caches:
         by_layout.setdefault(cache.layout, []).append(cache)
-    stacks = [LayerStack.of(alike) for alike in by_layout.values()]
-    return tuple(stack for stack in stacks if stack is not None) if all(stacks) else ()
+    stacks = [stack for alike in by_layout.values() if (stack := LayerStack.of(alike)) is not None]
+    return tuple(stacks) if len(stacks) == len(by_layout) else ()
