@@ -53,16 +53,10 @@ class CodedReading:
     @torch.no_grad()
     def scores(self, tokens: list[int]) -> list[float]:
         """Log-probabilities of a text's tokens but the first."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from vllm_lexico.train.attention import listening
 
-        from vllm_lexico.train.attention import exact_attention
-        from vllm_lexico.train.capture import ATTENTION_NAME
-
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, self._attend)
-        try:
+        with listening(self._attend):
             logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].float()
-        finally:
-            ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, exact_attention)
         return logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]].tolist()
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:

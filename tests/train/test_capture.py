@@ -1,8 +1,5 @@
 """What training captures of a model: keys and values as the cache would hold them, and what is refused."""
 
-import json
-import shutil
-
 import pytest
 import torch
 
@@ -61,13 +58,3 @@ def test_capture_needs_keys_and_values_of_every_layer(tiny_model):
         capture(model, ids, 16, [1, 7], (2, 16), seed=0, batch=1)
     with pytest.raises(ValueError, match=r"layer 0 has K .* allowed are models with the same KV heads"):
         capture(model, ids, 16, [0], (4, 16), seed=0, batch=1)
-
-
-def test_quantized_weights_that_nothing_here_reads_are_refused_in_one_sentence(tiny_model, tmp_path):
-    """As FP8 without accelerate: with a way on, and no traceback."""
-    folder = shutil.copytree(tiny_model, tmp_path / "awq")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"awq cannot be read .* dictionary serves its quantized twins too"):
-        load_model(str(folder), "cpu", "auto")

@@ -119,12 +119,14 @@ def test_an_interrupted_writer_is_ended(stand_in, folder):
 def test_which_gpu_it_sees(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     threads = str(writing.torch.get_num_threads())
-    assert writing._seen("cpu") == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
-    assert writing._seen("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert writing._seen("cpu", 1) == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
+    assert writing._seen("cuda:1", 1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert writing._seen("cuda:0", 4) == {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert (
-        writing._seen("cuda:1") == {"CUDA_VISIBLE_DEVICES": "7"}
-        and writing._seen("cuda:0")["CUDA_VISIBLE_DEVICES"] == "5"
+        writing._seen("cuda:1", 1) == {"CUDA_VISIBLE_DEVICES": "7"}
+        and writing._seen("cuda:0", 1)["CUDA_VISIBLE_DEVICES"] == "5"
+        and writing._seen("cuda:0", 2)["CUDA_VISIBLE_DEVICES"] == "5,7"
     )
 
 

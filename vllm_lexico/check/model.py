@@ -219,22 +219,6 @@ def _ropes(text: Any) -> Iterator[dict[str, Any]]:
         yield from (value for value in (given.values() if nested else [given]) if value)
 
 
-def count_parameters(whole: Any) -> int | None:
-    """Numbers in the weights of a model of this configuration, none of which is made; None where that is not known."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.initialization import no_init_weights
-
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            with no_init_weights(), torch.device("meta"):
-                built = kind.from_config(whole)
-        except Exception:  # no such class, or one that wants what is not installed
-            continue
-        return sum(weight.numel() for weight in built.parameters())
-    return None
-
-
 def bytes_per_parameter(whole: Any) -> float:
     """Bytes of a stored weight on average, as the configuration's quantization says it."""
     scheme = getattr(whole, "quantization_config", None) or {}

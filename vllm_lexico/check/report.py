@@ -15,12 +15,11 @@ from vllm_lexico.check.model import (
     NothingCodedError,
     bytes_per_parameter,
     check_length,
-    count_parameters,
     read_shape,
 )
 from vllm_lexico.check.source import Weights, config_folder, find_weights
 from vllm_lexico.errors import check_whole_number, refusal
-from vllm_lexico.train.model import check_overrides
+from vllm_lexico.train.model import check_overrides, count_parameters
 
 GIB = 1 << 30
 # Of vLLM 0.32 and 0.33: the share of a GPU's memory that an engine takes, and the tokens of a step of `vllm serve` on

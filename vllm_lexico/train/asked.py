@@ -8,12 +8,14 @@ enough to be repeated in one piece, so that a single pass reads text and repetit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from vllm_lexico.train.attention import exact_attention
-from vllm_lexico.train.capture import SKIPPED_TOKENS, check_finite, listening, text_model
+from vllm_lexico.train.attention import exact_attention, listening
+from vllm_lexico.train.capture import SKIPPED_TOKENS, check_finite, text_model
+from vllm_lexico.train.in_turn import read_all
 
 REPEAT = "\n\nRepeat the text above word for word{where}."
 ASKED_SHARE = 1 / 3  # of all (layer, head, token)
@@ -210,13 +212,16 @@ def measure_shares(
     Raises:
         ValueError: a score is not finite.
     """
-    total = torch.zeros(len(layers), num_kv_heads)
-    for text in texts:
-        drawn = drawn_by_repetition(model, text, layers, num_kv_heads, asking)
-        total += asked_most(drawn[..., max(0, SKIPPED_TOKENS - len(asking.before)) :]).cpu()
+    shares = torch.zeros(len(texts), len(layers), num_kv_heads)
+
+    def measure(number: int) -> None:
+        drawn = drawn_by_repetition(model, texts[number], layers, num_kv_heads, asking)
+        shares[number] = asked_most(drawn[..., max(0, SKIPPED_TOKENS - len(asking.before)) :]).cpu()
         if advance is not None:
-            advance(len(asking.before) + len(asking.after) + 2 * len(text))
-    return (total / len(texts)).clamp(0, 1)
+            advance(len(asking.before) + len(asking.after) + 2 * len(texts[number]))
+
+    read_all(text_model(model), [partial(measure, number) for number in range(len(texts))], len(texts))
+    return shares.mean(0).clamp(0, 1)
 
 
 def words_for_shares(shares: torch.Tensor, layers: Sequence[int], texts: torch.Tensor, started: float) -> str:

@@ -11,6 +11,7 @@ from vllm_lexico.dictionary.names import same_model
 from vllm_lexico.dictionary.tensors import ASKED_SHARES
 from vllm_lexico.train.asked import Asking, measure_shares, words_for_shares
 from vllm_lexico.train.capture import load_model
+from vllm_lexico.train.in_turn import comes_in_turn, refuse_writing
 from vllm_lexico.train.memory import words_for_memory
 from vllm_lexico.train.own_text import WRITTEN_TOKENS, read_tokenizer, sequences_from_model
 from vllm_lexico.train.progress import Progress
@@ -54,7 +55,12 @@ def add_shares(model: str, settings: TrainSettings, name: str, longest: int, out
             f"the dictionary as it is"
         )
     with words_for_memory("loading the model", device):
-        loaded = load_model(model, device, settings.dtype, settings.hf_overrides, settings.max_model_len)
+        in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, 0, device)
+        if in_turn and not settings.data:
+            refuse_writing(model)
+        loaded = load_model(
+            model, device, settings.dtype, settings.hf_overrides, settings.max_model_len, in_turn=in_turn
+        )
     if settings.data:
         rows = texts_of(model, settings).take(asking.rows(settings.length), 0)
     else:

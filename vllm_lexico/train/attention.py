@@ -1,8 +1,33 @@
 """The attention of models that are captured from: transformers' own where it is exact, else written out."""
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+ATTENTION_NAME = "lexico_capture"  # of `heard_attention`, for transformers
+Attention = Callable[..., tuple[torch.Tensor, None]]
+
+_listening = threading.local()
+
+
+def heard_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """See `exact_attention`: what models of `capture.load_model` call, which listens where this thread does."""
+    attention: Attention = getattr(_listening, "attention", exact_attention)
+    return attention(module, *args, **kwargs)
+
+
+@contextmanager
+def listening(attention: Attention) -> Iterator[None]:
+    """Have models of `capture.load_model` call an attention function like `exact_attention`, in this thread."""
+    before = getattr(_listening, "attention", exact_attention)
+    _listening.attention = attention
+    try:
+        yield
+    finally:
+        _listening.attention = before
 
 
 def exact_attention(

@@ -1,24 +1,36 @@
 """K (after RoPE) and V of every layer, taken from a transformers model while it reads training text."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lexico_kernels.memory.layout import KV
 
-from vllm_lexico.train.attention import exact_attention
-from vllm_lexico.train.model import is_causal_lm, read_config
+from vllm_lexico.train.attention import ATTENTION_NAME, exact_attention, heard_attention, listening
+from vllm_lexico.train.in_turn import hold_in_turn, read_all
+from vllm_lexico.train.model import model_class, read_config
+from vllm_lexico.train.quantized import Scheme, UnreadWeightsError, dense_weights
 from vllm_lexico.train.rotary import as_vllm_orders, settle_rotary
 
-ATTENTION_NAME = "lexico_capture"
 WIDER_WINDOWS = ("cohere2", "cohere2_moe")  # vLLM's see one token more than transformers', as these were trained
+TOGETHER_TOKENS = 1 << 17  # that are under way where a model's layers come one after the other
 SKIPPED_TOKENS = 16  # the first tokens of a sequence stay exact in the cache and look like no others
 
 
-def load_model(model: str, device: str, dtype: str, overrides: str = "", max_model_len: int | None = None) -> Any:
+def load_model(
+    model: str,
+    device: str,
+    dtype: str,
+    overrides: str = "",
+    max_model_len: int | None = None,
+    *,
+    in_turn: bool = False,
+) -> Any:
     """The model in eval mode, with the attention that `capture` listens to and keys turned as vLLM turns them.
+
+    Quantized weights are taken as what they stand for, see `quantized`.
 
     Args:
         model: hub id or folder.
@@ -26,29 +38,19 @@ def load_model(model: str, device: str, dtype: str, overrides: str = "", max_mod
         dtype: "auto" for the checkpoint's own, or a name.
         overrides: of its configuration, a JSON object, or "".
         max_model_len: see `settle_rotary`.
+        in_turn: its layers wait in host memory, see `in_turn`.
 
     Raises:
-        ValueError: the checkpoint lacks weights, or they are of a kind that needs a package which is not there.
+        ValueError: the checkpoint lacks weights, or they are of a kind that is not read here, or needs a package which
+            is not there; its layers cannot wait.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, exact_attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, heard_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
     config = read_config(model, overrides)
-    taken = AutoModelForCausalLM if is_causal_lm(config) else AutoModelForImageTextToText
-    given = {"config": config} if overrides else {}
-    try:
-        loaded, report = taken.from_pretrained(
-            model, dtype=dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True, **given
-        )
-    except ImportError as error:  # of a package that reads a kind of quantized weights
-        raise ValueError(
-            f"the weights of {model} cannot be read ({' '.join(str(error).split())}); allowed are those that "
-            f"transformers reads with what is installed; do so, or train on the model that they were made of: "
-            f"its dictionary serves its quantized twins too"
-        ) from error
+    loaded, report = _read_weights(model, config, bool(overrides), dtype, device)
     if lacking := sorted(report["missing_keys"]):
         raise ValueError(
             f"{model} lacks {len(lacking)} of its weights, as {lacking[0]}; allowed are whole checkpoints; fetch it "
@@ -58,7 +60,30 @@ def load_model(model: str, device: str, dtype: str, overrides: str = "", max_mod
     text = loaded.config.get_text_config()
     if text.model_type in WIDER_WINDOWS and text.sliding_window is not None:
         text.sliding_window += 1
+    if in_turn:
+        hold_in_turn(loaded, text_model(loaded), text.num_hidden_layers, device)
+        return loaded.eval()
     return loaded.to(device).eval()
+
+
+def _read_weights(model: str, config: Any, overridden: bool, dtype: str, device: str) -> tuple[Any, dict[str, Any]]:
+    """The model on the CPU, and what transformers reports of its loading. See `load_model`."""
+    taken = model_class(config)
+    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "output_loading_info": True}
+    try:
+        scheme = Scheme.of(config)
+        if scheme is None:
+            return taken.from_pretrained(model, **options, **({"config": config} if overridden else {}))
+        wanted = (config.dtype or torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)
+        weights = dense_weights(model, scheme, wanted, device)
+        del config.quantization_config
+        return taken.from_pretrained(None, config=config, state_dict=weights, **options | {"dtype": wanted})
+    except (ImportError, UnreadWeightsError) as error:  # of a package that reads a kind of quantized weights, or ours
+        raise ValueError(
+            f"the weights of {model} cannot be read ({' '.join(str(error).split())}); allowed are those that "
+            f"transformers reads with what is installed, and FP8, AWQ, GPTQ and compressed-tensors; install what is "
+            f"named, or train on the model that they were made of: its dictionary serves its quantized twins too"
+        ) from error
 
 
 def text_model(model: Any) -> Any:
@@ -87,9 +112,9 @@ class _Listener:
     rows: dict[int, int]
     queries: torch.Tensor | None
     model_type: str
-    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    offset: int = 0
-    heard: set[int] = field(default_factory=set)
+    positions: torch.Tensor
+    offset: int
+    heard: set[int]
 
     def attention(
         self,
@@ -122,18 +147,6 @@ class _Listener:
         if self.queries is not None:
             squares = query[:, :, SKIPPED_TOKENS:].float().square().sum((0, 2))
             self.queries[row] += squares.view(heads, -1, dim).sum(1)
-
-
-@contextmanager
-def listening(attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """Have models of `load_model` call an attention function like `exact_attention`."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, exact_attention)
 
 
 @torch.no_grad()
@@ -175,37 +188,42 @@ def capture(
     rows = {layer: row for row, layer in enumerate(layers)}
     size = (len(rows), 2, count * kept, *shape)
     store = torch.zeros(size, dtype=model.dtype, device=model.device)
-    listener = _Listener(store, rows, queries, model.config.get_text_config().model_type)
     generator = torch.Generator().manual_seed(seed)
-    reader = text_model(model)
-    with listening(listener.attention):
-        for at in range(0, count, batch):
-            ids = sequences[at : at + batch].to(model.device)
-            first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
-            first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
-            addresses = first.to(model.device) + torch.arange(length, device=model.device)
-            order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
-            listener.positions = (order[:, :kept] + SKIPPED_TOKENS).to(model.device)
-            listener.offset = at * kept
-            reader(ids, position_ids=addresses, use_cache=False)
-            if advance is not None:
-                advance(ids.numel())
-    _check_heard(listener)
-    return listener.store
+    reader, model_type = text_model(model), model.config.get_text_config().model_type
+    heard: set[int] = set()
+
+    def read(at: int, ids: torch.Tensor, addresses: torch.Tensor, positions: torch.Tensor) -> None:
+        listener = _Listener(store, rows, queries, model_type, positions.to(model.device), at * kept, heard)
+        with listening(listener.attention):
+            reader(ids.to(model.device), position_ids=addresses.to(model.device), use_cache=False)
+        if advance is not None:
+            advance(ids.numel())
+
+    reads = []
+    for at in range(0, count, batch):
+        ids = sequences[at : at + batch]
+        first = torch.randint(max(furthest - length, 0) + 1, (len(ids), 1), generator=generator)
+        first[(torch.arange(at, at + len(ids)) // 2) % 2 == 0] = 0  # pairs, as texts come from sources in turn
+        order = torch.rand(len(ids), length - SKIPPED_TOKENS, generator=generator).argsort(1)
+        positions = order[:, :kept] + SKIPPED_TOKENS
+        reads.append(partial(read, at, ids, first + torch.arange(length), positions))
+    read_all(reader, reads, TOGETHER_TOKENS // (batch * length))
+    _check_heard(store, rows, queries, heard)
+    return store
 
 
-def _check_heard(listener: _Listener) -> None:
+def _check_heard(store: torch.Tensor, rows: dict[int, int], queries: torch.Tensor | None, heard: set[int]) -> None:
     """ValueError where a layer did not call, or its vectors cannot be learned."""
-    silent = sorted(listener.rows.keys() - listener.heard)
+    silent = sorted(rows.keys() - heard)
     if silent:
         raise ValueError(
             f"layers {silent} have no K and V of ordinary attention; allowed are models whose coded layers all have; "
             f"take another model"
         )
-    for layer, row in listener.rows.items():
-        checked = {f"{kv}s": listener.store[row, at] for at, kv in enumerate(KV)}
-        if listener.queries is not None:
-            checked["queries"] = listener.queries[row]
+    for layer, row in rows.items():
+        checked = {f"{kv}s": store[row, at] for at, kv in enumerate(KV)}
+        if queries is not None:
+            checked["queries"] = queries[row]
         for name, vectors in checked.items():
             check_finite(vectors, layer, name)
 

@@ -140,7 +140,23 @@ def is_causal_lm(config: Any) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def _model_class(config: Any) -> Any:
+def count_parameters(whole: Any) -> int | None:
+    """Numbers in the weights of a model of this configuration, none of which is made; None where that is not known."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with no_init_weights(), torch.device("meta"):
+                built = kind.from_config(whole)
+        except Exception:  # no such class, or one that wants what is not installed
+            continue
+        return sum(weight.numel() for weight in built.parameters())
+    return None
+
+
+def model_class(config: Any) -> Any:
     """The class of transformers that reads text with a model of this configuration; None where there is none.
 
     Of models that read images too, the language model alone where transformers has a class for it.
@@ -155,7 +171,7 @@ def _model_class(config: Any) -> Any:
 
 def _check_decoder(model: str, config: Any) -> None:
     """ValueError where the model has no decoder that reads text."""
-    if _model_class(config) is None or getattr(config, "is_encoder_decoder", False):
+    if model_class(config) is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{model} is of type {_kind(config)}, of which transformers has no decoder that reads text alone; allowed "
             f"are {TAKEN}; take another model"
@@ -170,7 +186,7 @@ def _check_captured(model: str, config: Any) -> None:
     """ValueError where the model's attention is not transformers' common one."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    decoder = MODEL_MAPPING.get(type(config.get_text_config()), _model_class(config))
+    decoder = MODEL_MAPPING.get(type(config.get_text_config()), model_class(config))
     if not _asks_for_attention(decoder):
         raise ValueError(
             f"{model} is of type {_kind(config)}, whose keys and values cannot be captured, as transformers gives it "

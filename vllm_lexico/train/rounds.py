@@ -56,6 +56,7 @@ class Job:
         run: where state is kept.
         started: `time.time()` then.
         verbose: every layer's errors are told.
+        in_turn: the model's layers wait in host memory, see `in_turn`.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Job:
     run: RunFolder
     started: float
     verbose: bool = False
+    in_turn: bool = False
 
 
 @lru_cache(1)
@@ -162,7 +164,12 @@ class _Share:
             self.learners.load_state(kept.tensors)
             self.done = kept.facts["rounds_done"]
         loaded = load_model(
-            job.model, device, job.settings.dtype, job.settings.hf_overrides, job.settings.max_model_len
+            job.model,
+            device,
+            job.settings.dtype,
+            job.settings.hf_overrides,
+            job.settings.max_model_len,
+            in_turn=job.in_turn,
         )
         self.reader = _Reader(loaded, job, layers, progress)
         kind = self.reader.kind

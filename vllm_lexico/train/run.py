@@ -26,6 +26,7 @@ from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import check_name, file_name, plain_name
 from vllm_lexico.train.asked_only import add_shares
 from vllm_lexico.train.identity import file_checksum, model_identity
+from vllm_lexico.train.in_turn import comes_in_turn, refuse_writing
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
 from vllm_lexico.train.model import ModelFacts, read_facts
 from vllm_lexico.train.own_text import read_tokenizer
@@ -46,6 +47,7 @@ from vllm_lexico.train.settings import (
     READ_TOKENS,
     Plan,
     TrainSettings,
+    bytes_per_token,
     check,
     cpu_dtype,
     cpu_words,
@@ -107,12 +109,14 @@ def train_dictionary(
         return add_shares(model, settings, name, longest, out, devices[0])
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
-    shares = share_layers(facts.fingerprint.layers, devices, together)
+    beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
+    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, beside, devices[0])
+    shares = share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
-    job = Job(model, settings, facts.fingerprint, plan, run, started, verbose)
+    job = Job(model, settings, facts.fingerprint, plan, run, started, verbose, in_turn)
     with run.locked():
         with _noting_what_is_kept(run, shares, plan):
-            made = _train_shares(job, shares)
+            made = _train_shares(job, shares, len(devices))
         _collect(run, shares, name, facts, settings, plan, made).save(out)
         run.remove()
     return out
@@ -182,8 +186,10 @@ def _identity(
     }
 
 
-def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> dict[str, Any]:
+def _train_shares(job: Job, shares: list[tuple[str, list[int]]], gpus: int) -> dict[str, Any]:
     """Train every layer: here for one device, else in a process per device, which end with this one.
+
+    gpus: that vLLM may take to write with a model that one does not hold.
 
     Returns:
         How the text came about, as the dictionary says it.
@@ -191,8 +197,10 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> dict[str, An
     progress = Progress(verbose=job.verbose, started=job.started)
     if shares[0][0] == "cpu":
         progress.say(cpu_words(job.settings, job.plan))
+    if job.in_turn:
+        progress.say(f"{shares[0][0]} does not hold the model: its layers wait in host memory and come in turn")
     try:
-        made = {} if job.settings.data else _write(job, shares, progress)
+        made = {} if job.settings.data else _write(job, shares, progress, gpus if job.in_turn else 1)
         if len(shares) == 1:
             train_share(0, job, shares, progress)
             return made
@@ -208,8 +216,8 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]]) -> dict[str, An
     return made
 
 
-def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) -> dict[str, Any]:
-    """Have vLLM write the text of the run where it can; how it came about, or will."""
+def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress, gpus: int) -> dict[str, Any]:
+    """Have vLLM write the text of the run where it can; how it came about, or will. gpus: that it takes, at most."""
     settings, (device, layers) = job.settings, shares[0]
     kind = torch.device(device).type
     tokens = own_tokens(settings, job.plan)
@@ -218,9 +226,11 @@ def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress) ->
     longest = min(settings.text_tokens or settings.length, settings.length)
     wanted = WriterJob(
         job.model, "", tokens, longest, kind, settings.dtype, settings.seed, settings.hf_overrides,
-        to_the_end=settings.text_tokens is not None,
+        to_the_end=settings.text_tokens is not None, gpus=1 << (gpus.bit_length() - 1),
     )  # fmt: skip
     made = own_text(settings.writer, wanted, job.run, device, progress)
+    if made is None and job.in_turn:
+        refuse_writing(job.model)
     made = {"writer": "transformers", "texts": "bare"} if made is None else made
     return made | ({"package_text": settings.package_text} if settings.package_text else {})
 

@@ -167,13 +167,18 @@ class Plan:
     def of(settings: TrainSettings, fingerprint: ModelFingerprint, max_tokens: int, kind: str) -> "Plan":
         """For a device of some kind. max_tokens: of the longest context that is served."""
         kept, heads = settings.kept_tokens, fingerprint.num_kv_heads
-        number_bytes = 4 if settings.dtype == "float32" else 2
-        token_bytes = len(fingerprint.layers) * 2 * heads * fingerprint.head_dim * number_bytes
+        token_bytes = bytes_per_token(settings, fingerprint)
         tokens = math.ceil(settings.vectors / heads)
         rounds = max(settings.rounds, math.ceil(tokens * token_bytes / ROUND_BYTES[kind]))
         sequences = max(1, math.ceil(tokens / rounds / kept))
         held_out = max(1, min(HELD_OUT_TOKENS[kind] // kept, math.ceil(sequences / 4)))
         return Plan(rounds, sequences, held_out, min(max_tokens, FURTHEST_TOKENS))
+
+
+def bytes_per_token(settings: TrainSettings, fingerprint: ModelFingerprint) -> int:
+    """Of a token's vectors in all coded layers, as they are held."""
+    number_bytes = 4 if settings.dtype == "float32" else 2
+    return len(fingerprint.layers) * 2 * fingerprint.num_kv_heads * fingerprint.head_dim * number_bytes
 
 
 def cpu_dtype(dtype: str) -> str:

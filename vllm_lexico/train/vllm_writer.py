@@ -48,6 +48,7 @@ class WriterJob:
         seed: of everything random.
         overrides: of the configuration, a JSON object, or "".
         to_the_end: see `Prompts`.
+        gpus: that hold the model together, a power of two.
     """
 
     model: str
@@ -59,6 +60,7 @@ class WriterJob:
     seed: int
     overrides: str
     to_the_end: bool = False
+    gpus: int = 1
 
     def write(self, path: Path) -> None:
         """As `main` reads it."""
@@ -160,6 +162,8 @@ def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
     }
     if job.device == "cpu":
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    if job.gpus > 1:
+        arguments["tensor_parallel_size"] = job.gpus
     if job.overrides:
         arguments["hf_overrides"] = json.loads(job.overrides)
     if job.device == "cuda":

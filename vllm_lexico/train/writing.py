@@ -98,7 +98,7 @@ def write(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, to
         with log.open("w") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
-                env=os.environ | _seen(device),
+                env=os.environ | _seen(device, job.gpus),
             )  # fmt: skip
             try:
                 facts = _follow(process, progress)
@@ -132,14 +132,19 @@ def _follow(process: subprocess.Popen, progress: Progress) -> dict[str, Any] | N
     return facts
 
 
-def _seen(device: str) -> dict[str, str]:
-    """What to set so that the process sees one GPU, or none where a CPU is asked for, all of whose threads it takes."""
+def _seen(device: str, gpus: int) -> dict[str, str]:
+    """What to set so that the process sees some GPUs, or none where a CPU is asked for, all of whose threads it takes.
+
+    device: "cuda:1" and so on, the first of `gpus`, or "cpu".
+    """
     kind, _, number = device.partition(":")
     if kind != "cuda":
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name for name in seen.split(",") if name]
-    return {"CUDA_VISIBLE_DEVICES": names[int(number or 0)] if names else number or "0"}
+    first = int(number or 0)
+    chosen = names[first : first + gpus] if names else map(str, range(first, first + gpus))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
 def _last_words(log: Path) -> str:
