@@ -37,6 +37,12 @@ def test_what_earlier_files_say_still_fits(name):
     assert list(got.to_json()) == ["model_type", "num_layers", "num_kv_heads", "head_dim", "hidden_size", "rope"]
 
 
+@pytest.mark.parametrize("scheme", [{"quant_method": "awq", "bits": 4}, {"quant_method": "fp8"}, {"quant_method": "x"}])
+def test_how_a_model_is_quantized_does_not_count(scheme):
+    plain = ModelFingerprint.of(transformers.LlamaConfig(**SHAPE))
+    assert ModelFingerprint.of(transformers.LlamaConfig(**SHAPE, quantization_config=scheme)) == plain
+
+
 def test_the_rotary_embedding_is_that_of_the_coded_layers():
     gemma = ModelFingerprint.of(transformers.Gemma3TextConfig(**SHAPE, head_dim=32))
     assert gemma.layers == (5, 11) and gemma.head_dim == 32

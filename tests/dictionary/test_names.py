@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from vllm_lexico.dictionary.names import alike, check_name, file_name, plain_name, printable, same_model, train_command
+from vllm_lexico.dictionary.names import (
+    alike,
+    check_name,
+    file_name,
+    plain_name,
+    printable,
+    same_model,
+    train_command,
+    unquantized,
+)
 
 SNAPSHOT = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B/snapshots/0123456789abcdef"
 
@@ -60,6 +69,26 @@ def test_same_model(tmp_path, monkeypatch):
     assert same_model("run/checkpoint", str(tmp_path / "run" / "checkpoint"))
     for one, other in (("org/model", "/data/models/Model"), ("/a/checkpoint", "/b/checkpoint"), ("a/model", "model")):
         assert not same_model(one, other) and not same_model(other, one)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        "Qwen/Qwen3-8B-AWQ", "Qwen/Qwen3-8B-FP8", "org/Qwen3-8B-FP8-dynamic", "org/Qwen3-8B-GPTQ-Int4",
+        "Qwen3-8B-bnb-4bit",
+        "org/Qwen3-8B-quantized.w4a16", "org/qwen3-8b-w8a8", "org/Qwen3-8B-NVFP4", "org/Qwen3-8B-AWQ-4bit",
+        "/data/Qwen3-8B-FP8_block", "org/Qwen3-8B-unsloth-bnb-4bit", "org/Qwen3-8B-FP8-KV", "org/Qwen3-8B-gptq-8bit",
+    ],
+)  # fmt: skip
+def test_quantized_twins_are_alike(twin):
+    assert alike("Qwen/Qwen3-8B", twin) and alike(twin, "Qwen/Qwen3-8B") and alike(twin, "org/Qwen3-8B-AWQ")
+    assert not same_model("Qwen/Qwen3-8B", twin)
+
+
+def test_what_only_looks_quantized_is_another_model():
+    for other in ("Qwen/Qwen3-8B-Instruct-AWQ", "org/Qwen3-8B-AWQ-chat", "org/Qwen3", "org/Qwen3-8B-4bits-math", "AWQ"):
+        assert not alike("Qwen/Qwen3-8B", other)
+    assert unquantized("AWQ") == "awq" and unquantized("int4-model-AWQ") == "int4-model"
 
 
 def test_alike():

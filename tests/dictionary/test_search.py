@@ -1,6 +1,7 @@
 """Where dictionaries are looked for, and that what is asked for by name wins."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_lexico.dictionary import search
+from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.search import DictionaryNotFoundError, find_dictionary
 
 NAME = "someone/some-model"
@@ -60,6 +62,21 @@ def test_a_snapshots_folder_finds_its_models_own(addresses, make_dictionary, fin
     make_dictionary().save(addresses.cache / "z.safetensors")
     snapshot = tmp_path / "hub" / "models--someone--some-model" / "snapshots" / COMMIT
     assert find_dictionary(None, str(snapshot), fingerprint) == addresses.cache / "z.safetensors"
+
+
+@pytest.mark.parametrize("name", ["org/some-model-AWQ", "org/some-model-FP8-dynamic", "/data/some-model-GPTQ-Int4"])
+def test_a_quantized_twin_is_served_and_one_line_says_so(addresses, make_dictionary, fingerprint, caplog, name):
+    """Though another model has its shape; at every start in one line, which is no warning."""
+    make_dictionary(name="a/fine-tune").save(addresses.cache / "a.safetensors")
+    make_dictionary().save(addresses.cache / "z.safetensors")
+    caplog.set_level(logging.INFO, logger="vllm.lexico")
+    path = find_dictionary(None, name, fingerprint)
+    assert path == addresses.cache / "z.safetensors"
+    load_dictionary(path).check(fingerprint, name)
+    (line,) = caplog.records
+    said = line.getMessage()
+    assert line.levelno == logging.INFO and said.startswith(f"the dictionary of {NAME} serves {name}: their names end")
+    assert "\n" not in said
 
 
 def test_none_of_several_is_taken_without_being_named(addresses, make_dictionary, fingerprint):

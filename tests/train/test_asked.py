@@ -103,7 +103,9 @@ def test_first_tokens_do_not_count(tiny_model, monkeypatch):
     drawn[0, 1], drawn[..., :13] = 1.0, 9.0
     drawn[1, 0, 13:22] = 0.5
     monkeypatch.setattr(asked, "drawn_by_repetition", lambda *given: drawn)
-    shares = measure_shares(None, torch.zeros(1, 40), (0, 1), 2, Asking(1, 40, before=(1, 2, 3)))
+    shares = measure_shares(
+        load_model(str(tiny_model), "cpu", "float32"), torch.zeros(1, 40), (0, 1), 2, Asking(1, 40, before=(1, 2, 3))
+    )
     torch.testing.assert_close(shares, torch.tensor([[0.0, 1.0], [9 / 27, 0.0]]))
 
 

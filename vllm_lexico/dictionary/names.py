@@ -13,6 +13,11 @@ LONGEST_ID = 200  # letters; the hub allows 96 in each part
 HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-))*"
 # A folder of the hub's cache, .../models--ORG--NAME/snapshots/COMMIT; the hub allows no "--" in names.
 HUB_OWNER = "vllm-lexico"  # of the project's own dictionaries on the hub
+# What the names of quantized models have after the name of the model that they were made of.
+QUANTIZED = re.compile(
+    r"([-_.](awq|gptq|fp[48]|[nm][vx]fp[48]|int[48]|bnb|bitsandbytes|unsloth|quantized|w(4a16|8a8|8a16|4a4|4a8)|dynamic|"
+    r"block|static|kv|g(32|64|128)|[2348]bits?|asym|sym|autoround))+$"
+)
 SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+")
 
 
@@ -74,10 +79,18 @@ def same_model(one: str, other: str) -> bool:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two names may mean one model: the last parts are the same, and they are not two folders."""
+    """Whether two names may mean one model: the last parts are the same, and they are not two folders.
+
+    What says that a model is quantized, as in "Qwen3-8B-AWQ" and "Qwen3-8B-FP8-dynamic", does not count.
+    """
     one, other = plain_name(one), plain_name(other)
     two_folders = _is_path(one) and _is_path(other)
-    return not two_folders and Path(one).name.casefold() == Path(other).name.casefold()
+    return not two_folders and unquantized(Path(one).name) == unquantized(Path(other).name)
+
+
+def unquantized(name: str) -> str:
+    """The last part of a model's name in small letters, without what says at its end how it is quantized."""
+    return QUANTIZED.sub("", name.casefold()) or name.casefold()
 
 
 def file_name(model_name: str, rope: str = "") -> str:
