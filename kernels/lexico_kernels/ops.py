@@ -35,19 +35,19 @@ def with_fast_atoms(book: Codebook, sparsity: int) -> Codebook:
     return book.with_stream_atoms() if fits else book
 
 
-def _on_cuda(tensor: Tensor) -> bool:
+def on_cuda(tensor: Tensor) -> bool:
     """Whether kernels can have it."""
     return tensor.is_cuda
 
 
 def _has_kernels(cache: LayerCache) -> bool:
     """Whether kernels code and read these pages."""
-    return _on_cuda(cache.code_pages) and cache.layout.codec in KERNEL_CODECS
+    return on_cuda(cache.code_pages) and cache.layout.codec in KERNEL_CODECS
 
 
 def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping: Tensor) -> None:
     """Store raw tokens in the tail pages; see `reference.write_tail`."""
-    if _on_cuda(key):
+    if on_cuda(key):
         from lexico_kernels import write_tail as kernel
 
         kernel.write_tail(key, value, cache, tail_slot_mapping)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import triton
-from lexico_kernels import CodeLayout, LayerStack
+from lexico_kernels import CodeLayout, LayerStack, plan_decode
 from lexico_kernels import reconstruct as history
 from lexico_kernels import write_tail as tail
 from lexico_kernels.device.launch import fp8_fits
+from lexico_kernels.memory.pages import DecodePlan
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
 from lexico_kernels.omp_encode import tiles as omp
@@ -76,6 +77,14 @@ def compile_only(kernel: JITFunction, grid: object):
     return launch
 
 
+def plan_a_step() -> None:
+    """Compile what builders launch."""
+    numbers, table = torch.zeros(64, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
+    batch, out = (numbers[:2], numbers[:1]), DecodePlan(numbers[:1], numbers[:1], numbers, numbers, numbers.long())
+    plan_decode.plan_codes(*batch, table, block_tokens=128, out=out)
+    plan_decode.plan_tail(*batch, table, numbers, numbers, numbers, numbers[:1], 1, 16, 128, 32)
+
+
 def main() -> None:
     """Compile all kernels for all cases."""
     triton.runtime.driver.set_active(NamesTheTarget())
@@ -84,6 +93,7 @@ def main() -> None:
     lookup.attend_codes = lambda *_: None
     lookup.shared_limit_bytes = lambda _: SHARED_BYTES
     print("triton", triton.__version__)
+    plan_a_step()
     for head_dim, sparsity, codec, dtype, atoms, sizes in CASES:
         print(f"{codec} D {head_dim} S {sparsity} N {atoms} {dtype}")
         layout = CodeLayout(head_dim, 8, sparsity, sparsity, codec=codec, element_bytes=dtype.itemsize)

@@ -28,6 +28,7 @@ if DEVICE == "cpu":
         import lexico_kernels.omp_encode.all_layers
         import lexico_kernels.omp_encode.pursuit
         import lexico_kernels.omp_encode.tiles
+        import lexico_kernels.plan_decode
         import lexico_kernels.reconstruct
         import lexico_kernels.sparse_decode.lookup
         import lexico_kernels.sparse_decode.portable

@@ -166,6 +166,33 @@ class Runner:
         offset = torch.arange(size)
         return table, (table.long()[:, :, None] * size + offset).flatten(1)
 
+    def commons(self, requests: list[Request]) -> list[Any]:
+        """What vLLM gives the builder of codes and that of tails for a step."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        new = torch.tensor([count for count, _ in requests])
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), new.cumsum(0)]).int()
+        lengths = torch.tensor([sum(request) for request in requests], dtype=torch.int32)
+        found = []
+        for group in range(2):
+            table, slots = self._table(group, len(requests))
+            rows = [row[done : done + new] for row, (new, done) in zip(slots, requests, strict=True)]
+            found.append(
+                CommonAttentionMetadata(
+                    query_start_loc=starts,
+                    query_start_loc_cpu=starts,
+                    seq_lens=lengths,
+                    num_reqs=len(requests),
+                    num_actual_tokens=int(starts[-1]),
+                    max_query_len=int(new.max()),
+                    max_seq_len=int(lengths.max()),
+                    block_table_tensor=table,
+                    slot_mapping=torch.cat(rows),
+                    seq_lens_cpu_upper_bound=lengths,
+                )
+            )
+        return found
+
     def step(self, requests: list[Request], seed: int = 0) -> Tensor:
         """Run a step of both layers, those that decode first in the batch; what the last one answers.
 
@@ -174,29 +201,9 @@ class Runner:
             seed: of queries, keys and values.
         """
         from vllm.forward_context import set_forward_context
-        from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        new = torch.tensor([count for count, _ in requests])
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), new.cumsum(0)]).int()
-        lengths = torch.tensor([sum(request) for request in requests], dtype=torch.int32)
-        total, shape = int(starts[-1]), self.shape
-        metadata = {}
-        for group, builder in enumerate((self.codes, self.tail)):
-            table, slots = self._table(group, len(requests))
-            common = CommonAttentionMetadata(
-                query_start_loc=starts,
-                query_start_loc_cpu=starts,
-                seq_lens=lengths,
-                num_reqs=len(requests),
-                num_actual_tokens=total,
-                max_query_len=int(new.max()),
-                max_seq_len=int(lengths.max()),
-                block_table_tensor=table,
-                slot_mapping=torch.cat(
-                    [row[done : done + new] for row, (new, done) in zip(slots, requests, strict=True)]
-                ),
-                seq_lens_cpu_upper_bound=lengths,
-            )
+        total, shape, metadata = sum(new for new, _ in requests), self.shape, {}
+        for builder, common in zip((self.codes, self.tail), self.commons(requests), strict=True):
             metadata |= dict.fromkeys(builder.layer_names, builder.build(0, common))
         width = shape.heads + 2 * shape.kv_heads
         generator = torch.Generator().manual_seed(seed)
@@ -251,7 +258,7 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
     with pytest.MonkeyPatch.context() as patch:
         for kind in (JITFunction, InterpretedFunction):
             patch.setattr(kind, "run", run)
-        patch.setattr(ops, "_on_cuda", lambda _: True)
+        patch.setattr(ops, "on_cuda", lambda _: True)
         patch.setattr(nvrtc, "kernel", compiled)
         patch.setattr(nvrtc, "available", lambda _: shape.cuda_cpp)
         patch.setattr(clusters, "_on_device", lambda _: shape.clusters and shape.cuda_cpp)

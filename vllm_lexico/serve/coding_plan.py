@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lexico_kernels.memory.layout import SPAN_TOKENS
+from lexico_kernels.memory.layout import DELAY_BITS, DELAY_FACTORS, DELAY_SHIFT, SPAN_TOKENS
 from torch import Tensor
 
 # Most tokens that a step may leave uncoded: a span that is delayed, and one that is not complete.
@@ -72,19 +72,20 @@ class CodingPlan(NamedTuple):
     """The tokens that a step codes: M = max_coded_tokens(T, B) of them at most, those to be coded first.
 
     Attributes:
-        row: int64 [M], row in the batch, counted as if the token's whole span were in it.
-        request: int64 [M].
-        position: int64 [M], in the request's sequence; -1 where the list is not used.
+        row: int64 [M], row in the batch, counted as if the token's whole span were in it; None where the plan was
+            made by `decode_plan`, since a step in which all requests decode reads no row of its batch.
+        request: int64 or int32 [M].
+        position: int64 or int32 [M], in the request's sequence; -1 where the list is not used.
     """
 
-    row: Tensor
+    row: Tensor | None
     request: Tensor
     position: Tensor
 
     def sources(
         self, query_start_loc: Tensor, tail_block_table: Tensor, tail_tokens: int, *, from_batch: bool
     ) -> Tensor:
-        """Say where each token is read: row of the batch, or -1 - slot in the tail pages. int32 [M].
+        """Say where each token is read: row of the batch, or -1 - slot in the tail pages; -1 for none. int32 [M].
 
         Args:
             query_start_loc: int32 [B + 1].
@@ -93,9 +94,11 @@ class CodingPlan(NamedTuple):
             from_batch: read there the tokens that are in it; a long chunk has no tail pages for some.
         """
         slot = _slots(self.request, self.position, tail_block_table, tail_tokens)
-        if not from_batch:
-            return (-1 - slot).to(torch.int32)
-        return torch.where(self.row >= query_start_loc[self.request], self.row, -1 - slot).to(torch.int32)
+        place = torch.where(self.position >= 0, -1 - slot, SKIPPED)
+        if from_batch:
+            assert self.row is not None, "planned for a step in which all requests decode"
+            place = torch.where(self.row >= query_start_loc[self.request], self.row, place)
+        return place.to(torch.int32)
 
     def destinations(self, block_table: Tensor, block_tokens: int) -> Tensor:
         """Say where each code goes: page * P + offset, or -1 for nowhere. int64 [M].
@@ -164,9 +167,10 @@ def _delay(page: Tensor) -> Tensor:
 
     A hash, since pages of requests that started together lie at equal distances.
     """
-    mixed = page.long() * 1640531527 % (1 << 31)
-    mixed = (mixed ^ mixed >> 15) * 1812433253 % (1 << 31)
-    return mixed * SPAN_TOKENS >> 31
+    first, second = DELAY_FACTORS
+    mixed = page.long() * first % (1 << DELAY_BITS)
+    mixed = (mixed ^ mixed >> DELAY_SHIFT) * second % (1 << DELAY_BITS)
+    return mixed * SPAN_TOKENS >> DELAY_BITS
 
 
 def raw_starts(

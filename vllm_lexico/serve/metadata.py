@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from lexico_kernels import CodeLayout
+from lexico_kernels.memory.pages import DecodePlan
 from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -22,7 +23,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_lexico.serve import coding_plan, refusals, start_line
+from vllm_lexico.serve import coding_plan, decode_plan, refusals, start_line
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
 from vllm_lexico.serve.later_coding import LaterCoding, most_later_tokens
 from vllm_lexico.serve.layer_stack import LayerFinder, LayersOfStep
@@ -82,13 +83,6 @@ class _StepBuffers:
         return torch.zeros(count, dtype=dtype, device=self.device)
 
 
-def _keep(buffer: Tensor, values: Tensor) -> Tensor:
-    """Copy values into the front of a persistent buffer and return that part of it."""
-    kept = buffer[: values.shape[0]]
-    kept.copy_(values)
-    return kept
-
-
 def _only_decodes(common: CommonAttentionMetadata, threshold: int) -> bool:
     """Whether every request of a step decodes. Then all tokens that it codes, its own too, are in tail pages."""
     return common.max_query_len <= threshold
@@ -112,9 +106,7 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
         shadow = vllm_config.compilation_config.static_forward_context[f"{layer_names[0]}{TAIL_SUFFIX}"]
         allocation.check_codes_group(kv_cache_spec, self.layout, shadow.block_tokens)
         buffers = _StepBuffers(vllm_config, device)
-        self.token_request = buffers.new(buffers.max_tokens, torch.int32)
-        self.token_seq_len = buffers.new(buffers.max_tokens, torch.int32)
-        self.destination = buffers.new(buffers.max_coded, torch.int64)
+        self._buffers = decode_plan.PlanBuffers(buffers.max_tokens, buffers.max_requests, device)
         self._handover = shadow.handover
         self._finder = LayerFinder(layer_names, vllm_config)
         self._later = LaterCoding(most_later_tokens(self.setup, vllm_config), self.setup.config.relative_error)
@@ -132,11 +124,8 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             self._reported = True
         assert self.reorder_batch_threshold is not None
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold)
-        request, position = coding_plan.locate_tokens(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        block_table = common.block_table_tensor[: common.num_reqs]
-        plan = coding_plan.plan_coding(request, position, block_table, self.layout.block_tokens)
-        self._handover.put(self.layer_names, plan)
         only_decodes = _only_decodes(common, self.reorder_batch_threshold)
+        plan = self._plan_codes(common, only_decodes)
         waits = not only_decodes and common.num_actual_tokens <= self._later.most_tokens
         return LexicoMetadata(
             layout=self.layout,
@@ -144,12 +133,29 @@ class LexicoMetadataBuilder(AttentionMetadataBuilder[LexicoMetadata]):
             num_decode_tokens=num_decode_tokens,
             prefill=self._plan_prefill(common, num_decodes) if num_decode_tokens < common.num_actual_tokens else None,
             block_table=common.block_table_tensor,
-            token_request=_keep(self.token_request, request),
-            token_seq_len=_keep(self.token_seq_len, position + 1),
-            destination=_keep(self.destination, plan.destinations(block_table, self.layout.block_tokens)),
+            token_request=plan.token_request,
+            token_seq_len=plan.token_seq_len,
+            destination=plan.destination,
             layers=self._finder.of_step(self.layout) if only_decodes else None,
             later=self._later if waits else None,
         )
+
+    def _plan_codes(self, common: CommonAttentionMetadata, only_decodes: bool) -> DecodePlan:
+        """Fill this builder's buffers, and leave the tail's builder what it needs."""
+        block_table, block_tokens = common.block_table_tensor[: common.num_reqs], self.layout.block_tokens
+        kept = self._buffers.of_step(common.num_actual_tokens, common.num_reqs)
+        batch = common.query_start_loc, common.seq_lens
+        if only_decodes:
+            decode_plan.plan_codes(*batch, block_table, block_tokens=block_tokens, out=kept)
+            plan = coding_plan.CodingPlan(None, kept.request, kept.position)
+        else:
+            request, position = coding_plan.locate_tokens(*batch, common.num_actual_tokens)
+            plan = coding_plan.plan_coding(request, position, block_table, block_tokens)
+            kept.token_request.copy_(request)
+            kept.token_seq_len.copy_(position + 1)
+            kept.destination.copy_(plan.destinations(block_table, block_tokens))
+        self._handover.put(self.layer_names, plan)
+        return kept
 
     def _plan_prefill(self, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan | BlockPlan:
         # An upper bound only for requests that decode, whose drafts may yet be rejected.
@@ -177,13 +183,11 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         allocation.check_tail_group(kv_cache_spec, layer.get_kv_cache_spec(vllm_config))
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         assert isinstance(kv_cache_spec, LexicoTailSpec)
-        self.spec, self._handover = kv_cache_spec, layer.handover
+        self._handover = layer.handover
         self._coded_names = [name.removesuffix(TAIL_SUFFIX) for name in layer_names]
-        # The window is counted from the start of a token's block where answers are the same cold and after a hit.
-        self._block_tokens = layer.block_tokens if layer.setup.same_answers else 1
+        self._reach = layer.setup.tail_reach(layer.layout(vllm_config))
         buffers = _StepBuffers(vllm_config, device)
-        self.sink_tokens = kv_cache_spec.sink_blocks * kv_cache_spec.block_size
-        self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self.sink_tokens)
+        self.sink_end = buffers.new(buffers.max_requests, torch.int32).fill_(self._reach.sink_end)
         self.raw_start = buffers.new(buffers.max_requests, torch.int32)
         self.source = buffers.new(buffers.max_coded, torch.int32)
 
@@ -191,25 +195,22 @@ class LexicoTailMetadataBuilder(AttentionMetadataBuilder[LexicoTailMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LexicoTailMetadata:
         """Derive where this step reads full-precision tokens."""
-        common, tail_tokens = common_attn_metadata, self.spec.block_size
+        common = common_attn_metadata
         plan = self._handover.take(self._coded_names)
         assert self.reorder_batch_threshold is not None
+        source, raw_start = self.source[: len(plan.position)], self.raw_start[: len(common.seq_lens)]
+        starts, seq_lens, block_table = common.query_start_loc, common.seq_lens, common.block_table_tensor
         # A launch that codes all layers has no layer's batch.
-        from_batch = not _only_decodes(common, self.reorder_batch_threshold)
-        source = plan.sources(common.query_start_loc, common.block_table_tensor, tail_tokens, from_batch=from_batch)
-        raw_start = coding_plan.raw_starts(
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
-            window_tokens=self.spec.window_tokens,
-            tail_tokens=tail_tokens,
-            sink_end=self.sink_tokens,
-            block_tokens=self._block_tokens,
-        )
+        if _only_decodes(common, self.reorder_batch_threshold):
+            batch = starts, seq_lens, block_table, plan.request, plan.position
+            decode_plan.plan_tail(*batch, source, raw_start, *self._reach)
+        else:
+            source.copy_(plan.sources(starts, block_table, self._reach.tail_tokens, from_batch=True))
+            raw_start.copy_(coding_plan.raw_starts(starts, seq_lens, block_table, **self._reach._asdict()))
         return LexicoTailMetadata(
             slot_mapping=common.slot_mapping,
-            block_table=common.block_table_tensor,
-            source=_keep(self.source, source),
+            block_table=block_table,
+            source=source,
             sink_end=self.sink_end[: common.num_reqs],
-            raw_start=_keep(self.raw_start, raw_start),
+            raw_start=raw_start,
         )

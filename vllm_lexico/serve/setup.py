@@ -133,9 +133,14 @@ class LexicoSetup:
         return self.config.prefix_hits == "same"
 
     def reach(self, layout: CodeLayout) -> Reach:
-        """How far back queries read raw where answers are the same."""
+        """How far back queries read raw where answers are the same cold and after a hit."""
         sink_end = self.sink_blocks(layout) * layout.tail_tokens
         return Reach(layout.block_tokens, layout.tail_tokens, self.window_tokens, sink_end)
+
+    def tail_reach(self, layout: CodeLayout) -> Reach:
+        """The same of a step's first token; counted from its block's start only where answers are the same."""
+        reach = self.reach(layout)
+        return reach if self.same_answers else reach._replace(block_tokens=1)
 
     def dictionary(self) -> Dictionary | None:
         """The loaded dictionary; loaded once a process and file."""

@@ -23,6 +23,7 @@ from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.utils.math_utils import cdiv
 from vllm.v1.worker.block_table import get_block_table_width
 
+from vllm_lexico.serve import decode_plan
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 
@@ -63,8 +64,18 @@ def nowhere(num_jobs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return source, source.long()
 
 
+def plan(layer: Layer) -> None:
+    """What builders launch for a step in which all requests decode."""
+    tables, layout = layer.tables, layer.cache.layout
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=tables.sink_end.device)
+    batch, kept = (starts, tables.sink_end), decode_plan.PlanBuffers(1, 1, starts.device).of_step(1, 1)
+    decode_plan.plan_codes(*batch, tables.block_table, block_tokens=layout.block_tokens, out=kept)
+    coded, found = (kept.request, kept.position), (torch.empty_like(kept.request), torch.empty_like(starts[:1]))
+    decode_plan.plan_tail(*batch, tables.tail_block_table, *coded, *found, *layer.impl.setup.tail_reach(layout))
+
+
 def write(layer: Layer) -> None:
-    """What every step begins with."""
+    """What every step's layers begin with."""
     _, key, value = layer.batch(1)
     ops.write_tail(key, value, layer.cache, torch.full((1,), -1, device=key.device))
 
@@ -117,7 +128,7 @@ def _plan(layer: Layer) -> PrefillPlan | BlockPlan:
     return plan_blocks([1], [min(far, most)], 0, reach, tile_tokens, device)
 
 
-LAUNCHES: tuple[Callable[[Layer], None], ...] = (write, code_batches, code_layers, decode, prefill)
+LAUNCHES: tuple[Callable[[Layer], None], ...] = (plan, write, code_batches, code_layers, decode, prefill)
 
 
 def tables_of_nothing(cache: LayerCache, max_model_len: int) -> RequestTables:

@@ -40,6 +40,14 @@ class LayersLaunch(NamedTuple):
     num_stages: int
 
 
+class PlanLaunch(NamedTuple):
+    """How a step's coding is planned."""
+
+    own: int  # tokens of the batch that a program writes down
+    counted: int  # that it looks at together
+    num_warps: int
+
+
 UNLIMITED = 1 << 62
 
 PURSUIT = (
@@ -67,6 +75,10 @@ LAYERS = LayersLaunch(cluster_tokens=64, cluster_blocks=120, tile=64, tiles=4, a
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)
 RECONSTRUCT = Launch(tile=32, num_warps=4)
+
+PLAN_CODES = PlanLaunch(own=32, counted=256, num_warps=4)
+PLAN_TAIL_JOBS = Launch(tile=256, num_warps=4)  # tokens to code
+PLAN_TAIL_REQUESTS = 8  # of a program
 
 DECODE = Launch(tile=32, num_warps=4, num_stages=1)  # stages would each hold every gathered atom in shared memory
 # Entries of a record whose atoms are fetched together: all of them at once spill registers.

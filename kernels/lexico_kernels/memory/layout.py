@@ -26,6 +26,9 @@ LEVEL_BITS = 4
 # Tokens coded at a time: aligned spans of this many, so that in decode a launch has enough vectors to fill the device
 # while no step has to code a whole block. Divides every block size. A span's records are ordered together.
 SPAN_TOKENS = 32
+# A span's delay (docs/design/write.md) is a hash of its page's id: two products of DELAY_BITS bits, a shift between.
+DELAY_FACTORS = (1640531527, 1812433253)
+DELAY_BITS, DELAY_SHIFT = 31, 15
 
 # A code's scale is raised as if it lost this share of its vector's energy at most: worse codes say little.
 MOST_LOST = 0.7

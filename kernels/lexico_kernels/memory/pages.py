@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, int64, tensor, uint8
 
@@ -135,3 +135,21 @@ class RequestTables:
     tail_block_table: Tensor
     sink_end: Tensor
     raw_start: Tensor
+
+
+class DecodePlan(NamedTuple):
+    """Of a step in which all requests decode: T tokens of the batch, and M that may be coded, those that are first.
+
+    Attributes:
+        token_request: int32 [T], the last request for padding.
+        token_seq_len: int32 [T], positions that a token sees; 0 for padding.
+        request: int32 [M], of each token to code; of no meaning where the list is not used.
+        position: int32 [M], in the request's sequence; -1 where the list is not used.
+        destination: int64 [M], page * P + offset; -1 where the list is not used.
+    """
+
+    token_request: Tensor
+    token_seq_len: Tensor
+    request: Tensor
+    position: Tensor
+    destination: Tensor
