@@ -9,7 +9,7 @@ benchmarks/results/families.jsonl:
 
 kv_cache_tokens           that fit into --cache-gib, as vLLM counts them when it starts.
 decode_tokens_per_second  of 8 sequences of 32k tokens.
-prefix_hit_tokens         of a prompt of 32k tokens that is asked a second time.
+prefix_hit_tokens         of eight prompts of up to 32k tokens that are asked a second time, together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ PLAIN, CODED = "vLLM", "LEXICO"
 MEASURES = ("fit", "hits", "decode")
 GRAPHS = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 MAX_MODEL_LEN, CONTEXT = 131072, 32768
+HIT_LENGTHS = tuple(random.Random(0).sample(range(CONTEXT // 8, CONTEXT), 8))  # hits end at blocks, so of any length
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -49,7 +51,7 @@ def serve(options: argparse.Namespace) -> None:
     cache, context = llm.llm_engine.vllm_config.cache_config, CONTEXT // options.shrink
     measures = {
         "fit": lambda: {"tokens": cache.kv_cache_size_tokens, "block_size": cache.block_size},
-        "hits": lambda: {"tokens": hit_tokens(llm, driver, context)},
+        "hits": lambda: hit_tokens(llm, driver, [length // options.shrink for length in HIT_LENGTHS]),
         "decode": lambda: engine_loads.decode_after_fill(
             driver, 8, context, options.steps, {"spread": [*range(17, 25)]}
         ),
@@ -58,15 +60,17 @@ def serve(options: argparse.Namespace) -> None:
         answer(name, measures[name])
 
 
-def hit_tokens(llm: Any, driver: engine_loads.Driver, length: int) -> int:
-    """Tokens of a prompt that the prefix cache has when it is asked again."""
+def hit_tokens(llm: Any, driver: engine_loads.Driver, lengths: list[int]) -> dict[str, Any]:
+    """Tokens of prompts that the prefix cache has when they are asked again, together and of each."""
     from vllm import SamplingParams
 
-    (prompt,) = driver.prompts([length])
     asked = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    for _ in range(2):
-        (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
-    return output.num_cached_tokens
+    hits = []
+    for prompt in driver.prompts(lengths):
+        for _ in range(2):
+            (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        hits.append(output.num_cached_tokens)
+    return {"tokens": sum(hits), "prompt_tokens": lengths, "hits": hits}
 
 
 def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) -> list[Job]:
@@ -105,6 +109,7 @@ def write_rows(family: str, found: dict[str, dict[str, Any]], kept: Kept, option
             pair = ours[measure][key], theirs[measure][key]
             words = f"{family}: {metric} {pair[0]:,}, {pair[0] / max(pair[1], 1):.2f} times vLLM's without LEXICO"
             more = {name: value for name, value in ours[measure].items() if name != key}
+            more |= {"hits_without": theirs[measure]["hits"]} if measure == "hits" else {}
             kept.write((case | more, metric, pair[0], PLAIN, pair[1]), words)
     if "decode" in ours and "decode" in theirs:
         ours, theirs = ours["decode"]["spread"], theirs["decode"]["spread"]

@@ -126,6 +126,8 @@ class Judge:
 
     def _peers(self, job: Job) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]] | None:
         own = SQUEEZED if job.setting.squeezed else PLAIN
+        if self._other(job) == PIECES and own == PLAIN and crossed.SMALL_CHUNKS.items() <= job.setting.engine.items():
+            own = PIECES  # whose prompts come in the same chunks, by which float32 is told from itself
         if crossed.has_own_peer(self.families[job.family].changes, job.setting):
             own = job.name
         named = {one.name: result for one, result in self.found.items() if one.family == job.family and not one.coded}

@@ -100,6 +100,16 @@ def test_float32_is_told_from_itself_by_small_chunks(command, tiny, tmp_path, ca
     assert judge.faults, "its noise loosens nothing in float32"
 
 
+def test_small_chunks_are_compared_with_the_same_chunks(command, tiny, tmp_path):
+    """Also in float32, where vLLM in other chunks may be as far from itself as is allowed."""
+    judge = command.Judge(tiny["FAMILIES"], "float32", tmp_path, pieces=True)
+    judge.take(command.Job("gpt-oss", command.PLAIN, False), said(-0.1))
+    judge.take(command.Job("gpt-oss", command.PIECES, False), said(-0.10009))
+    for name in ("small chunks", "small steps coded later", "defaults"):
+        judge.take(command.Job("gpt-oss", name, True), said(-0.10015))
+    assert judge.right == 2 and ["defaults" in fault for fault in judge.faults] == [True]
+
+
 def test_an_engine_waits_for_those_that_it_is_judged_by(command, tiny, tmp_path):
     judge = judged(command, tiny, tmp_path, "Qwen3-Next", "few pages", said(preemptions=1), said(), said(-0.2))
     assert not judge.said

@@ -1,7 +1,7 @@
 """What engines answer, each in a process of its own: `in_a_process(answer_thrice, ...)`."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ def ask(llm: Any, prompts: list[list[int]], count: int) -> tuple[list[list[int]]
     return said, [output.num_cached_tokens for output in outputs]
 
 
+def hit_again(llm: Any, prompt: list[int]) -> int:
+    """Tokens of a prompt that the cache has when it is asked a second time."""
+    return [ask(llm, [prompt], 1)[1][0] for _ in range(2)][1]
+
+
 def plant_each(llm: Any) -> Iterator[str]:
     """Faults, each planted while the caller has its name."""
     for fault in FAULTS:
@@ -109,13 +114,16 @@ def answer_again(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -
 
 
 def answer_beside(
-    model: str, backends: tuple[str, ...], lexico: dict[str, Any], settings: dict[str, Any]
+    model: str, backends: tuple[str, ...], lexico: dict[str, Any], settings: dict[str, Any], lengths: Sequence[int] = ()
 ) -> dict[str, dict[str, Any]]:
     """What engines answer to long prompts in chunks, and to their continuations from the prefix cache.
+
+    lengths: of prompts that are asked twice.
 
     Returns by backend:
         tokens, logprobs: of the first tokens of each answer, cold and continued.
         hits: tokens of each prompt that the prefix cache had.
+        again: the same of prompts of `lengths` when they are asked a second time.
         faulty: log-probabilities of cold answers with a fault planted; of LEXICO alone.
         written: K and V of `TEXT`, see `written`; of LEXICO alone.
         line, kept: LEXICO's line at start; see `_kept`.
@@ -148,6 +156,7 @@ def answer_beside(
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "logprobs": [logprobs(output) for output in outputs],
             "hits": [output.num_cached_tokens for output in outputs],
+            "again": [hit_again(llm, make_tokens(100 + length, length)) for length in lengths],
         }
         if backend == "LEXICO":
             (found[backend]["line"],) = [line for line in said_at_start if line.startswith("LEXICO:")]

@@ -20,6 +20,7 @@ CHUNKS = {"max_model_len": 1024, "max_num_batched_tokens": 256, "enable_prefix_c
 # Log-probabilities. bfloat16, which the CPU build wants for linear attention, differs by so much by its rounding alone.
 MOST_APART = {"float32": 1e-4, "bfloat16": 0.15}
 FAULTY_APART = 1e-2
+ASKED_TWICE = (100, 257, 400, 513, 770)  # tokens of prompts
 FROM_TRAINING = {"float32": 1e-4, "bfloat16": 0.05}  # of a vector's norm
 FROM_TRAINING_OF = {"NemotronH": 5e-3}  # whose states grow apart by themselves: 1e-5 at the first token
 
@@ -31,7 +32,12 @@ def family(request, tmp_path_factory):
     model = write_checkpoint(family, tmp_path_factory.mktemp("family"))
     settings = CHUNKS | {"dtype": family.dtype}
     case = str(model), ("CPU_ATTN", "LEXICO"), {"codec": "exact"}, settings
-    return family, model, in_a_process(answer_beside, *case)
+    lengths = ASKED_TWICE if keeps_states(family) else ()
+    return family, model, in_a_process(answer_beside, *case, lengths=lengths)
+
+
+def keeps_states(family):
+    return any(name.startswith(("linear", "mamba", "conv")) for name in family.changes)
 
 
 def flat(rows):
@@ -53,6 +59,13 @@ def test_prefix_hits_end_at_the_last_whole_block(family):
     hits, theirs = found["LEXICO"]["hits"], found["CPU_ATTN"]["hits"]
     assert hits[:2] == [0, 0] and hits[2] >= 512 and hits[3] >= 256
     assert all(own >= other for own, other in zip(hits, theirs, strict=True))
+
+
+def test_prefix_hits_beside_states_are_as_long_as_vllms(family):
+    family, _, found = family
+    ours, theirs = (found[one]["again"] for one in ("LEXICO", "CPU_ATTN"))
+    assert all(own >= other for own, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert not keeps_states(family) or (ours[0] == 0 and ours[-1] == 768)
 
 
 def test_the_start_line_counts_what_other_layers_keep(family):

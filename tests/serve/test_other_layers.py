@@ -8,12 +8,21 @@ import torch
 
 pytest.importorskip("vllm")
 from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.core.kv_cache_utils import partial_hash_hits_enabled
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_lexico.compat import layers
 from vllm_lexico.config import LexicoConfig
-from vllm_lexico.serve import other_layers
+from vllm_lexico.serve import other_layers, state_blocks
 from vllm_lexico.serve.setup import LexicoSetup
+from vllm_lexico.serve.tail_pages import LexicoTailManager, tail_spec
 
 HEADS = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}  # 512 bytes a token
 PAGE = 16 * 512
@@ -120,6 +129,51 @@ def test_blocks_beside_states_are_about_as_large_as_a_state():
     with pytest.raises(ValueError, match=f"--block-size 128 is too small beside .* leave it out for {tokens}"):
         other_layers.block_beside_states(setup, a_hybrid(), state, 128)
     assert other_layers.block_beside_states(setup, a_hybrid(), 50_000, None) == 128
+
+
+def hits(block_tokens, lengths):
+    """Tokens of prompts that are asked again; the last token is computed anew."""
+    return [(length - 1) // block_tokens * block_tokens for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "plain", "chosen"),
+    [
+        ({256: 180, 512: 115, 1024: 100, 2048: 102}, 544, 512),  # Qwen3-Next at a sparsity of 15
+        ({256: 290, 512: 163, 1024: 100, 2048: 135}, 528, 1024),  # Granite 4.0 H Small: smaller ones cost too much
+        ({512: 267, 1024: 155, 2048: 100, 4096: 107}, 2096, 2048),  # Nemotron 3 Nano
+        ({128: 104, 256: 100}, 1568, 128),
+        ({128: 100, 256: 101}, 16, 128),  # LFM2: no block is as small as vLLM's
+    ],
+)
+def test_blocks_are_no_larger_than_vllms_where_that_costs_little(tokens, plain, chosen):
+    counted = {size: state_blocks.StateBlocks(1, cost, 0, 0) for size, cost in tokens.items()}
+    assert state_blocks.block_tokens(counted, plain) == chosen
+    if chosen <= plain:  # then hits are as long in the mean, though not at each length
+        lengths = range(1, 131073)
+        assert sum(hits(chosen, lengths)) >= sum(hits(plain, lengths))
+    else:
+        assert all(cost > state_blocks.DEARER * 100 for size, cost in tokens.items() if size <= plain)
+
+
+def test_a_page_without_lexico_is_as_large_as_a_state():
+    """As vLLM 0.33 said on an H200: 544 tokens of Qwen3-Next, 2,096 of Nemotron 3 Nano."""
+    assert state_blocks.plain_block_tokens(1_097_728, 2048) == 544
+    assert state_blocks.plain_block_tokens(2_134_016, 1024) == 2096
+
+
+@pytest.mark.parametrize(("asked", "unit"), [(None, 8), (16, 8), (8, 8), (4, 4)])
+def test_hits_end_at_whole_blocks_whatever_unit_is_asked_for(asked, unit):
+    cache = types.SimpleNamespace(prefix_match_unit=asked, mamba_block_size=None)
+    layout = a_setup(15).layout(128, 2, 128, torch.bfloat16)
+    other_layers._hit_whole_blocks(cache, 128, layout)
+    assert (layout.tail_tokens, cache.mamba_block_size, cache.prefix_match_unit) == (16, 128, unit)
+    state = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=128, mamba_cache_mode="align")
+    codes = FullAttentionSpec(**HEADS, block_size=128)
+    groups = [KVCacheGroupSpec([], spec) for spec in (state, codes, tail_spec(a_setup(15), layout, torch.bfloat16))]
+    managers = [MambaManager, FullAttentionManager, LexicoTailManager]
+    assert not partial_hash_hits_enabled(groups, cache.prefix_match_unit, 1, managers)
+    assert partial_hash_hits_enabled(groups, layout.tail_tokens, 1, managers)
 
 
 def test_a_state_needs_no_padding_and_is_kept_where_blocks_of_codes_end(monkeypatch):

@@ -19,7 +19,7 @@ from vllm_lexico.serve.state_blocks import States
 
 SPARSITIES = (31, 23, 15, 11, 7)
 SETTINGS = LexicoConfig()
-PLAIN_BLOCK_TOKENS = 16  # of a page without LEXICO, and the smallest that FlashAttention reads
+PLAIN_BLOCK_TOKENS = state_blocks.SMALLEST_PAGE  # of a page without LEXICO
 # A code of half the bytes is what fp8 takes; below a sixteenth nothing was measured.
 LARGEST_SHARE, SMALLEST_SHARE = 1 / 2, 1 / 16
 CONCURRENT_BATCHES = 2  # asynchronous scheduling, which vLLM switches on by itself
@@ -118,7 +118,8 @@ def _beside_states(shape: ModelShape, sparsity: int, load: Load, state_bytes: in
         size: state_blocks.count_blocks(layout, coded, kept, load.max_model_len, tail_pages(layout, load))
         for size, layout in layouts.items()
     }
-    tokens = state_blocks.block_tokens(counted)
+    plain_tokens = state_blocks.plain_block_tokens(state_bytes, _raw_token_bytes(shape.heads, load))
+    tokens = state_blocks.block_tokens(counted, plain_tokens)
     layout, blocks = layouts[tokens], counted[tokens]
     token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
     return Plan(blocks.block_bytes, token_bytes, blocks.codes, blocks.tail + blocks.states)
@@ -132,7 +133,7 @@ def plain_plan(shape: ModelShape, load: Load) -> Plan:
     )
     if shape.keeps_states and (state := shape.state_bytes(load.gpus)):
         # A page holds a state, so blocks of attention are as large as that.
-        page_bytes = max(page_bytes, -(-state // (PLAIN_BLOCK_TOKENS * raw)) * PLAIN_BLOCK_TOKENS * raw)
+        page_bytes = max(page_bytes, state_blocks.plain_block_tokens(state, raw) * raw)
     block_tokens = page_bytes // (PLAIN_BLOCK_TOKENS * raw) * PLAIN_BLOCK_TOKENS
     window = shape.binding_window(load.max_model_len)
     pages = -(-load.max_model_len // block_tokens)

@@ -33,7 +33,7 @@ from vllm_lexico.serve.tail_pages import tail_spec
 
 SLIDING_WINDOW = "sliding_window"  # what vLLM calls the kind of a layer with one
 # Tokens of the smallest pages that vLLM's own backends read.
-SMALLEST_PAGE_ON_CPU, SMALLEST_PAGE = 32, 16
+SMALLEST_PAGE_ON_CPU, SMALLEST_PAGE = 32, state_blocks.SMALLEST_PAGE
 
 
 def some_are_left(model: Any) -> bool:
@@ -75,11 +75,11 @@ def leave(vllm_config: Any) -> None:
 def _hit_whole_blocks(cache: Any, block_tokens: int, layout: CodeLayout) -> None:
     """Have prefix-cache hits end at whole blocks of codes, and states be kept there.
 
-    vLLM takes hits inside of blocks beside states unless the pages of some group are no multiple of whole units; so
-    its unit is half of a tail page.
+    Beside states vLLM takes hits inside of blocks, where codes may be missing, if the pages of every other group are
+    one unit or may be cut. A tail page may not, so the unit is half of one, or a smaller one that the user asks for.
     """
     cache.mamba_block_size = block_tokens
-    if getattr(cache, "prefix_match_unit", None) is None:
+    if getattr(cache, "prefix_match_unit", None) in (None, layout.tail_tokens):
         cache.prefix_match_unit = max(layout.tail_tokens // 2, 1)
 
 
@@ -132,11 +132,12 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
     counted = {size: count(size) for size in refusals.STATE_BLOCK_SIZES}
+    raw_token_bytes = 2 * model.get_head_size() * heads * model.dtype.itemsize
+    best = state_blocks.block_tokens(counted, state_blocks.plain_block_tokens(state_bytes, raw_token_bytes))
     if given is None:
-        return state_blocks.block_tokens(counted)
+        return best
     layout = setup.layout(model.get_head_size(), heads, given, model.dtype)
     if 2 * layout.page_bytes * setup.beside_states < state_bytes:
-        best = state_blocks.block_tokens(counted)
         reason = f"--block-size {given} is too small beside states of {state_bytes:,} bytes; leave it out for {best}"
         raise ValueError(refusals.as_sentence([reason]))
     return given

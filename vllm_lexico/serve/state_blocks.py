@@ -11,6 +11,8 @@ from typing import NamedTuple
 from lexico_kernels.memory.layout import CodeLayout
 
 NEARLY = 1.1  # of two that cost the same within a tenth the smaller is taken
+DEARER = 1.25  # what blocks may cost that are no larger than vLLM's own, so that prefix-cache hits are no shorter
+SMALLEST_PAGE = 16  # tokens, of vLLM's own backends on GPUs
 
 
 class States(NamedTuple):
@@ -58,14 +60,31 @@ def count_blocks(
     return StateBlocks(block_bytes, codes, tail_pages, of_states)
 
 
-def block_tokens(counted: Mapping[int, StateBlocks]) -> int:
+def plain_block_tokens(state_bytes: int, raw_token_bytes: int) -> int:
+    """Tokens of a block of attention beside states without LEXICO: vLLM makes a page as large as a state.
+
+    Args:
+        state_bytes: of a layer.
+        raw_token_bytes: of a token's keys and values in a layer.
+    """
+    return SMALLEST_PAGE * -(-state_bytes // (SMALLEST_PAGE * raw_token_bytes))
+
+
+def block_tokens(counted: Mapping[int, StateBlocks], plain_tokens: int) -> int:
     """Tokens of a block with which a request takes hardly more than with any: the fewest of these.
 
     Small blocks leave a part of each block of codes empty, large ones a part of each block of states; prefix-cache
-    hits end at whole blocks.
+    hits end at whole blocks. So blocks larger than vLLM's own are taken only where smaller ones would cost too much.
 
     Args:
         counted: by a block's tokens.
+        plain_tokens: of vLLM's own, from `plain_block_tokens`.
     """
     least = min(blocks.request_bytes for blocks in counted.values())
-    return min(tokens for tokens, blocks in counted.items() if blocks.request_bytes <= NEARLY * least)
+    best = min(tokens for tokens, blocks in counted.items() if blocks.request_bytes <= NEARLY * least)
+    as_small = [
+        tokens
+        for tokens, blocks in counted.items()
+        if tokens <= plain_tokens and blocks.request_bytes <= DEARER * least
+    ]
+    return max(as_small) if as_small and best > plain_tokens else best
