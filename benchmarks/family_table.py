@@ -50,17 +50,18 @@ def main() -> None:
     print(args.readme)
 
 
-def replaced(text: str, table: str) -> str:
+def replaced(text: str, table: str, start_mark: str = START, end_mark: str = END) -> str:
     """A page with the table between its marks.
 
     Raises:
         ValueError: it has not one of each mark, the first before the second.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end) or START in rest or END in before + after:
-        raise ValueError(f"the page was given without one {START} and one {END} after it; put them around the table")
-    return f"{before}{START}\n{table}\n{END}{after}"
+    before, start, rest = text.partition(start_mark)
+    _, end, after = rest.partition(end_mark)
+    if not (start and end) or start_mark in rest or end_mark in before + after:
+        words = f"one {start_mark} and one {end_mark} after it"
+        raise ValueError(f"the page was given without {words}; put them around the table")
+    return f"{before}{start_mark}\n{table}\n{end_mark}{after}"
 
 
 def make_table() -> str:

@@ -4,7 +4,8 @@
 
 MODEL is a folder. It is served from a copy, of links, whose rotary embedding differs by a hair, so that no dictionary
 of the model is found, and with a cache folder of its own. Writes `start_seconds`, from the command to the first answer
-of `/health`, to benchmarks/results/engine.jsonl; bf16 is started twice, and its second start is the peer.
+of `/health`, to benchmarks/results/engine.jsonl; bf16 is started twice, and its second start is the peer. Prints what
+the log says of the dictionary. --order starts the servers in another order, --budget none after so many seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,10 @@ from vllm_lexico.processes import stop
 
 HAIR = 1.0001  # what the base of the rotary embedding is multiplied with
 TRAIN = json.dumps({"lexico": {"dictionary": "train"}})
-STARTS = ("bf16, first", "bf16", "lexico, first", "lexico")
+STARTS = {"bf16-first": "bf16, first", "bf16": "bf16", "lexico-first": "lexico, first", "lexico": "lexico"}
+SAID = re.compile(
+    r"no dictionary for|trained the dictionary|vLLM started|vLLM cannot|train_seconds|round \d+/\d+|LEXICO:"
+)
 
 
 def strange_copy(model: Path, out: Path) -> Path:
@@ -92,6 +97,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8124, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=900, help="that a start may take (default: %(default)s)")
+    parser.add_argument("--order", nargs="+", choices=STARTS, default=list(STARTS), help="(default: %(default)s)")
+    parser.add_argument("--budget", type=float, help="seconds after which no other start begins (default: none)")
     parser.add_argument("--serve-arguments", default="--max-model-len 4096", help="more arguments of `vllm serve`")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
     args = parser.parse_args()
@@ -106,13 +113,25 @@ def main() -> None:
 def measure(args: argparse.Namespace, model: Path, cache: Path) -> None:
     """Start each, print and record."""
     took: dict[str, float] = {}
-    for name in STARTS:
-        took[name] = start(model, name.startswith("lexico"), args, args.logs / f"{name.replace(', ', '-')}.log", cache)
-        print(f"{name}: {took[name]:.1f} s", flush=True)
-        case = {"model": args.name, "start": name, "serve_arguments": args.serve_arguments, "setting": "train"}
-        peer = ("bf16", took["bf16"]) if name.startswith("lexico") else (None, None)
-        record("engine", case, "start_seconds", took[name], *peer, folder=args.out)
-    print(f"second start: {took['lexico'] - took['bf16']:+.1f} s beside bf16's")
+    began = time.monotonic()
+    try:
+        for short in args.order:
+            if args.budget is not None and time.monotonic() - began > args.budget:
+                print(f"{short}: not started, as {args.budget:.0f} s are over", flush=True)
+                break
+            name, log = STARTS[short], args.logs / f"{short}.log"
+            took[name] = start(model, short.startswith("lexico"), args, log, cache)
+            print(f"{name}: {took[name]:.1f} s", flush=True)
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                if short.startswith("lexico") and SAID.search(line):
+                    print(f"  {line[:200]}")
+    finally:  # what was measured before one that failed, too
+        for name, seconds in took.items():
+            case = {"model": args.name, "start": name, "serve_arguments": args.serve_arguments, "setting": "train"}
+            peer = ("bf16", took["bf16"]) if name.startswith("lexico") and "bf16" in took else (None, None)
+            record("engine", case, "start_seconds", seconds, *peer, folder=args.out)
+    if {"lexico", "bf16"} <= took.keys():
+        print(f"second start: {took['lexico'] - took['bf16']:+.1f} s beside bf16's")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
     python benchmarks/training.py MODEL --name ORG/MODEL --file OUT.safetensors -- --data books.jsonl.xz --atoms 4096
 
+    python benchmarks/training.py FOLDER --shape llama-3.1-8b --tokenizer MODEL --name random --file OUT.safetensors
+
+The second writes a model of random weights of that shape into FOLDER first, which is not timed, with another model's
+tokenizer, of no more tokens: what it writes means nothing, and takes as long as if it did.
+
 What follows -- goes to `vllm-lexico train`. Writes `train_seconds` to benchmarks/results/dictionary.jsonl, and with
 --predict a second row for the shape of Llama-3.1-8B, with how it was predicted.
 """
@@ -18,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench.record import RESULTS, record
+from bench.shapes import LLAMA_3_1_8B, write_model, write_random_weights
 
 from vllm_lexico.dictionary.file import load_dictionary
 
@@ -26,8 +32,16 @@ HOW = (
     "learning by the layers, the rest as measured"
 )
 KEPT = re.compile(r"kept (\d+) tokens in ([\d.]+) s of reading, made (\d+) codes in ([\d.]+) s")
+# The same for a try on a CPU.
+SMALL = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 # Llama-3.1-8B: layers, KV heads, and weights that a token is multiplied with (without embedding and head).
 LLAMA_8B_LAYERS, LLAMA_8B_HEADS, LLAMA_8B_WEIGHTS = 32, 8, 6.98e9
+
+
+SHAPES = {"llama-3.1-8b": LLAMA_3_1_8B, "llama-of-one-layer": LLAMA_3_1_8B | SMALL}
 
 
 def body_weights(model: str) -> int:
@@ -49,10 +63,16 @@ def main() -> None:
     parser.add_argument("model", help="a checkpoint's folder or hub id")
     parser.add_argument("--name", required=True, help="what the dictionary calls the model")
     parser.add_argument("--file", type=Path, required=True, help="the dictionary to write")
+    parser.add_argument("--shape", choices=SHAPES, help="of a model of random weights to write into MODEL first")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the model whose tokenizer it gets")
     parser.add_argument("--predict", action="store_true", help="predict the time for the shape of Llama-3.1-8B")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, rest = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    if args.shape:
+        folder = write_model(Path(args.model), SHAPES[args.shape])
+        written = write_random_weights(folder, args.tokenizer)
+        print(f"wrote {written / 2**30:.1f} GiB of random weights into {folder}", flush=True)
     command = [sys.executable, "-m", "vllm_lexico.cli", "train", args.model, "--name", args.name, "--out"]
     started = time.monotonic()
     process = subprocess.Popen([*command, str(args.file), *rest], stdout=subprocess.PIPE, text=True)
@@ -69,9 +89,11 @@ def main() -> None:
     _, reading, codes, learning = (float(number) for number in kept.groups())
     case = {
         "model": args.name, "layers": shape.num_layers, "atoms": info.atoms, "atom_bits": info.atom_bits,
-        "shared": dictionary.shared, "data": info.data, "vectors": info.vectors_seen,
+        "shared": dictionary.shared, "data": info.data, "vectors": info.vectors_seen, "recipe": info.recipe,
         "reading_seconds": reading, "learning_seconds": learning, "codes": int(codes),
     }  # fmt: skip
+    if args.shape:
+        case |= {"weights": "random", "shape": args.shape}
     record("dictionary", case, "train_seconds", seconds, folder=args.out)
     print(f"train_seconds {seconds:.1f}: reading {reading:.1f}, learning {learning:.1f}")
     if args.predict:

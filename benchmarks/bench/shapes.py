@@ -51,6 +51,39 @@ def write_model(folder: Path, config: dict[str, Any], num_layers: int | None = N
     return folder
 
 
+def write_random_weights(model: Path, tokenizer: Path | None = None, shards: int = 8) -> int:
+    """Write weights into a folder of `write_model`, drawn on the GPU where there is one; returns their bytes.
+
+    tokenizer: folder of a model whose tokenizer, of no more tokens, is copied.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with no_init_weights(), torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    names = {name: weight.shape for name, weight in built.named_parameters()}
+    files = {name: f"model-{at * shards // len(names) + 1:05d}.safetensors" for at, name in enumerate(names)}
+    torch.manual_seed(0)
+    written = 0
+    for file in dict.fromkeys(files.values()):
+        tensors = {}
+        for name in [name for name in names if files[name] == file]:
+            shape, norm = names[name], len(names[name]) == 1
+            drawn = torch.ones(shape, device=device) if norm else torch.randn(shape, device=device) / shape[1] ** 0.5
+            tensors[name] = drawn.bfloat16().cpu()
+        save_file(tensors, model / file, metadata={"format": "pt"})
+        written += sum(tensor.nbytes for tensor in tensors.values())
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": written}, "weight_map": files})
+    )
+    for path in sorted(tokenizer.iterdir()) if tokenizer is not None else ():
+        if path.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
+            (model / path.name).write_bytes(path.read_bytes())
+    return written
+
+
 def write_random_dictionary(model: Path, atoms: int = 4096, seed: int = 0) -> Path:
     """Write a dictionary of random atoms, each KV head's own, for the model in a folder, beside its config.json."""
     from transformers import AutoConfig

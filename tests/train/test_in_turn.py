@@ -124,7 +124,8 @@ def test_on_a_gpu_layers_come_from_host_memory(tiny_model):
     texts = torch.randint(60, (5, 32), generator=torch.Generator().manual_seed(3))
     whole, turned = (load_model(str(tiny_model), "cuda", "float32", in_turn=in_turn) for in_turn in (False, True))
     kept = [capture(model, texts, 16, [0, 1], (2, 16), 1, 2) for model in (whole, turned)]
-    assert kept[1].is_cuda and torch.equal(*kept)
+    assert kept[1].is_cuda
+    torch.testing.assert_close(*kept, atol=1e-5, rtol=1e-5)  # threads have cuBLAS handles of their own
     assert {weight.device.type for part in turns_layers(turned) for weight in part.parameters()} == {"cpu"}
     assert turned.device.type == "cuda" and turned.dtype == torch.float32
 

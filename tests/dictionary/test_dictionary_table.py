@@ -1,0 +1,35 @@
+"""The table of bundled dictionaries: what the command writes, from files and rows alone."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def table(import_benchmark):
+    return import_benchmark("dictionary_table")
+
+
+def test_the_page_has_the_table_that_is_written(table, root):
+    page = (root / "dictionaries" / "README.md").read_text(encoding="utf-8")
+    made = table.make_table(root / "dictionaries", root / "benchmarks" / "results")
+    assert table.replaced(page, made, table.START, table.END) == page, "run python benchmarks/dictionary_table.py"
+    assert len(made.splitlines()) == 2 + len(list((root / "dictionaries").glob("*.safetensors")))
+
+
+def test_a_line_says_what_the_file_and_the_newest_rows_say(table, make_dictionary, tmp_path):
+    made = make_dictionary()
+    made.info.errors.update(key={"15": [0.1, 0.3]}, value={"15": [0.25, 0.5]})
+    made.save(tmp_path / "d.safetensors")
+    case = {"text": "wikitext", "codec": "packed16", "dictionary": "d.safetensors", "sparsity": 15}
+    rows = [
+        {"metric": "perplexity_ratio", "case": case, "value": 1.5},
+        {"metric": "perplexity_ratio", "case": case, "value": 1.25},
+        {"metric": "perplexity_ratio", "case": case | {"dictionary": "e.safetensors"}, "value": 3.0},
+        {"metric": "perplexity_ratio", "case": case | {"text": "code"}, "value": 4.0},
+        {"metric": "energy_lost", "case": case, "value": 5.0},
+    ]
+    (tmp_path / "dictionary.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = table.make_table(tmp_path, tmp_path).splitlines()[2]
+    assert line.endswith("| 0.2000, 0.3750 | 1.250, no row |")
+    assert line.startswith("| d.safetensors, ") and f"| {made.info.model_name} |" in line
