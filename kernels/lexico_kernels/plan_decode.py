@@ -204,7 +204,7 @@ def plan_codes(
     T, B = out.token_request.shape[0], seq_lens.shape[0]
     if T == 0:
         return
-    _plan_codes[(triton.cdiv(T, PLAN_CODES.own),)](
+    _plan_codes[(-(-T // PLAN_CODES.own),)](
         query_start_loc,
         seq_lens,
         block_table,
@@ -245,7 +245,7 @@ def plan_tail(
         block_tokens, tail_tokens, window_tokens, sink_end: of `coding_plan.raw_starts`.
     """
     B, M = seq_lens.shape[0], source.shape[0]
-    grid = triton.cdiv(M, PLAN_TAIL_JOBS.tile) + triton.cdiv(B, PLAN_TAIL_REQUESTS)
+    grid = -(-M // PLAN_TAIL_JOBS.tile) - (-B // PLAN_TAIL_REQUESTS)
     _plan_tail[(grid,)](
         query_start_loc,
         seq_lens,
