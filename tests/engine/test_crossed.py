@@ -1,7 +1,7 @@
 """Families of models crossed with settings that interact: with the exact codec none of them changes an answer.
 
-Windows with learned sinks, soft caps, chunks, and Mamba2 with experts; in each an engine whose pool is taken away while
-requests are answered. `python benchmarks/family_exact.py` crosses every family with every setting.
+Windows with learned sinks, soft caps, no positions, chunks, Mamba2 with experts and beside each coded layer; in each an
+engine whose pool is taken away while requests are answered. `python benchmarks/family_exact.py` crosses every family with every setting.
 """
 
 import pytest
@@ -17,6 +17,8 @@ CROSSED = {  # vLLM's build for CPUs has no kernel for drafts beside states
     "Gemma 2": "few pages, small chunks, window hits",
     "Llama 4": "drafts in small chunks, few pages",
     "Granite 4": "few pages, small chunks, window hits",
+    "Falcon-H1": "few pages",
+    "Cohere2": "drafts in small chunks, few pages",
 }
 
 
