@@ -1,7 +1,8 @@
 """Families of models crossed with settings that interact: with the exact codec none of them changes an answer.
 
 Windows with learned sinks, soft caps, no positions, chunks, Mamba2 with experts and beside each coded layer; in each an
-engine whose pool is taken away while requests are answered. `python benchmarks/family_exact.py` crosses every family with every setting.
+engine whose pool is taken away while requests are answered. `python benchmarks/family_exact.py` crosses every family
+with every setting.
 """
 
 import pytest
