@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from vllm_lexico.train.capture import load_model
 from vllm_lexico.train.quantized import mxfp4, spread
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import HEADS, write_family
 
 GROUP = 32
 E4M3 = torch.float8_e4m3fn
@@ -214,3 +219,39 @@ def test_scales_of_blocks_are_spread_over_what_they_belong_to():
     assert spread(scale, torch.Size((4, 4)), None).tolist()[1] == [1, 1, 2, 2]
     assert spread(torch.tensor(5.0), torch.Size((4, 4)), (2, 2)).tolist() == [[5]]
     assert spread(torch.tensor([1.0, 2.0]), torch.Size((2, 4)), None).tolist() == [[1], [2]]
+
+
+def test_the_experts_of_a_quantized_checkpoint_are_read(tmp_path):
+    """Kept one by one, as Qwen3's in FP8 are; transformers has them in one tensor."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    few = {"moe_intermediate_size": 16, "num_experts": 3, "num_experts_per_tok": 2}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**HEADS | few)).save_pretrained(tmp_path / "plain")
+    expected = quantize(tmp_path / "plain", tmp_path / "fp8", *CASES["fp8-blocks"])
+    assert sum(".experts.2." in name for name in expected) == 3 * HEADS["num_hidden_layers"]
+    weights = load_file(tmp_path / "plain" / "model.safetensors") | expected
+    save_file(weights, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(60, (1, 20), generator=torch.Generator().manual_seed(2))
+    plain, read = (load_model(str(tmp_path / name), "cpu", "float32") for name in ("plain", "fp8"))
+    torch.testing.assert_close(read(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_in_mxfp4_are_read(tmp_path):
+    """As gpt-oss has them; what else it has is in its own dtype."""
+    folder = write_family("gpt-oss", tmp_path)
+    generator, expected = torch.Generator().manual_seed(0), {}
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, out = weights.pop(name).shape
+        weights[f"{name}_blocks"] = torch.randint(256, (experts, out, inner // 32, 16), generator=generator).byte()
+        weights[f"{name}_scales"] = torch.randint(118, 124, (experts, out, inner // 32), generator=generator).byte()
+        expected[name] = mxfp4(weights[f"{name}_blocks"], weights[f"{name}_scales"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    (folder / "config.json").write_text(json.dumps(config | scheme))
+    got = dict(load_model(str(folder), "cpu", "float32").named_parameters())
+    assert len(expected) == 2 * HEADS["num_hidden_layers"]
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor)
