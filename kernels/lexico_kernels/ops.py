@@ -98,6 +98,7 @@ def sparse_decode(
     scale: float,
     out: Tensor | None = None,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history, with its log-sum-exp; see `reference.sparse_decode`."""
     decode = reference.sparse_decode
@@ -105,7 +106,8 @@ def sparse_decode(
         from lexico_kernels.sparse_decode import lookup, portable
 
         decode = lookup.sparse_decode if lookup.supports(query, cache, tables) else portable.sparse_decode
-    return decode(query, cache, tables, token_request, token_seq_len, scale=scale, out=out, soft_cap=soft_cap)
+    step = query, cache, tables, token_request, token_seq_len
+    return decode(*step, scale=scale, out=out, soft_cap=soft_cap, sinks=sinks)
 
 
 def reconstruct(

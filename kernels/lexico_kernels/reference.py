@@ -88,6 +88,7 @@ def sparse_decode(
     scale: float,
     out: Tensor | None = None,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of single tokens over coded and raw history.
 
@@ -100,6 +101,7 @@ def sparse_decode(
         scale: of the scores before softmax.
         out: [T, Hq, D] in the query's dtype, filled if given.
         soft_cap: scaled scores become soft_cap * tanh(score / soft_cap); 0 leaves them.
+        sinks: [Hq], a score of each head that takes its share of the weight and has no value; not in lse.
 
     Returns:
         out, and lse float32 [T, Hq]: natural log of the sum of exponentials of the scores, scaled and capped.
@@ -121,9 +123,11 @@ def sparse_decode(
             scores = soft_cap * torch.tanh(scores / soft_cap)
         hidden = torch.arange(stop, device=query.device) >= lengths[:, None]
         scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        attended = torch.einsum("thgn,nhd->thgd", scores.softmax(-1), values)
-        out[rows] = attended.reshape(len(rows), Hq, D).to(out.dtype)
+        attended = torch.einsum("thgn,nhd->thgd", scores.softmax(-1), values).reshape(len(rows), Hq, D)
         lse[rows] = scores.logsumexp(-1).view(len(rows), Hq)
+        if sinks is not None:
+            attended = attended * (lse[rows] - sinks).sigmoid()[..., None]
+        out[rows] = attended.to(out.dtype)
     return out, lse
 
 

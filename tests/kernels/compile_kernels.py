@@ -117,8 +117,10 @@ def main() -> None:
         query = torch.zeros(1, 32, head_dim, dtype=dtype)
         step = (cache, tables, *torch.zeros(2, 1, dtype=torch.int32))
         decode.sparse_decode(query, *step, scale=0.1)
+        decode.sparse_decode(query, *step, scale=0.1, sinks=query[0, :, 0].contiguous())
         if codec == "packed16" and dtype in lookup.DTYPES:
             lookup.sparse_decode(query, *step, scale=0.1)
+            lookup.sparse_decode(query, *step, scale=0.1, sinks=query[0, :, 0].contiguous())
             lookup.sparse_decode(query.repeat(1, 2, 1)[:, :56], *step, scale=0.1)
         if head_dim == 256:  # Gemma 2's
             decode.sparse_decode(query, *step, scale=0.1, soft_cap=50.0)

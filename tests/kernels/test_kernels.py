@@ -177,15 +177,15 @@ def test_omp_encode_skips_everything(device):
     assert (cache.code_pages == 0xFF).all()
 
 
-def check_decode(problem, request, lengths, heads, device, dtype=DTYPE, soft_cap=0.0):
+def check_decode(problem, request, lengths, heads, device, dtype=DTYPE, soft_cap=0.0, sinks=None):
     request = torch.tensor(request, dtype=torch.int32, device=device)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     query = queries(len(lengths), heads, problem.cache.layout, dtype, device)
     args = (query, problem.cache, problem.tables, request, lengths)
     scale = problem.cache.layout.head_dim**-0.5
-    want, want_lse = reference.sparse_decode(*args, scale=scale, soft_cap=soft_cap)
+    want, want_lse = reference.sparse_decode(*args, scale=scale, soft_cap=soft_cap, sinks=sinks)
     out = torch.full((*query.shape[:2], 2 * query.shape[2]), POISON, dtype=dtype, device=device)[..., : query.shape[2]]
-    given, lse = decode.sparse_decode(*args, scale=scale, out=out, soft_cap=soft_cap)
+    given, lse = decode.sparse_decode(*args, scale=scale, out=out, soft_cap=soft_cap, sinks=sinks)
     assert given is out
     assert_close(out, want, "attention", dtype)
     assert_close(lse, want_lse, "lse", dtype)
@@ -220,6 +220,12 @@ def test_sparse_decode_shapes(D, S, dtype, device):
 def test_sparse_decode_with_a_soft_cap(codec, device):
     problem = random_problem(layout(codec=codec), [70], device=device)
     check_decode(problem, [0], [70], 4, device, soft_cap=0.7)
+
+
+def test_sparse_decode_beside_learned_sinks(device):
+    problem = random_problem(layout(), [70], dtype=DTYPE, device=device)
+    sinks = torch.linspace(-2, 6, 6).to(device, torch.bfloat16)
+    check_decode(problem, [0, 0, 0], [70, 3, 0], 6, device, sinks=sinks)
 
 
 def test_sparse_decode_several_tokens_of_a_request_and_padding(device):

@@ -97,16 +97,16 @@ def on_any_device(monkeypatch, device, kernels_on_cpu):
     forget_shapes()
 
 
-def check(problem, request, lengths, heads, device, dtype=torch.float16, soft_cap=0.0):
+def check(problem, request, lengths, heads, device, dtype=torch.float16, soft_cap=0.0, sinks=None):
     request = torch.tensor(request, dtype=torch.int32, device=device)
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(9)
     query = torch.randn(len(lengths), heads, problem.cache.layout.head_dim, generator=generator).to(device, dtype)
     args = (query, problem.cache, problem.tables, request, lengths)
-    want, want_lse = reference.sparse_decode(*args, scale=0.1, soft_cap=soft_cap)
+    want, want_lse = reference.sparse_decode(*args, scale=0.1, soft_cap=soft_cap, sinks=sinks)
     out = torch.full((*query.shape[:2], 2 * query.shape[2]), torch.nan, dtype=dtype, device=device)
     out = out[..., : query.shape[2]]
-    given, lse = lookup.sparse_decode(*args, scale=0.1, out=out, soft_cap=soft_cap)
+    given, lse = lookup.sparse_decode(*args, scale=0.1, out=out, soft_cap=soft_cap, sinks=sinks)
     assert given is out
     assert_close(out, want, "attention", dtype)
     assert_close(lse, want_lse, "lse", dtype)
@@ -162,6 +162,11 @@ def test_soft_cap(device, on_any_device):
     problem = random_problem(layout(), [130], atoms=64, device=device, raw_tokens=40)
     _, lse = check(problem, [0], [130], 8, device, soft_cap=0.7)
     assert (lse < math.log(130) + 0.7).all()  # no score is above the cap
+
+
+def test_learned_sinks(device, on_any_device):
+    problem = random_problem(layout(), [130], atoms=64, device=device, raw_tokens=40)
+    check(problem, [0, 0], [130, 0], 8, device, sinks=torch.linspace(-2, 8, 8, device=device))
 
 
 def test_more_query_heads_than_one_pass_serves(device, on_any_device):

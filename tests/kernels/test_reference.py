@@ -216,14 +216,15 @@ def test_a_token_survives_the_pages(codec):
     assert (untouched == 0xFF).all()
 
 
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1, 4, 6)], ids=["", "sinks"])
 @pytest.mark.parametrize("soft_cap", [0.0, 0.7])
-def test_attention_is_softmax_over_the_reconstructed_history(soft_cap):
+def test_attention_is_softmax_over_the_reconstructed_history(soft_cap, sinks):
     layout = CodeLayout(64, 2, 5, 5, block_tokens=32, element_bytes=4)
     problem = random_problem(layout, [50, 0, 33], dtype=torch.float32)
     query = torch.randn(4, 6, 64)
     request, lengths = torch.tensor([2, 0, 0, 1]).int(), torch.tensor([33, 50, 49, 0]).int()
     inputs = (query, problem.cache, problem.tables, request, lengths)
-    out, lse = reference.sparse_decode(*inputs, scale=0.1, soft_cap=soft_cap)
+    out, lse = reference.sparse_decode(*inputs, scale=0.1, soft_cap=soft_cap, sinks=sinks)
     key, value = torch.empty(2, 49, 2, 64)
     position = torch.arange(49, dtype=torch.int32)
     reference.reconstruct(problem.cache, problem.tables, torch.zeros_like(position), position, key, value)
@@ -232,7 +233,8 @@ def test_attention_is_softmax_over_the_reconstructed_history(soft_cap):
         if soft_cap:
             ratio = (2 * scores / soft_cap).exp()
             scores = soft_cap * (ratio - 1) / (ratio + 1)
-        torch.testing.assert_close(out[2, head], scores.softmax(0) @ value[:, head // 3])
         torch.testing.assert_close(lse[2, head], scores.logsumexp(0))
+        weights = scores if sinks is None else torch.cat([scores, sinks[head : head + 1]])
+        torch.testing.assert_close(out[2, head], weights.softmax(0)[:49] @ value[:, head // 3])
     assert (out[3] == 0).all()
     assert (lse[3] == -torch.inf).all()

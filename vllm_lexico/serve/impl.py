@@ -184,7 +184,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
-            _, lse = ops.sparse_decode(
+            ops.sparse_decode(
                 query[rows],
                 cache,
                 tables,
@@ -192,9 +192,9 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 step.token_seq_len[rows],
                 scale=self.scale,
                 soft_cap=self.soft_cap,
+                sinks=self.sinks,
                 out=output[rows],
             )
-            self._weigh_against_sinks(output[rows], lse)
         if step.prefill is not None:
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
             self.attend_prefill(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])

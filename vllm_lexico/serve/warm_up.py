@@ -108,7 +108,7 @@ def decode(layer: Layer) -> None:
         query = layer.vectors(tokens, impl.num_heads)
         request, seq_len = torch.zeros(2, tokens, dtype=torch.int32, device=query.device)
         step = layer.cache, layer.tables, request.clone(), seq_len.clone()
-        ops.sparse_decode(query, *step, scale=impl.scale, soft_cap=impl.soft_cap)
+        ops.sparse_decode(query, *step, scale=impl.scale, soft_cap=impl.soft_cap, sinks=impl.sinks)
 
 
 def prefill(layer: Layer) -> None:
@@ -163,7 +163,8 @@ class Kind:
             for book in (cache.key, cache.value)
             for tensor in (*book.tensors, book.atoms if book.fp8_atoms is None else book.fp8_atoms)
         ]
-        return cls(layer, (impl.num_heads, impl.soft_cap, cache.layout, *pages, *books))
+        sinks = impl.sinks is not None and (impl.sinks.dtype, impl.sinks.data_ptr() % 16)
+        return cls(layer, (impl.num_heads, impl.soft_cap, sinks, cache.layout, *pages, *books))
 
 
 class _Kernels(VllmJitKernel[Kind]):

@@ -77,6 +77,7 @@ def sparse_decode(
     scale: float,
     out: Tensor | None = None,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.sparse_decode`, where `supports` says so. Scratch: of `Shape.slice_tokens` tokens."""
     T, Hq, _ = query.shape
@@ -95,7 +96,7 @@ def sparse_decode(
         prepare(shape, scratch, query[rows], cache, tables, request, seq_len, scale * LOG2_E)
         attend_codes(shape, scratch, cache, tables, request)
         multiply_bins(shape, scratch, cache, len(request))
-        merge(shape, scratch, cache, out[rows], lse[rows])
+        merge(shape, scratch, cache, out[rows], lse[rows], sinks)
     return out, lse
 
 
@@ -231,7 +232,9 @@ def _stats_stride(shape: Shape, num_tokens: int) -> int:
     return num_tokens * shape.token_passes * shape.row * shape.max_splits
 
 
-def merge(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor) -> None:
+def merge(
+    shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor, sinks: Tensor | None = None
+) -> None:
     """Codes and tail into out and lse."""
     lookup_merge.merge[(out.shape[0], shape.num_heads)](
         scratch["chunk_out"],
@@ -241,6 +244,7 @@ def merge(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tens
         scratch["offset"],
         Book(*cache.value.tensors),
         Partial(scratch["tail_out"], scratch["tail_lse"]),
+        sinks,
         Rows.of(out),
         lse,
         shape.max_splits,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lexico_kernels.device.records import load_of_head
-from lexico_kernels.sparse_decode.softmax import LN_2
+from lexico_kernels.sparse_decode.softmax import LN_2, weighed_against_sink
 
 
 class MergeTiles(NamedTuple):
@@ -28,6 +28,7 @@ def merge(
     offset_ptr,
     book,
     tail,
+    sinks_ptr,
     out,
     lse_ptr,
     max_splits,
@@ -77,6 +78,8 @@ def merge(
     splits = tail.out + (padded * TAIL_SPLITS + split)[:, None] * D + dims[None, :]
     acc += tl.sum(tl.load(splits, mask=(dims < D)[None, :], other=0.0) * weights[:, None], 0)
     merged = acc / tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf"))
+    merged = weighed_against_sink(merged, lse, sinks_ptr, query_head)
     target = out.data + token * out.token_stride + query_head * out.head_stride + dims
     tl.store(target, merged.to(out.data.dtype.element_ty), mask=dims < D)
-    tl.store(lse_ptr + token * Hq + query_head, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))
+    tl.store(lse_ptr + token * Hq + query_head, lse)

@@ -18,7 +18,15 @@ from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
 from lexico_kernels.device.launch import DECODE, DECODE_SPLITS, MERGE, MIN_SPLIT_TOKENS
 from lexico_kernels.device.records import decode_tile, load_of_head, page_start
 from lexico_kernels.memory.pages import LayerCache, RequestTables
-from lexico_kernels.sparse_decode.softmax import LN_2, LOG2_E, attend, attend_raw, empty_state, load_queries
+from lexico_kernels.sparse_decode.softmax import (
+    LN_2,
+    LOG2_E,
+    attend,
+    attend_raw,
+    empty_state,
+    load_queries,
+    weighed_against_sink,
+)
 
 
 class Splits(NamedTuple):
@@ -123,24 +131,26 @@ def _decode_split(
 
 
 @triton.jit
-def _merge(split_out_ptr, split_lse_ptr, out, lse_ptr, SIZES: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(split_out_ptr, split_lse_ptr, sinks_ptr, out, lse_ptr, SIZES: tl.constexpr, SPLITS: tl.constexpr):
     """Out and natural log-sum-exp of one query head. Splits without tokens have -inf and undefined output."""
     D: tl.constexpr = SIZES.D
     D_PAD: tl.constexpr = SIZES.D_PAD
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims, splits = tl.arange(0, D_PAD), tl.arange(0, SPLITS)
     row = token * tl.num_programs(1) + head
-    lse = tl.load(split_lse_ptr + row * SPLITS + splits)
-    used = lse > -float("inf")
-    top = tl.max(lse, 0)
-    weight = tl.where(used, tl.exp2(lse - top), 0.0)
+    parts = tl.load(split_lse_ptr + row * SPLITS + splits)
+    used = parts > -float("inf")
+    top = tl.max(parts, 0)
+    weight = tl.where(used, tl.exp2(parts - top), 0.0)
     total = tl.sum(weight, 0)
     mask = used[:, None] & (dims < D)[None, :]
     values = tl.load(split_out_ptr + (row * SPLITS + splits)[:, None] * D + dims[None, :], mask=mask, other=0.0)
     merged = tl.sum(values * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf"))
+    merged = weighed_against_sink(merged, lse, sinks_ptr, head)
     target = out.data + token * out.token_stride + head * out.head_stride + dims
     tl.store(target, merged.to(out.data.dtype.element_ty), mask=dims < D)
-    tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf")))
+    tl.store(lse_ptr + row, lse)
 
 
 def sparse_decode(
@@ -153,6 +163,7 @@ def sparse_decode(
     scale: float,
     out: Tensor | None = None,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Triton version of `reference.sparse_decode`. Scratch: T * Hq * DECODE_SPLITS * (D + 1) floats."""
     T, Hq, D = query.shape
@@ -182,6 +193,6 @@ def sparse_decode(
         num_stages=DECODE.num_stages,
     )
     _merge[(T, Hq)](
-        split_out, split_lse, Rows.of(out), lse, SIZES=sizes, SPLITS=DECODE_SPLITS, num_warps=MERGE.num_warps
+        split_out, split_lse, sinks, Rows.of(out), lse, SIZES=sizes, SPLITS=DECODE_SPLITS, num_warps=MERGE.num_warps
     )
     return out, lse

@@ -21,6 +21,17 @@ def empty_state(G_PAD: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def weighed_against_sink(out, lse, sinks_ptr, query_head):
+    """What is left of a head's result beside a score whose value is nothing; all where there are no sinks.
+
+    lse: natural, of the scores behind the result.
+    """
+    if sinks_ptr is not None:
+        out *= tl.sigmoid(lse - tl.load(sinks_ptr + query_head).to(tl.float32))
+    return out
+
+
+@triton.jit
 def soft_capped(scores, CAP: tl.constexpr):
     """CAP * tanh(scores / CAP), both in base 2; the scores as they are where CAP is 0."""
     if CAP > 0:
