@@ -261,6 +261,8 @@ def mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         float32 [experts, in, out].
     """
     table = torch.tensor([*FP4, *(-number for number in FP4)], device=blocks.device)
-    numbers = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), -1).flatten(-2)
-    scaled = torch.ldexp(numbers, scales.int()[..., None] - MXFP4_BIAS)
-    return scaled.flatten(2).transpose(1, 2).contiguous()
+    experts = []
+    for block, scale in zip(blocks, scales, strict=True):  # of all at once the indices alone would fill a GPU
+        numbers = torch.stack((table[(block & 15).long()], table[(block >> 4).long()]), -1).flatten(-2)
+        experts.append(torch.ldexp(numbers, scale.int()[..., None] - MXFP4_BIAS).flatten(1).T)
+    return torch.stack(experts)
