@@ -44,8 +44,8 @@ class LexicoConfig:
     dictionary: a file or a Hugging Face id; None searches for one that was made for the model; "train" searches too,
         and trains one at the first start where there is none.
     sparsity: atoms per vector, the dial between memory and quality.
-    uneven: [low, high], atoms per vector of the layers that are asked little and of those that are asked much, as many
-        of these as the bytes of `sparsity` allow; None gives all the same. The dictionary has to say which they are.
+    uneven: [low, high], atoms per vector of KV heads that are asked little and of those that are asked much, as many of
+        these as the bytes of `sparsity` allow; None gives all the same. The dictionary has to say which they are.
     window: newest tokens kept in full precision; at least 63 are, since so many may wait to be coded.
     sinks: first tokens kept in full precision, rounded up to whole tail pages.
     relative_error: stop choosing atoms once the residual's norm falls below this share of the vector's (0 never does);
@@ -102,7 +102,7 @@ class LexicoConfig:
             allowed = (
                 f"[low, high], whole numbers with low < {mean.key} < high <= {MAX_SPARSITY}, and one sparsity for both"
             )
-            remedy = 'with "sparsity": 7, [3, 15] gives a third of the layers 15; leave it out to give all the same'
+            remedy = 'with "sparsity": 7, [3, 15] gives a third of the KV heads 15; leave it out to give all the same'
             raise ValueError(refusal("LEXICO setting uneven", given, allowed, remedy))
 
     @classmethod

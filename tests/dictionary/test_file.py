@@ -27,7 +27,7 @@ def test_round_trip(tmp_path, atom_bits, make_dictionary):
 @pytest.mark.parametrize("atom_bits", [4, 8])
 def test_codebook(atom_bits, make_dictionary):
     made = make_dictionary(atom_bits)
-    codebook = made.codebook(1, "value", 7, dtype=torch.bfloat16, heads=slice(1, 3))
+    codebook = made.codebook(1, "value", 7, dtype=torch.bfloat16, heads=(1, 2))
     assert codebook.atoms.dtype == torch.bfloat16 and codebook.atoms.shape == (1, 20, 16)
     assert not codebook.atoms[0, 0].any()
     torch.testing.assert_close(codebook.atoms[0, 1:].float().norm(dim=1), torch.ones(19), atol=5e-3, rtol=0)
@@ -46,7 +46,7 @@ def test_heads_may_have_atoms_of_their_own(atom_bits, tmp_path, make_dictionary)
     whole = dictionary.codebook(1, "key", 7)
     assert whole.atoms.shape == (3, 20, 16) and not whole.atoms[:, 0].any() and whole.head_stride == 20 * 16
     torch.testing.assert_close(whole.atoms, unit_atoms(unpack_atoms(made.tensors["key_atoms"][1], atom_bits)))
-    rank = dictionary.codebook(1, "key", 7, heads=slice(1, 3))
+    rank = dictionary.codebook(1, "key", 7, heads=(1, 2))
     assert torch.equal(rank.atoms, whole.atoms[1:]) and torch.equal(rank.mean, whole.mean[1:])
     assert torch.equal(rank.head(0).atoms[0], whole.atoms[1])
     used = dictionary.usage("key")

@@ -1,4 +1,4 @@
-"""Which layers get more atoms, from planted shares, in how many bytes."""
+"""Which KV heads get more atoms, from planted shares, in how many bytes."""
 
 import types
 
@@ -8,34 +8,70 @@ from lexico_kernels import CodeLayout
 
 from vllm_lexico.dictionary.uneven import uneven_sparsities
 
+SHARES = [
+    [0.9, 0.1, 0.2, 0.8],  # two of four, not side by side
+    [0.0, 0.0, 0.1, 0.0],
+    [0.7, 0.7, 0.7, 0.6],  # all, before any of the next
+    [0.3, 0.0, 0.5, 0.4],
+]
+
 
 @pytest.fixture
 def planted():
-    """What is read of a dictionary of six layers, of which 4 is asked most, then 1, then 5."""
-    shares = torch.tensor([0.1, 0.6, 0.2, 0.0, 0.7, 0.4])[:, None].repeat(1, 2)
-    shares[4] = torch.tensor([1.0, 0.3])  # the mean over heads counts
-    info = types.SimpleNamespace(model_name="planted", fingerprint=types.SimpleNamespace(layers=tuple(range(6))))
-    return types.SimpleNamespace(info=info, tensors={"asked_shares": shares})
+    """What is read of a dictionary of four layers of four heads."""
+    info = types.SimpleNamespace(model_name="planted", fingerprint=types.SimpleNamespace(layers=tuple(range(4))))
+    return types.SimpleNamespace(info=info, tensors={"asked_shares": torch.tensor(SHARES)})
+
+
+def chosen(found, high):
+    return {index: [head for head, atoms in enumerate(own) if atoms == high] for index, own in found}
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "chosen"), [(7, 3, 15, {4, 1}), (7, 3, 31, set()), (7, 5, 9, {4, 1, 5}), (15, 11, 31, {4})]
+    ("mean", "low", "high", "expected"),
+    [
+        (7, 3, 15, {0: [0, 3], 1: [], 2: [0, 1], 3: [2]}),  # 2's other two come together
+        (15, 11, 31, {0: [0, 3], 1: [], 2: [0], 3: []}),
+        (7, 5, 9, {0: [0, 3], 1: [], 2: [0, 1, 2, 3], 3: [2, 3]}),
+        (4, 3, 31, {0: [], 1: [], 2: [], 3: []}),
+    ],
 )
-def test_layers_that_are_asked_most_get_more_atoms(planted, mean, low, high, chosen):
-    found = dict(uneven_sparsities(planted, range(6), mean, low, high))
-    assert found == {index: high if index in chosen else low for index in range(6)}
-    taken = sum(CodeLayout(128, 1, atoms, atoms).page_bytes for atoms in found.values())
-    assert taken <= 6 * CodeLayout(128, 1, mean, mean).page_bytes
-    one_more = CodeLayout(128, 1, high, high).page_bytes - CodeLayout(128, 1, low, low).page_bytes
-    assert taken + one_more > 6 * CodeLayout(128, 1, mean, mean).page_bytes
+def test_heads_that_are_asked_most_get_more_atoms(planted, mean, low, high, expected):
+    found = uneven_sparsities(planted, range(4), slice(0, 4), mean, low, high)
+    assert chosen(found, high) == expected
+    assert {atoms for _, own in found for atoms in own} <= {low, high}
+    taken = sum(CodeLayout(128, 1, atoms, atoms).page_bytes for _, own in found for atoms in own)
+    assert taken <= 16 * CodeLayout(128, 1, mean, mean).page_bytes
 
 
-def test_a_rank_deals_out_the_bytes_of_its_own_layers(planted):
-    assert uneven_sparsities(planted, range(3), 7, 3, 15) == ((0, 3), (1, 15), (2, 3))
-    assert uneven_sparsities(planted, range(3, 9), 7, 3, 15) == ((3, 3), (4, 15), (5, 3))
+def test_layers_have_few_numbers_of_such_heads(planted):
+    """Kernels are compiled for each."""
+    shares = torch.rand((20, 8), generator=torch.Generator().manual_seed(0))
+    shares *= torch.linspace(0.1, 1, 20)[:, None]  # the last layers are asked most
+    planted.info.fingerprint.layers, planted.tensors["asked_shares"] = tuple(range(20)), shares
+    found = uneven_sparsities(planted, range(20), slice(0, 8), 7, 3, 15)
+    counts = {own.count(15) for _, own in found}
+    assert counts <= {0, 1, 2, 4, 8} and len(counts) > 3
+    assert sum(own.count(15) for _, own in found) == 160 * 4 // 12
+
+
+@pytest.mark.parametrize("heads", [slice(0, 2), slice(2, 4), slice(1, 2)])
+def test_a_tensor_parallel_rank_deals_out_the_bytes_of_its_own_heads(planted, heads):
+    found = uneven_sparsities(planted, range(4), heads, 7, 3, 11)
+    count = heads.stop - heads.start
+    assert [len(own) for _, own in found] == [count] * 4
+    assert sum(atoms + 1 for _, own in found for atoms in own) == 4 * count * 8
+    alone = types.SimpleNamespace(info=planted.info, tensors={"asked_shares": torch.tensor(SHARES)[:, heads]})
+    assert found == uneven_sparsities(alone, range(4), slice(0, count), 7, 3, 11)
+
+
+def test_a_stage_deals_out_the_bytes_of_its_own_layers(planted):
+    found = chosen(uneven_sparsities(planted, range(1, 9), slice(0, 4), 7, 3, 15), 15)
+    assert found == {1: [], 2: [0, 1, 2, 3], 3: []}
+    assert chosen(uneven_sparsities(planted, [3], slice(0, 4), 7, 3, 15), 15) == {3: [2]}
 
 
 def test_a_dictionary_without_shares_is_refused(planted):
     del planted.tensors["asked_shares"]
-    with pytest.raises(ValueError, match=r"does not say which layers are asked much.*vllm-lexico train"):
-        uneven_sparsities(planted, range(6), 7, 3, 15)
+    with pytest.raises(ValueError, match=r"does not say which heads are asked much.*vllm-lexico train"):
+        uneven_sparsities(planted, range(4), slice(0, 4), 7, 3, 15)

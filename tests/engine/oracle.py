@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lexico_kernels import CodeLayout
+from lexico_kernels import KV, CodeLayout
 from lexico_kernels.reference import decode_heads, encode_heads
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
@@ -68,12 +68,14 @@ class Oracle:
             self.config.head_dim, heads, sparsity.key, sparsity.value, self.settings.codec, self.block_tokens, 4
         )
 
-    def _sparsities(self) -> dict[int, int]:
-        """Atoms by layer where they differ."""
+    def _sparsities(self) -> dict[int, tuple[int, ...]]:
+        """Atoms of each KV head by layer where they differ."""
         if self.settings.uneven is None:
             return {}
-        layers, mean = range(self.config.num_hidden_layers), self.settings.sparsity.key
-        return dict(uneven_sparsities(self.dictionary, layers, mean, *self.settings.uneven))
+        layers, heads = range(self.config.num_hidden_layers), slice(0, self.config.num_key_value_heads)
+        return dict(
+            uneven_sparsities(self.dictionary, layers, heads, self.settings.sparsity.key, *self.settings.uneven)
+        )
 
     def _step(self, tokens: list[int], computed: int, kept: list, coded: list, layout: CodeLayout) -> Tensor:
         """Logits after the last of some new tokens; `computed` came before them. Appends to the cache."""
@@ -117,14 +119,28 @@ class Oracle:
         """Keys and values of some tokens as their codes give them back."""
         if not len(key):
             return key, value
-        found, own = [], self._sparsities().get(index)
-        if own is not None:
-            layout = replace(layout, key_sparsity=own, value_sparsity=own)
-        for kv, vectors in (("key", key), ("value", value)):
-            book = self.dictionary.codebook(index, kv, layout.sparsity(kv))
-            records = encode_heads(vectors, book, layout, kv, self.settings.relative_error)
-            found.append(decode_heads(records, book, layout, kv, torch.float32))
+        by_head = self._sparsities().get(index)
+        if by_head is None:
+            found = [
+                self._code_heads(index, None, kv, vectors, layout) for kv, vectors in zip(KV, (key, value), strict=True)
+            ]
+            return found[0], found[1]
+        found = []
+        for kv, vectors in zip(KV, (key, value), strict=True):
+            heads = []
+            for head, own in enumerate(by_head):
+                alone = replace(layout, num_kv_heads=1, key_sparsity=own, value_sparsity=own)
+                heads.append(self._code_heads(index, (head,), kv, vectors[:, head : head + 1], alone))
+            found.append(torch.cat(heads, 1))
         return found[0], found[1]
+
+    def _code_heads(
+        self, index: int, heads: Sequence[int] | None, kv: str, vectors: Tensor, layout: CodeLayout
+    ) -> Tensor:
+        """Vectors of some of a layer's heads, of all with None, as their codes give them back."""
+        book = self.dictionary.codebook(index, kv, layout.sparsity(kv), heads=heads)
+        records = encode_heads(vectors, book, layout, kv, self.settings.relative_error)
+        return decode_heads(records, book, layout, kv, torch.float32)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, x.shape[-1:], self.weights[name], self.config.rms_norm_eps)

@@ -45,6 +45,7 @@ class Shape(NamedTuple):
     clusters: bool = True
     coded_later: int = 0
     beside_states: int = 0
+    atoms_by_head: tuple[tuple[int, ...], ...] = ()  # of both layers, where sparsities differ
 
 
 Request = tuple[int, int]  # new tokens, and tokens that are computed already
@@ -85,15 +86,17 @@ class Runner:
         settings = LexicoConfig(
             sparsity=sparsity, codec=shape.codec, prefix_hits=shape.prefix_hits, coded_later=shape.coded_later
         )
-        setup = LexicoSetup(settings, None, shape.drafts, 1, shape.beside_states)
+        by_head = tuple(enumerate(shape.atoms_by_head))
+        setup = LexicoSetup(settings, None, shape.drafts, 1, shape.beside_states, sparsities=by_head)
         self.layout = setup.layout(shape.head_dim, shape.kv_heads, shape.block_tokens, shape.dtype)
         self.names = [f"model.layers.{index}.attn" for index in range(2)]
-        for name in self.names:
-            layer = self._layer(setup)
+        pages = self._packed_pages(num_pages) if by_head else [self._pages(num_pages) for _ in self.names]
+        for index, name in enumerate(self.names):
+            layer = self._layer(setup, index)
             self.layers[name] = layer
             layer.impl.tail_name = add_tail_layer(name, layer, setup, self.layers)
             shadow = self.layers[layer.impl.tail_name]
-            layer.kv_cache, shadow.kv_cache = self._pages(num_pages)
+            layer.kv_cache, shadow.kv_cache = pages[index]
         codes_spec = FullAttentionSpec(
             block_size=shape.block_tokens,
             num_kv_heads=shape.kv_heads,
@@ -121,7 +124,7 @@ class Runner:
         )
         self.num_code_pages = self.tables[0].get_device_tensor(shape.max_requests).numel()
 
-    def _layer(self, setup: Any) -> Any:
+    def _layer(self, setup: Any, index: int) -> Any:
         from vllm_lexico.serve.codebooks import LayerCodebooks
         from vllm_lexico.serve.impl import CODEBOOKS, LexicoImpl
 
@@ -131,29 +134,41 @@ class Runner:
         impl.num_heads, impl.num_kv_heads, impl.head_size = shape.heads, shape.kv_heads, shape.head_dim
         impl.scale, impl.soft_cap = shape.head_dim**-0.5, shape.soft_cap
         impl.sinks = torch.zeros(shape.heads) if shape.sinks else None
-        impl._cache, impl._bound_to, impl._later = None, (0, 0, 0), None
+        impl._cache, impl._bound_to, impl._later, impl.layer_index = None, (0, 0, 0), None, index
         layer: Any = nn.Module()
         layer.impl, layer.num_kv_heads, layer.head_size = impl, shape.kv_heads, shape.head_dim
         layer.kv_cache_torch_dtype = shape.dtype
         generator, place = torch.Generator().manual_seed(0), torch.device("cpu")
-        books = {kv: random_codebook(shape.atoms, self.layout, generator, place, shape.dtype) for kv in KV}
-        if shape.fp8:
-            books = {kv: book.with_fp8_atoms() for kv, book in books.items()}
-        module = LayerCodebooks()
-        module.load(books)
+        module, parts = LayerCodebooks(), setup.part_layouts(self.layout, index)
+        for part, layout in enumerate(parts):
+            books = {kv: random_codebook(shape.atoms, layout, generator, place, shape.dtype) for kv in KV}
+            if shape.fp8:
+                books = {kv: book.with_fp8_atoms() for kv, book in books.items()}
+            module.load(books, part)
+        order = [head for heads in setup.heads_by_sparsity(index, shape.kv_heads).values() for head in heads]
+        module.load_order(order, shape.heads, place)
         layer.add_module(CODEBOOKS, module)
         return layer
 
     def _pages(self, count: int) -> tuple[Tensor, Tensor]:
         """Both kinds as vLLM allocates them."""
-        layout, size = self.layout, self.shape.dtype.itemsize
-        numbers = layout.page_bytes // size
-        storage = torch.zeros(count * numbers, dtype=self.shape.dtype)
+        numbers = self.layout.page_bytes // self.shape.dtype.itemsize
+        return self._views(torch.zeros(count, numbers, dtype=self.shape.dtype))
+
+    def _packed_pages(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Of both layers, as vLLM allocates them where a block has the pages of all layers."""
+        numbers = self.layout.page_bytes // self.shape.dtype.itemsize
+        storage = torch.zeros(count, len(self.names), numbers, dtype=self.shape.dtype)
+        return [self._views(storage[:, at]) for at in range(len(self.names))]
+
+    def _views(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Code pages and tail pages in the same memory [pages, numbers of a page]."""
+        layout, (count, numbers) = self.layout, pages.shape
         cell = numbers // (layout.num_kv_heads * layout.block_tokens)
-        codes = storage.view(count, layout.num_kv_heads, layout.block_tokens, cell)
-        tail = storage.as_strided(
+        codes = pages.unflatten(1, (layout.num_kv_heads, layout.block_tokens, cell))
+        tail = pages.as_strided(
             (count, layout.num_kv_heads, layout.tail_tokens, 2 * layout.head_dim),
-            (numbers, layout.tail_tokens * 2 * layout.head_dim, 2 * layout.head_dim, 1),
+            (pages.stride(0), layout.tail_tokens * 2 * layout.head_dim, 2 * layout.head_dim, 1),
         )
         return codes, tail
 

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from vllm_lexico.serve.block_attention import attend_blocks
 from vllm_lexico.serve.block_plan import plan_blocks
 from vllm_lexico.serve.coding_plan import Reach, raw_starts
+from vllm_lexico.serve.layer_parts import LayerParts
 
 P, D, HEADS, GROUP = 64, 64, 2, 2
 LENGTHS = (330, 71)
@@ -66,7 +67,7 @@ class Sequences:
             for part in (self.query, self.key, self.value)
         )
         out = torch.full_like(query, torch.nan)
-        attend_blocks(query, key, value, self.cache, tables, plan, scale=SCALE, out=out)
+        attend_blocks(query, key, value, LayerParts.of(self.cache), tables, plan, scale=SCALE, out=out)
         return out.split(query_lens)
 
     def _kept(self, end):

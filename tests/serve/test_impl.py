@@ -9,7 +9,7 @@ from lexico_kernels import KV, Codebook, CodeLayout
 from vllm_lexico.config import LexicoConfig
 
 pytest.importorskip("vllm")
-from vllm_lexico.serve import impl
+from vllm_lexico.serve import impl, layer_parts
 from vllm_lexico.serve.codebooks import LayerCodebooks
 from vllm_lexico.serve.setup import LexicoSetup
 
@@ -21,10 +21,10 @@ def test_views_of_a_page_cover_the_bytes_that_vllm_gave_it(key_sparsity):
     storage = torch.zeros(5 * stride, dtype=torch.bfloat16)
     shape = (5, 3, layout.block_tokens, layout.token_bytes // 2)
     codes = storage.as_strided(shape, (stride, layout.head_bytes // 2, layout.token_bytes // 2, 1))
-    pages = impl._code_pages(codes)
+    pages = layer_parts.code_pages(codes)
     assert pages.shape == (5, layout.page_bytes) and pages.stride() == (2 * stride, 1)
     tail = storage.as_strided((5, 3, layout.tail_tokens, 128), (stride, layout.tail_tokens * 128, 128, 1))
-    raw = impl._tail_pages(tail, layout)
+    raw = layer_parts.raw_pages(tail, layout)
     raw[2] = 1.0
     assert raw[2].numel() * 2 == layout.tail_page_bytes <= layout.page_bytes
     assert storage.count_nonzero() == raw[2].numel()
@@ -45,5 +45,5 @@ def test_more_pages_at_the_same_place_are_bound_again():
     own._cache, own._bound_to = None, (0, 0, 0)
     own.setup = LexicoSetup(LexicoConfig(codec="exact"), None, 0, 1)
     few = own.bind(layer, pages[0, :2], layout)
-    assert own.bind(layer, pages[0, :2], layout) is few and len(few.code_pages) == 2
-    assert len(own.bind(layer, pages[0], layout).code_pages) == 5
+    assert own.bind(layer, pages[0, :2], layout) is few and len(few.whole.code_pages) == 2
+    assert len(own.bind(layer, pages[0], layout).whole.code_pages) == 5

@@ -22,7 +22,7 @@ def make(base_config, **changes):
 
 def codes_of(runner):
     """A copy of both layers' code pages."""
-    caches = [runner.layers[name].impl._cache for name in runner.names]
+    caches = [runner.layers[name].impl._cache.whole for name in runner.names]
     return torch.stack([cache.code_pages[1 : 1 + runner.num_code_pages] for cache in caches])
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_written_to_pages_that_were_given_back(base_config):
     """vLLM tries CUDA graphs with a few pages, frees them and allocates all."""
     runner = make(base_config, coded_later=300)
     runner.step(STEPS[0])
-    before, old = codes_of(runner), [runner.layers[name].impl._cache for name in runner.names]
+    before, old = codes_of(runner), [runner.layers[name].impl._cache.whole for name in runner.names]
     for name in runner.names:
         layer = runner.layers[name]
         layer.kv_cache, runner.layers[layer.impl.tail_name].kv_cache = runner._pages(1200)

@@ -8,6 +8,7 @@ from lexico_kernels import CodeLayout
 from lexico_kernels.testing import poisoned_cache
 
 pytest.importorskip("vllm")
+from vllm_lexico.serve.layer_parts import LayerParts
 from vllm_lexico.serve.layer_stack import LayerFinder
 
 LAYOUT = CodeLayout(64, 2, 3, 3, block_tokens=32)
@@ -28,7 +29,7 @@ class Layer:
 
     def bind(self, layer, kv_cache, layout):
         assert layer is self and kv_cache is self.kv_cache
-        return self.cache
+        return LayerParts.of(self.cache)
 
 
 def finder_of(layers):

@@ -25,20 +25,23 @@ SHAPES = {
     "no_clusters": Shape(8, 2, 128, atoms=512, fp8=True, clusters=False),
     "triton_alone": Shape(8, 2, 64, cuda_cpp=False),
     "exact": Shape(8, 2, 64, codec="exact"),
+    "uneven": Shape(8, 4, 64, 7, atoms_by_head=((3, 11, 3, 11), (7, 3, 7, 7))),
+    "uneven_fp8": Shape(16, 4, 128, 7, fp8=True, atoms_by_head=((3, 15, 3, 3), (15, 3, 3, 3))),
 }
 
 
 def mixed_load(shape, seed=0):
     """Steps of all kinds: cold prompts short and long, later chunks, hits, decode with and without drafts, crowds."""
     rng, most, decoded = random.Random(seed), shape.max_model_len, 1 + shape.drafts
-    limit = min(most, 4096 // (2 * shape.kv_heads) + 40)  # tokens of a step, from few vectors to many
+    fewest = 1 if shape.atoms_by_head else shape.kv_heads  # heads that a launch codes
+    limit = min(most, 4096 // (2 * fewest) + 40)  # tokens of a step, from few vectors to many
 
     def prompt(new):
         return new, rng.choice([0, 0, shape.block_tokens, rng.randrange(most - new)])
 
     yield from ([(count, 0)] for count in (decoded + 1, 31, 32, 33, limit))
     yield from ([(count, most - count - 1)] for count in (decoded + 1, 100, limit - 1))
-    for size in (1, 2, 7, 16, 17, shape.max_requests):
+    for size in (1, 2, 7, 8, 16, 17, shape.max_requests):
         yield [(decoded, rng.randrange(most - decoded)) for _ in range(size)]
     for _ in range(12):
         decodes = [(decoded, rng.randrange(most - decoded)) for _ in range(rng.randrange(shape.max_requests - 3))]

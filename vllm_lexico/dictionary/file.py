@@ -26,7 +26,7 @@ SHA-256 of all the rest of the file, see `_checksum`.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class Dictionary:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        heads: slice | None = None,
+        heads: Sequence[int] | None = None,
     ) -> Codebook:
         """What codes and decodes the keys or the values of one layer.
 
@@ -98,16 +98,17 @@ class Dictionary:
             sparsity: 1..31, picks the levels.
             device: where it goes.
             dtype: of the atoms.
-            heads: this rank's KV heads.
+            heads: KV heads of the model, in the order wanted; None for all.
 
         Raises:
             ValueError: the dictionary does not code this layer.
         """
         row = self._row(layer)
         stored = self.tensors[f"{kv}_atoms"][row]
-        own = stored if self.shared else stored[heads or slice(None)]
+        chosen = slice(None) if heads is None else list(heads)
+        own = stored if self.shared else stored[chosen]
         integers = unpack_atoms(own.to(device), self.info.atom_bits)
-        mean, stretch = (self.tensors[f"{kv}_{kind}"][row, heads or slice(None)] for kind in ("mean", "stretch"))
+        mean, stretch = (self.tensors[f"{kv}_{kind}"][row, chosen] for kind in ("mean", "stretch"))
         levels = self.tensors[f"{kv}_levels"][row, sparsity]
         return Codebook(
             atoms=unit_atoms(integers).to(dtype).contiguous(),

@@ -1,4 +1,4 @@
-"""Which layers get more atoms where sparsities differ: those that are asked most when a model repeats a text.
+"""Which KV heads get more atoms where sparsities differ: those that are asked most when a model repeats a text.
 
 At equal bytes they keep more of the answers about long documents than even sparsities do (docs/quality.md).
 """
@@ -12,33 +12,51 @@ from vllm_lexico.dictionary.tensors import ASKED_SHARES
 
 
 def uneven_sparsities(
-    dictionary: Dictionary, layers: Sequence[int], mean: int, low: int, high: int
-) -> tuple[tuple[int, int], ...]:
-    """Atoms per vector of each coded layer among `layers`, in bytes at most `mean` on average.
+    dictionary: Dictionary, layers: Sequence[int], heads: slice, mean: int, low: int, high: int
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Atoms per vector of each KV head of a rank, in bytes at most `mean` on average over the rank's heads.
+
+    Kernels are compiled for how many heads of a kind a layer has. So that these numbers are few, a layer has 1, 2, 4,
+    ... or all of its heads in `high`, or none.
 
     Args:
         dictionary: of the model, with the share of each head's tokens that are asked.
         layers: indices of a rank's layers; those that are not coded are passed over.
+        heads: of each layer, those of the rank.
         mean: atoms per vector of an even code of as many bytes.
-        low: of most layers.
+        low: of most heads.
         high: of those that are asked most, as many as the bytes allow.
 
     Returns:
-        (layer, atoms) of each, in order.
+        (layer, atoms of each of the rank's heads) of each layer, in order.
 
     Raises:
-        ValueError: the dictionary does not say which layers are asked.
+        ValueError: the dictionary does not say which heads are asked.
     """
     shares = dictionary.tensors.get(ASKED_SHARES)
     if shares is None:
         raise ValueError(
-            f"the dictionary of {dictionary.info.model_name} does not say which layers are asked much, as the setting "
+            f"the dictionary of {dictionary.info.model_name} does not say which heads are asked much, as the setting "
             "uneven needs; add it to the file with `vllm-lexico train MODEL --continue-from FILE --rounds 0`, or leave "
             "the setting out"
         )
-    of_layer = dict(zip(dictionary.info.fingerprint.layers, shares.mean(1).tolist(), strict=True))
-    coded = [index for index in layers if index in of_layer]
+    of_layer = dict(zip(dictionary.info.fingerprint.layers, shares[:, heads].tolist(), strict=True))
+    coded = {index: of_layer[index] for index in layers if index in of_layer}
     # A record has 2 (S + 1) bytes, so bytes are even in S.
-    most = len(coded) * (mean - low) // (high - low)
-    chosen = sorted(coded, key=lambda index: -of_layer[index])[:most]
-    return tuple((index, high if index in chosen else low) for index in coded)
+    left = sum(map(len, coded.values())) * (mean - low) // (high - low)
+    ranked = {index: sorted(own, reverse=True) for index, own in coded.items()}
+    counts = dict.fromkeys(coded, 0)  # of heads in `high`
+    while True:
+        steps = {index: own[counts[index] : max(1, 2 * counts[index])] for index, own in ranked.items()}
+        fitting = {index: sum(step) / len(step) for index, step in steps.items() if 0 < len(step) <= left}
+        if not fitting:
+            break
+        index = max(fitting, key=lambda each: fitting[each])
+        counts[index], left = counts[index] + len(steps[index]), left - len(steps[index])
+    return tuple((index, _atoms(own, counts[index], low, high)) for index, own in coded.items())
+
+
+def _atoms(shares: Sequence[float], count: int, low: int, high: int) -> tuple[int, ...]:
+    """`high` for the `count` heads with the largest shares, `low` for the others."""
+    chosen = sorted(range(len(shares)), key=lambda head: -shares[head])[:count]
+    return tuple(high if head in chosen else low for head in range(len(shares)))

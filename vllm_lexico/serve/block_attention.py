@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from lexico_kernels import LayerCache, RequestTables, ops
+from lexico_kernels import RequestTables
 from torch import Tensor
 
 from vllm_lexico.serve.block_plan import BlockPlan, RawTile
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into, paged_attention
+from vllm_lexico.serve.layer_parts import LayerParts
 
 
 def attend_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cache: LayerCache,
+    cache: LayerParts,
     tables: RequestTables,
     plan: BlockPlan,
     *,
@@ -51,7 +52,7 @@ def attend_blocks(
     coded = dataclasses.replace(tables, raw_start=plan.all_coded)
     for part in plan.coded:
         keys, values = workspace[:, : len(part.token_request)]
-        ops.reconstruct(cache, coded, part.token_request, part.token_position, keys, values)
+        cache.reconstruct(coded, part.token_request, part.token_position, keys, values)
         seen = paged_attention(query[part.rows], keys, values, part.queries, part.keys, scale=scale, soft_cap=soft_cap)
         merge_into(out[part.rows], lse[:, part.rows], *seen)
     return lse
@@ -60,7 +61,7 @@ def attend_blocks(
 def _gather(
     key: Tensor,
     value: Tensor,
-    cache: LayerCache,
+    cache: LayerParts,
     tables: RequestTables,
     tile: RawTile,
     keys: Tensor,
@@ -71,6 +72,6 @@ def _gather(
         torch.index_select(source, 0, tile.key_row, out=target)
     if len(tile.place):
         before = keys.new_empty((2, len(tile.place), *keys.shape[1:]))
-        ops.reconstruct(cache, tables, tile.token_request, tile.token_position, before[0], before[1])
+        cache.reconstruct(tables, tile.token_request, tile.token_position, before[0], before[1])
         keys.index_copy_(0, tile.place, before[0])
         values.index_copy_(0, tile.place, before[1])

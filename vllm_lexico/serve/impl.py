@@ -25,6 +25,7 @@ from vllm_lexico.serve.block_plan import BlockPlan
 from vllm_lexico.serve.codebooks import LayerCodebooks, layer_books
 from vllm_lexico.serve.dense_attention import dense_attention, merge_into, scratch_bytes
 from vllm_lexico.serve.later_coding import Waiting, most_later_tokens
+from vllm_lexico.serve.layer_parts import LayerParts, code_pages, raw_pages
 from vllm_lexico.serve.metadata import (
     LexicoMetadata,
     LexicoMetadataBuilder,
@@ -83,7 +84,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         self.setup = LexicoSetup.of(self.vllm_config)
         self.tail_name = ""
         self.layer_index: int | None = None  # of the model; known once weights are loaded
-        self._cache: LayerCache | None = None
+        self._cache: LayerParts | None = None
         self._later: Tensor | None = None
         self._bound_to: tuple[int, int, int] = (0, 0, 0)
 
@@ -112,16 +113,20 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             start_line.log_new_weights(self.setup)
         else:
             layer.add_module(CODEBOOKS, LayerCodebooks())
-        books = layer_books(
+        device = torch.device(current_platform.device_type)
+        parts = layer_books(
             self.setup,
             index,
             head_size=self.head_size,
             num_kv_heads=self.num_kv_heads,
             total_kv_heads=self.vllm_config.model_config.get_total_num_kv_heads(),
-            device=torch.device(current_platform.device_type),
+            device=device,
             dtype=act_dtype,
         )
-        getattr(layer, CODEBOOKS).load(books)
+        for part, (_, books) in enumerate(parts):
+            getattr(layer, CODEBOOKS).load(books, part)
+        order = [head for heads, _ in parts for head in heads]
+        getattr(layer, CODEBOOKS).load_order(order, self.num_heads, device)
         warm_up.register(self._to_warm_up(layer))
 
     def _to_warm_up(self, layer: Any) -> Callable[[], warm_up.Layer | None]:
@@ -132,7 +137,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             if not all(self.page_addresses(layer.kv_cache)):
                 return None
             cache = self.bind(layer, layer.kv_cache, shadow.layout(self.vllm_config))
-            tables = warm_up.tables_of_nothing(cache, self.vllm_config.model_config.max_model_len)
+            tables = warm_up.tables_of_nothing(cache.whole, self.vllm_config.model_config.max_model_len)
             return warm_up.Layer(self, cache, tables)
 
         return bind
@@ -169,45 +174,87 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             self._reserve(query)
             return output.fill_(0)
         step, tail = attn_metadata, self._tail_metadata()
-        cache = self.bind(layer, kv_cache, step.layout)
-        num_tokens = step.num_tokens
-        key, value = key[:num_tokens], value[:num_tokens]
-        ops.write_tail(key, value, cache, tail.slot_mapping[:num_tokens])
+        cache, rows = self.bind(layer, kv_cache, step.layout), slice(0, attn_metadata.num_tokens)
+        batch = query[rows], key[rows], value[rows]
+        if cache.order is None:
+            self._store(layer, *batch[1:], cache, step, tail)
+            self._attend(*batch, cache, step, tail, output)
+            return output
+        batch = cache.order.batch(*batch)
+        attended = torch.empty_like(batch[0])
+        self._store(layer, *batch[1:], cache, step, tail)
+        self._attend(*batch, cache, step, tail, attended)
+        output[rows].index_copy_(1, cache.order.heads, attended)
+        return output
+
+    def _store(
+        self,
+        layer: Any,
+        key: Tensor,
+        value: Tensor,
+        cache: LayerParts,
+        step: LexicoMetadata,
+        tail: LexicoTailMetadata,
+    ) -> None:
+        """Write a step's tokens [T, Hk, D], and code those that are due or have them coded."""
+        cache.write_tail(key, value, tail.slot_mapping[: step.num_tokens])
         entries, relative_error = (tail.source, step.destination), self.setup.config.relative_error
         if step.later is not None:
             step.later.keep(self._kept(key, value, cache, entries), lambda: self._has(layer, cache))
         elif step.layers is None:
-            ops.omp_encode(key, value, cache, *entries, relative_error=relative_error)
+            cache.omp_encode(key, value, *entries, relative_error=relative_error)
         elif step.layers.count_stored():
             for stack in step.layers.stacks:
                 ops.omp_encode_layers(stack, *entries, relative_error=relative_error)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: LayerParts,
+        step: LexicoMetadata,
+        tail: LexicoTailMetadata,
+        output: Tensor,
+    ) -> None:
+        """Attention of a step's tokens, those that decode first; heads as the layer's parts have them."""
         tables = RequestTables(step.block_table, tail.block_table, tail.sink_end, tail.raw_start)
         if step.num_decode_tokens:
             rows = slice(0, step.num_decode_tokens)
-            ops.sparse_decode(
-                query[rows],
-                cache,
-                tables,
-                step.token_request[rows],
-                step.token_seq_len[rows],
-                scale=self.scale,
-                soft_cap=self.soft_cap,
-                sinks=self.sinks,
-                out=output[rows],
+            self.attend_decode(
+                query[rows], cache, tables, step.token_request[rows], step.token_seq_len[rows], output[rows]
             )
         if step.prefill is not None:
             rows = slice(step.num_decode_tokens, step.num_decode_tokens + step.prefill.num_tokens)
             self.attend_prefill(query[rows], key[rows], value[rows], cache, tables, step.prefill, output[rows])
-        return output
 
-    def _kept(self, key: Tensor, value: Tensor, cache: LayerCache, entries: tuple[Tensor, Tensor]) -> Waiting:
+    def attend_decode(
+        self,
+        query: Tensor,
+        cache: LayerParts,
+        tables: RequestTables,
+        token_request: Tensor,
+        token_seq_len: Tensor,
+        output: Tensor,
+    ) -> None:
+        """Attention of single tokens, as `ops.sparse_decode`; with learned sinks."""
+        step, sinks = (query, tables, token_request, token_seq_len), self._sinks_of(cache)
+        cache.sparse_decode(*step, scale=self.scale, soft_cap=self.soft_cap, sinks=sinks, out=output)
+
+    def _sinks_of(self, cache: LayerParts) -> Tensor | None:
+        """The learned sinks in the order in which the layer's parts have their heads."""
+        if self.sinks is None or cache.order is None:
+            return self.sinks
+        return self.sinks.index_select(0, cache.order.heads)
+
+    def _kept(self, key: Tensor, value: Tensor, cache: LayerParts, entries: tuple[Tensor, Tensor]) -> Waiting:
         """Copies of a step's keys and values, which the next step codes."""
         kept_key, kept_value = self._later_buffer(key)[:, : len(key)]
         kept_key.copy_(key)
         kept_value.copy_(value)
         return Waiting(kept_key, kept_value, cache, *entries)
 
-    def _has(self, layer: Any, cache: LayerCache) -> bool:
+    def _has(self, layer: Any, cache: LayerParts) -> bool:
         """Whether the layer's pages are still those of a cache that `bind` gave."""
         return self._cache is cache and self._bound_to == self.page_addresses(layer.kv_cache)
 
@@ -223,7 +270,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cache: LayerCache,
+        cache: LayerParts,
         tables: RequestTables,
         plan: PrefillPlan | BlockPlan,
         output: Tensor,
@@ -243,24 +290,26 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             lse = attend_blocks(*batch, plan, scale=self.scale, soft_cap=self.soft_cap, out=output)
         else:
             lse = self._attend_chunks(*batch, plan, output)
-        self._weigh_against_sinks(output, lse.T)
+        self._weigh_against_sinks(output, lse.T, cache)
 
-    def _weigh_against_sinks(self, output: Tensor, lse: Tensor) -> None:
+    def _weigh_against_sinks(self, output: Tensor, lse: Tensor, cache: LayerParts) -> None:
         """Give each head's learned sink its share of the weight: a score like a token's whose value is nothing.
 
         Args:
             output: [T, Hq, D], over all tokens; scaled in place.
             lse: float32 [T, Hq], natural log-sum-exp of the scores.
+            cache: the layer's, whose order the heads are in.
         """
-        if self.sinks is not None:
-            output.mul_((lse - self.sinks).sigmoid_()[..., None])
+        sinks = self._sinks_of(cache)
+        if sinks is not None:
+            output.mul_((lse - sinks).sigmoid_()[..., None])
 
     def _attend_chunks(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cache: LayerCache,
+        cache: LayerParts,
         tables: RequestTables,
         prefill: PrefillPlan,
         output: Tensor,
@@ -274,7 +323,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         _, lse = attend(query, key, value, chunks, chunks, causal=True, out=output)
         for tile in prefill.tiles:
             keys, values = self._workspace(query)[:, : len(tile.token_request)]
-            ops.reconstruct(cache, tables, tile.token_request, tile.token_position, keys, values)
+            cache.reconstruct(tables, tile.token_request, tile.token_position, keys, values)
             seen = attend(query[tile.rows], keys, values, tile.queries, tile.keys, causal=False)
             merge_into(output[tile.rows], lse[:, tile.rows], *seen)
         return lse
@@ -287,10 +336,12 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         """Take and return what a step may need, so that memory profiling sees its peak; take what stays."""
         if self.setup.later_tokens:
             self._later_buffer(query)
-        tile = torch.empty_like(query)
-        lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
         block_tokens, max_tokens = self.vllm_config.cache_config.block_size, self.vllm_config.model_config.max_model_len
         layout = self.setup.layout(self.head_size, self.num_kv_heads, block_tokens, query.dtype)
+        parts = self.setup.part_layouts(layout, self.layer_index or 0)
+        copies = [query.new_empty((4, *query.shape))] if len(parts) > 1 else []  # of the batch in another order
+        tile = torch.empty_like(query)
+        lse = [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(4)]  # two, merged, made contiguous
         history = [self._workspace(query)]
         if self.setup.same_answers:  # a tile, and of its keys those that come from tail pages
             most = self.setup.reach(layout).most_tokens(history[0].shape[1])
@@ -298,12 +349,10 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         history.append(query.new_empty(scratch_bytes(query), dtype=torch.uint8))
         del tile, lse, history
         decode_tokens = self.vllm_config.scheduler_config.max_num_seqs * (1 + self.setup.num_draft_tokens)
-        num_decodes = min(query.shape[0], decode_tokens)
-        scratch = max(
-            ops.decode_scratch_bytes(own, num_decodes, self.num_heads, max_tokens + block_tokens)
-            for own in self.setup.layouts(layout)
-        )
-        query.new_empty(scratch, dtype=torch.uint8)
+        group, num_decodes = self.num_heads // self.num_kv_heads, min(query.shape[0], decode_tokens)
+        most = max_tokens + block_tokens
+        scratch = max(ops.decode_scratch_bytes(own, num_decodes, group * own.num_kv_heads, most) for own in parts)
+        copies.append(query.new_empty(scratch, dtype=torch.uint8))
 
     def _tail_metadata(self) -> LexicoTailMetadata:
         by_layer = get_forward_context().attn_metadata
@@ -317,7 +366,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
         return kv_cache.data_ptr(), tail_cache.data_ptr(), kv_cache.shape[0]
 
-    def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerCache:
+    def bind(self, layer: nn.Module, kv_cache: Tensor, layout: CodeLayout) -> LayerParts:
         """View the pages that vLLM allocated; once it has them all they keep their place for the engine's life.
 
         layout: of a layer with the mean sparsity, where sparsities differ.
@@ -326,12 +375,14 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
             books = getattr(layer, CODEBOOKS)
-            codes, tail = _code_pages(kv_cache), _tail_pages(tail_cache, layout)
+            given, tail, books = code_pages(kv_cache), raw_pages(tail_cache, layout), getattr(layer, CODEBOOKS)
             if self.setup.sparsities:
                 assert self.layer_index is not None
-                codes = own_pages(codes, self._layers_of_block(layout), self.layer_index)
-                layout = self.setup.layout_of_layer(layout, self.layer_index)
-            self._cache = LayerCache(codes, tail, books.book("key"), books.book("value"), layout)
+                own = own_pages(given, self._layers_of_block(layout), self.layer_index)
+                layouts = self.setup.part_layouts(layout, self.layer_index)
+                self._cache = LayerParts.cut(given, own, tail, books.pairs(), layout, layouts, books.order())
+            else:
+                self._cache = LayerParts.of(LayerCache(given, tail, books.book("key"), books.book("value"), layout))
             self._bound_to = pages
         return self._cache
 
@@ -341,22 +392,8 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         coded = [layer for layer in layers if isinstance(getattr(layer, "impl", None), LexicoImpl)]
         return {
             layer.impl.layer_index: PagesOfLayer(
-                _code_pages(layer.kv_cache), self.setup.layout_of_layer(layout, layer.impl.layer_index).page_bytes
+                code_pages(layer.kv_cache),
+                sum(own.page_bytes for own in self.setup.part_layouts(layout, layer.impl.layer_index)),
             )
             for layer in coded
         }
-
-
-def _code_pages(kv_cache: Tensor) -> Tensor:
-    """Any block-compact view [pages, ...] of vLLM as bytes [pages, page bytes]."""
-    allocation.check_dense(kv_cache)
-    num_pages, page_elements = kv_cache.shape[0], kv_cache[0].numel()
-    return kv_cache.as_strided((num_pages, page_elements), (kv_cache.stride(0), 1)).view(torch.uint8)
-
-
-def _tail_pages(kv_cache: Tensor, layout: CodeLayout) -> Tensor:
-    """The same pages as raw tokens [pages, Hk, R, 2, D]."""
-    allocation.check_dense(kv_cache)
-    heads, tokens, head_dim = layout.num_kv_heads, layout.tail_tokens, layout.head_dim
-    strides = (kv_cache.stride(0), tokens * 2 * head_dim, 2 * head_dim, head_dim, 1)
-    return kv_cache.as_strided((kv_cache.shape[0], heads, tokens, 2, head_dim), strides)

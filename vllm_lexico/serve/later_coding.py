@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lexico_kernels import LayerCache, ops
 from torch import Tensor
+
+from vllm_lexico.serve.layer_parts import LayerParts
 
 if TYPE_CHECKING:
     from vllm_lexico.serve.setup import LexicoSetup
@@ -23,7 +24,7 @@ class Waiting(NamedTuple):
 
     key: Tensor
     value: Tensor
-    cache: LayerCache
+    cache: LayerParts
     source: Tensor
     destination: Tensor
 
@@ -58,5 +59,6 @@ class LaterCoding:
         """Launch what waits."""
         for waiting, has_pages in self._waiting:
             if has_pages():
-                ops.omp_encode(*waiting, relative_error=self._relative_error)
+                batch = waiting.key, waiting.value, waiting.source, waiting.destination
+                waiting.cache.omp_encode(*batch, relative_error=self._relative_error)
         self._waiting.clear()

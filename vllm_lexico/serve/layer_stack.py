@@ -1,6 +1,6 @@
 """Steps of decode code the tokens of all layers in one launch, when the last layer has stored its own.
 
-Where sparsities differ by layer, those of one sparsity share a launch.
+Where sparsities differ, the heads of one sparsity in all layers share a launch.
 
 A launch that codes little takes as long as one that codes much, so one for all layers costs a step less, and nearly
 nothing where no token is to be coded. Nothing of a step reads what the step codes: its tokens are in the window of
@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lexico_kernels import CodeLayout, LayerCache, LayerStack
+from lexico_kernels import LayerStack
+
+from vllm_lexico.serve.layer_parts import stacked
 
 
 @dataclass
@@ -22,15 +24,17 @@ class LayersOfStep:
     """The layers that share a step's metadata, in whatever order the step runs them.
 
     stacks: what each launch codes.
+    num_layers: that share them.
     stored: layers that have stored the step's tokens; 0 again after the last, since metadata may serve several runs.
     """
 
     stacks: tuple[LayerStack, ...]
+    num_layers: int
     stored: int = 0
 
     def count_stored(self) -> bool:
         """Count one more layer that has stored the step's tokens; True for the last, which codes for all."""
-        self.stored = (self.stored + 1) % sum(len(stack.caches) for stack in self.stacks)
+        self.stored = (self.stored + 1) % self.num_layers
         return self.stored == 0
 
 
@@ -51,16 +55,8 @@ class LayerFinder:
         bound_to = first.impl.page_addresses(first.kv_cache)
         if bound_to != self._bound_to:  # vLLM gives all layers their pages at once
             layers = [self._layers[name] for name in self._names]
-            self._stacks = _stacked([layer.impl.bind(layer, layer.kv_cache, layout) for layer in layers])
+            parts = [layer.impl.bind(layer, layer.kv_cache, layout) for layer in layers]
+            self._stacks = stacked([cache for own in parts for cache in own.caches_to_stack()])
             self._bound_to = bound_to
-        self._last = LayersOfStep(self._stacks) if self._stacks else None
+        self._last = LayersOfStep(self._stacks, len(self._names)) if self._stacks else None
         return self._last
-
-
-def _stacked(caches: Sequence[LayerCache]) -> tuple[LayerStack, ...]:
-    """The layers of each layout in a stack; none where layers of one are not alike."""
-    by_layout: dict[CodeLayout, list[LayerCache]] = {}
-    for cache in caches:
-        by_layout.setdefault(cache.layout, []).append(cache)
-    stacks = [stack for alike in by_layout.values() if (stack := LayerStack.of(alike)) is not None]
-    return tuple(stacks) if len(stacks) == len(by_layout) else ()

@@ -35,7 +35,7 @@ class LexicoSetup:
     concurrent_batches: steps that may be under way at once.
     beside_states: of a model that has layers with states too, the layers of a rank that are coded; else 0.
     lookahead_tokens: beyond a step's last one that a model which drafts has pages for; 0 without such a model.
-    sparsities: (layer, atoms per vector) of this rank's layers where they differ; else ().
+    sparsities: (layer, atoms per vector of each KV head) of this rank's layers where they differ; else ().
     """
 
     config: LexicoConfig
@@ -45,7 +45,7 @@ class LexicoSetup:
     beside_states: int = 0
     dictionary_state: tuple[int, ...] = ()
     lookahead_tokens: int = 0
-    sparsities: tuple[tuple[int, int], ...] = ()
+    sparsities: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @classmethod
     def of(cls, vllm_config: Any) -> LexicoSetup:
@@ -67,12 +67,14 @@ class LexicoSetup:
         if model.is_hybrid:
             beside_states = -(-len(coded_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
         lookahead_tokens = vllm_config.num_lookahead_tokens if refusals.drafts_have_layers(vllm_config) else 0
-        sparsities: tuple[tuple[int, int], ...] = ()
+        sparsities: tuple[tuple[int, tuple[int, ...]], ...] = ()
         if config.uneven is not None:
             assert path is not None, "the exact codec takes no uneven sparsities"
             refusals.refuse(refusals.uneven_refusals(vllm_config))
-            layers = range(*model.get_layers_start_end_indices(parallel))
-            sparsities = uneven_sparsities(_loaded(path, state), layers, config.sparsity.key, *config.uneven)
+            layers, ranks = range(*model.get_layers_start_end_indices(parallel)), parallel.tensor_parallel_size
+            own = model.get_total_num_kv_heads(), model.get_num_kv_heads(parallel), parallel.rank % ranks, ranks
+            given = _loaded(path, state), layers, heads_of(*own)
+            sparsities = uneven_sparsities(*given, config.sparsity.key, *config.uneven)
         drafts, batches = vllm_config.num_speculative_tokens, vllm_config.max_concurrent_batches
         return cls(config, path, drafts, batches, beside_states, state, lookahead_tokens, sparsities)
 
@@ -95,23 +97,28 @@ class LexicoSetup:
             element_bytes=dtype.itemsize,
         )
 
-    def sparsity_of_layer(self, index: int) -> Sparsity:
-        """Atoms per vector of one of this rank's layers."""
+    def heads_by_sparsity(self, index: int, num_kv_heads: int) -> dict[Sparsity, tuple[int, ...]]:
+        """KV heads of one of this rank's layers that have the same atoms per vector, the first head's first."""
         own = dict(self.sparsities).get(index)
-        return self.config.sparsity if own is None else Sparsity(own, own)
+        if own is None:
+            return {self.config.sparsity: tuple(range(num_kv_heads))}
+        return {Sparsity(each, each): tuple(at for at, atoms in enumerate(own) if atoms == each) for each in own}
 
-    def layout_of_layer(self, layout: CodeLayout, index: int) -> CodeLayout:
-        """A layer's own layout, given that of a layer with the mean sparsity; tail pages are all alike."""
-        if not self.sparsities:
-            return layout
-        own = self.sparsity_of_layer(index)
-        return replace(layout, key_sparsity=own.key, value_sparsity=own.value, raw_tokens=layout.tail_tokens)
-
-    def layouts(self, layout: CodeLayout) -> list[CodeLayout]:
-        """All that layers of this rank have."""
+    def part_layouts(self, layout: CodeLayout, index: int) -> list[CodeLayout]:
+        """Of each part of a layer's heads, given that of a layer with the mean sparsity; tail pages are all alike."""
         if not self.sparsities:
             return [layout]
-        return list({self.layout_of_layer(layout, index): None for index, _ in self.sparsities})
+        parts = self.heads_by_sparsity(index, layout.num_kv_heads)
+        return [
+            replace(
+                layout,
+                num_kv_heads=len(heads),
+                key_sparsity=own.key,
+                value_sparsity=own.value,
+                raw_tokens=layout.tail_tokens,
+            )
+            for own, heads in parts.items()
+        ]
 
     @property
     def window_tokens(self) -> int:
@@ -145,6 +152,12 @@ class LexicoSetup:
     def dictionary(self) -> Dictionary | None:
         """The loaded dictionary; loaded once a process and file."""
         return None if self.dictionary_path is None else _loaded(self.dictionary_path, self.dictionary_state)
+
+
+def heads_of(total_kv_heads: int, local_kv_heads: int, rank: int, size: int) -> slice:
+    """The KV heads of a tensor-parallel rank; where there are more ranks than heads, several hold the same one."""
+    first = rank * local_kv_heads if total_kv_heads >= size else rank * total_kv_heads // size
+    return slice(first, first + local_kv_heads)
 
 
 def search_anew() -> None:

@@ -35,8 +35,9 @@ def describe_start(
     )
     if setup.config.uneven is not None:
         low, high = setup.config.uneven
-        much = sum(atoms == high for _, atoms in setup.sparsities)
-        atoms += f" on average ({high} in {much} layers, {low} in {len(setup.sparsities) - much})"
+        heads = [own for _, of_layer in setup.sparsities for own in of_layer]
+        much = heads.count(high)
+        atoms += f" on average ({high} in {much} KV heads, {low} in {len(heads) - much})"
     what = f"{layout.codec}, {atoms}" if dictionary else "the exact codec (for tests)"
     source = (
         f", dictionary {dictionary.info.model_name} ({dictionary.info.atoms} atoms, {setup.dictionary_path})"

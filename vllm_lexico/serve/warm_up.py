@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lexico_kernels import LayerCache, LayerStack, RequestTables, ops
+from lexico_kernels import LayerCache, RequestTables, ops
 from lexico_kernels.device.launch import CLUSTER_VECTORS, LAYERS, LOOKUP_BINS, PURSUIT, STREAM_VECTORS
 from lexico_kernels.memory.layout import SPAN_TOKENS
 from lexico_kernels.sparse_decode.lookup_sizes import MAX_QUERIES
@@ -25,6 +25,7 @@ from vllm.v1.worker.block_table import get_block_table_width
 
 from vllm_lexico.serve import decode_plan
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
+from vllm_lexico.serve.layer_parts import LayerParts, stacked
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ class Layer(NamedTuple):
     """A layer to be warmed up: its implementation, its pages, and tables of one request that has none."""
 
     impl: LexicoImpl
-    cache: LayerCache
+    cache: LayerParts
     tables: RequestTables
 
     def vectors(self, num_tokens: int, num_heads: int) -> Tensor:
         """Zeros [T, heads, D] in the model's dtype."""
-        return self.cache.tail_pages.new_zeros((num_tokens, num_heads, self.impl.head_size))
+        return self.cache.whole.tail_pages.new_zeros((num_tokens, num_heads, self.impl.head_size))
 
     def batch(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values."""
@@ -77,24 +78,23 @@ def plan(layer: Layer) -> None:
 def write(layer: Layer) -> None:
     """What every step's layers begin with."""
     _, key, value = layer.batch(1)
-    ops.write_tail(key, value, layer.cache, torch.full((1,), -1, device=key.device))
+    layer.cache.write_tail(key, value, torch.full((1,), -1, device=key.device))
 
 
 def code_batches(layer: Layer) -> None:
     """Steps with prefill code each layer, small ones and large ones by other launches."""
     limits = [0, CLUSTER_VECTORS, STREAM_VECTORS - 1, *(row.max_vectors for row in PURSUIT[:-1])]
-    for limit in sorted(set(limits)):
-        tokens = limit // (2 * layer.impl.num_kv_heads) + 1
+    heads = {part.cache.layout.num_kv_heads for part in layer.cache.parts}
+    for tokens in sorted({limit // (2 * count) + 1 for limit in limits for count in heads}):
         _, key, value = layer.batch(tokens)
         entries = nowhere(cdiv(tokens, SPAN_TOKENS) * SPAN_TOKENS, key.device)
-        ops.omp_encode(key, value, layer.cache, *entries, relative_error=layer.impl.setup.config.relative_error)
+        layer.cache.omp_encode(key, value, *entries, relative_error=layer.impl.setup.config.relative_error)
 
 
 def code_layers(layer: Layer) -> None:
     """Steps of decode code all layers at once."""
-    stack = LayerStack.of([layer.cache])
-    if stack is not None:
-        entries = nowhere(2 * max(LAYERS.cluster_tokens, SPAN_TOKENS), layer.cache.code_pages.device)
+    for stack in stacked(layer.cache.caches_to_stack()):
+        entries = nowhere(2 * max(LAYERS.cluster_tokens, SPAN_TOKENS), stack.addresses.device)
         ops.omp_encode_layers(stack, *entries, relative_error=layer.impl.setup.config.relative_error)
 
 
@@ -108,7 +108,7 @@ def decode(layer: Layer) -> None:
         query = layer.vectors(tokens, impl.num_heads)
         request, seq_len = torch.zeros(2, tokens, dtype=torch.int32, device=query.device)
         step = layer.cache, layer.tables, request.clone(), seq_len.clone()
-        ops.sparse_decode(query, *step, scale=impl.scale, soft_cap=impl.soft_cap, sinks=impl.sinks)
+        impl.attend_decode(query, *step, torch.empty_like(query))
 
 
 def prefill(layer: Layer) -> None:
@@ -119,11 +119,11 @@ def prefill(layer: Layer) -> None:
 
 def _plan(layer: Layer) -> PrefillPlan | BlockPlan:
     impl, cache = layer.impl, layer.cache
-    setup, most, device = impl.setup, impl.vllm_config.model_config.max_model_len, cache.code_pages.device
-    tile_tokens = history_tokens(impl.num_kv_heads, impl.head_size, cache.tail_pages.dtype)
+    setup, most, pages = impl.setup, impl.vllm_config.model_config.max_model_len, cache.whole.tail_pages
+    tile_tokens, device = history_tokens(impl.num_kv_heads, impl.head_size, pages.dtype), pages.device
     if not setup.same_answers:
         return plan_prefill([1], [min(2, most)], 0, tile_tokens, device)
-    reach = setup.reach(cache.layout)
+    reach = setup.reach(cache.whole.layout)
     far = reach.sink_end + reach.window_tokens + reach.tail_tokens + 2 * reach.block_tokens
     return plan_blocks([1], [min(far, most)], 0, reach, tile_tokens, device)
 
@@ -156,15 +156,21 @@ class Kind:
     @classmethod
     def of(cls, layer: Layer) -> Kind:
         """Compare by types, sizes and alignments."""
-        impl, cache = layer.impl, layer.cache
-        pages = [(part.dtype, part.stride(0), part.data_ptr() % 16) for part in (cache.code_pages, cache.tail_pages)]
-        books = [
-            (tensor.dtype, tensor.shape, tensor.data_ptr() % 16)
-            for book in (cache.key, cache.value)
-            for tensor in (*book.tensors, book.atoms if book.fp8_atoms is None else book.fp8_atoms)
-        ]
+        impl = layer.impl
+        parts = [_sizes(part.cache) for part in layer.cache.parts]
         sinks = impl.sinks is not None and (impl.sinks.dtype, impl.sinks.data_ptr() % 16)
-        return cls(layer, (impl.num_heads, impl.soft_cap, sinks, cache.layout, *pages, *books))
+        return cls(layer, (impl.num_heads, impl.soft_cap, sinks, layer.cache.order is None, *parts))
+
+
+def _sizes(cache: LayerCache) -> tuple[Any, ...]:
+    """Types, sizes and alignments of a part's pages and codebooks."""
+    pages = [(part.dtype, part.stride(0), part.data_ptr() % 16) for part in (cache.code_pages, cache.tail_pages)]
+    books = [
+        (tensor.dtype, tensor.shape, tensor.data_ptr() % 16)
+        for book in (cache.key, cache.value)
+        for tensor in (*book.tensors, book.atoms if book.fp8_atoms is None else book.fp8_atoms)
+    ]
+    return cache.layout, *pages, *books
 
 
 class _Kernels(VllmJitKernel[Kind]):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,11 @@ class Codebook:
         return self.atoms.stride(0) if self.atoms.shape[0] > 1 else 0
 
     def head(self, index: int) -> "Codebook":
-        """The codebook of one head alone."""
-        atoms = self.atoms[index] if self.atoms.shape[0] > 1 else self.atoms[0]
-        mean, stretch = (rows[index : index + 1] for rows in (self.mean, self.stretch))
-        return Codebook(atoms, self.levels, mean, stretch, gain=self.gain)
+        """The codebook of one head alone, within the same memory."""
+        own = slice(index, index + 1)
+        of_atoms = slice(None) if self.atoms.shape[0] == 1 else own
+        atoms: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else tensor[of_atoms]
+            for name in ("atoms", "fp8_atoms", "stream_atoms", "integers", "lengths")
+        }
+        return replace(self, mean=self.mean[own], stretch=self.stretch[own], **atoms)

@@ -1,7 +1,7 @@
 """A layer's pages, layers that one launch codes, and where requests' tokens live in the pages."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, int64, tensor, uint8
@@ -57,6 +57,13 @@ class LayerCache:
     def codebook(self, kv: str) -> Codebook:
         """The codebook of "key" or "value"."""
         return self.key if kv == "key" else self.value
+
+    def head(self, index: int) -> "LayerCache":
+        """One KV head's share of the same pages: as those of a layer that has no other."""
+        layout = replace(self.layout, num_kv_heads=1, raw_tokens=self.layout.tail_tokens)
+        codes = self.code_pages[:, index * layout.head_bytes : (index + 1) * layout.head_bytes]
+        tail = self.tail_pages[:, index : index + 1]
+        return LayerCache(codes, tail, self.key.head(index), self.value.head(index), layout)
 
 
 BOOK_FIELDS = ("atoms", "levels", "mean", "stretch", "stream_atoms", "integers", "lengths")

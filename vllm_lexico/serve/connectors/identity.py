@@ -28,9 +28,9 @@ def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, draft
     """
     dictionary = "none" if setup.dictionary_path is None else read_checksum(setup.dictionary_path)
     sparsity, uneven = setup.config.sparsity, setup.config.uneven
-    by_layer = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by layer)"
+    by_head = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by head)"
     return (
-        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}{by_layer}, "
+        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}{by_head}, "
         f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
         f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}, {drafts} drafts in blocks"
     )
