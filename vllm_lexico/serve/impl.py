@@ -188,13 +188,7 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         return output
 
     def _store(
-        self,
-        layer: Any,
-        key: Tensor,
-        value: Tensor,
-        cache: LayerParts,
-        step: LexicoMetadata,
-        tail: LexicoTailMetadata,
+        self, layer: Any, key: Tensor, value: Tensor, cache: LayerParts, step: LexicoMetadata, tail: LexicoTailMetadata
     ) -> None:
         """Write a step's tokens [T, Hk, D], and code those that are due or have them coded."""
         cache.write_tail(key, value, tail.slot_mapping[: step.num_tokens])

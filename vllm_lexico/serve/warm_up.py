@@ -67,7 +67,7 @@ def nowhere(num_jobs: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def plan(layer: Layer) -> None:
     """What builders launch for a step in which all requests decode."""
-    tables, layout = layer.tables, layer.cache.layout
+    tables, layout = layer.tables, layer.cache.whole.layout
     starts = torch.tensor([0, 1], dtype=torch.int32, device=tables.sink_end.device)
     batch, kept = (starts, tables.sink_end), decode_plan.PlanBuffers(1, 1, starts.device).of_step(1, 1)
     decode_plan.plan_codes(*batch, tables.block_table, block_tokens=layout.block_tokens, out=kept)
