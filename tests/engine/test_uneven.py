@@ -1,4 +1,4 @@
-"""KV heads of other sparsities in a whole engine: answers are the oracle's.
+"""KV heads of other sparsities in a whole engine: answers are the oracle's, and alike cold, after hits and preemption.
 
 A tiny model of four KV heads per layer, whose dictionary has heads that are asked much in places that are not side by
 side, so that layers put them into another order.
@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 from oracle import Oracle
 from processes import in_a_process
-from uneven_answers import OWN_FAULTS, PROMPTS, TOKENS, answer_unevenly
+from uneven_answers import OWN_FAULTS, PROMPTS, TOKENS, answer_alike, answer_unevenly
 
 from vllm_lexico.config import LexicoConfig
 from vllm_lexico.dictionary.file import load_dictionary
@@ -62,3 +62,11 @@ def test_planted_faults_are_seen(answers, worst_regret):
     found = {fault: worst_regret(said) for fault, said in answers["faults"].items()}
     assert found.keys() > OWN_FAULTS.keys()
     assert {fault: regret for fault, regret in found.items() if regret <= TIE} == {}
+
+
+def test_answers_are_alike_after_hits_and_preemption(uneven):
+    model, dictionary = map(str, uneven)
+    said = in_a_process(answer_alike, model, {"dictionary": dictionary} | SETTINGS)
+    assert said["preempted"] > 0 and said["hits"] == [128]
+    assert said["again"] == said["alone"][:1]
+    assert said["crowded"] == said["alone"]

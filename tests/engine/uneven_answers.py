@@ -8,6 +8,9 @@ from engines import ask, make_tokens, plant_each, start
 
 PROMPTS = [make_tokens(30 + length, length) for length in (300, 411, 640)]
 TOKENS, FAULTY_TOKENS = 24, 8
+# A request takes some 24 pages with its prompt and 37 with its answer, whose last tokens read codes.
+CROWD, CROWD_TOKENS = [make_tokens(60 + i, 170) for i in range(4)], 100
+SMALL_POOL = {"num_gpu_blocks_override": 130, "max_num_seqs": 4, "disable_log_stats": False}
 
 
 @contextmanager
@@ -67,3 +70,22 @@ def answer_unevenly(model: str, lexico: dict[str, Any]) -> dict[str, Any]:
         "parts": [[part.cache.layout.num_kv_heads for part in one.parts] for one in bound],
         "orders": [None if one.order is None else one.order.kv_heads.tolist() for one in bound],
     }
+
+
+def answer_alike(model: str, lexico: dict[str, Any]) -> dict[str, Any]:
+    """What an engine that answers alike cold and after hits answers alone, again, and in a pool too small for all.
+
+    Returns:
+        alone, crowded: tokens of answers.
+        again: of the first one's, after a hit of so many tokens as `hits` says.
+        preempted: requests that lost their pages.
+    """
+    llm = start(model, "LEXICO", lexico | {"prefix_hits": "same"}, SMALL_POOL)
+    alone = [ask(llm, [prompt], CROWD_TOKENS)[0][0] for prompt in CROWD]
+    llm.reset_prefix_cache()
+    crowded, _ = ask(llm, CROWD, CROWD_TOKENS)
+    (preempted,) = [one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions"]
+    llm.reset_prefix_cache()
+    ask(llm, CROWD[:1], 1)
+    again, hits = ask(llm, CROWD[:1], CROWD_TOKENS)
+    return {"alone": alone, "again": again, "crowded": crowded, "hits": hits, "preempted": preempted}
