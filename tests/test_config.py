@@ -142,7 +142,8 @@ def test_random_settings_load_right_or_are_refused_in_a_sentence(number, name, w
     both = sparsity if isinstance(sparsity, dict) else {"key": sparsity, "value": sparsity}
     assert vars(config.sparsity) == both and all(1 <= number <= MAX_SPARSITY for number in both.values())
     for key, default in vars(LexicoConfig()).items():
-        assert key == "sparsity" or getattr(config, key) == lexico.get(key, default)
+        given = lexico.get(key, default)
+        assert key == "sparsity" or getattr(config, key) == (tuple(given) if isinstance(given, list) else given)
     assert 0 <= config.window <= 65536 and 0 <= config.sinks <= 1024 and 0 <= config.relative_error < 1
     assert config.dictionary is None or config.dictionary
     assert config.codec in CODECS and config.prefix_hits in PREFIX_HITS
