@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,9 @@ print(json.dumps({"wrote": wrote, "start_seconds": 3.2, "write_seconds": 60.7}))
 )
 FAILS = START + """print(json.dumps({"error": "ValueError: no such architecture"})); sys.exit(1)"""
 DIES = START + """print("the log\\n\\nCUDA error: no luck\\n", file=sys.stderr); sys.exit(3)"""
+FAILS_WITH_GRAPHS = WRITES.replace(
+    'print("a library', 'if job["graphs"]: print(json.dumps({"error": "no graph"})); sys.exit(1)\nprint("a library'
+)
 HANGS = START + """print(json.dumps({"tokens": 5}), flush=True); time.sleep(600)"""
 
 
@@ -91,6 +95,28 @@ def test_why_not_in_one_line(stand_in, folder, capsys, program, reason):
     assert written_rows(folder, 64) is None
     with pytest.raises(ValueError, match=f"--writer vllm: vLLM cannot write text with some/model .{reason}.*--data"):
         write(folder, "vllm")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_is_tried_again_without_graphs(stand_in, folder, capsys, device):
+    stand_in(FAILS_WITH_GRAPHS)
+    progress = Progress([Stage("write", "writing", 640, 1.0)])
+    wrote = own_text("auto", replace(JOB, device=device), folder, f"{device}:0", progress)
+    said = capsys.readouterr().out
+    if device == "cpu":  # nothing that a second try would do otherwise
+        assert wrote is None and "again" not in said
+    else:
+        assert wrote == {"writer": "vLLM 9", "tokens": {"bare": 640}}
+        assert "no graph" in said and "again without CUDA graphs" in said and "transformers" not in said
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_an_engine_on_a_gpu_captures_graphs(monkeypatch, graphs):
+    monkeypatch.setattr(vllm_writer.torch.cuda, "mem_get_info", lambda: (60 << 30, 80 << 30))
+    arguments = vllm_writer.engine_arguments(replace(JOB, device="cuda", graphs=graphs), False)
+    assert arguments["gpu_memory_utilization"] == 0.72
+    assert ("compilation_config" in arguments, "enforce_eager" in arguments) == (graphs, not graphs)
+    assert max(vllm_writer.GRAPHS) == arguments["max_num_seqs"]
 
 
 def test_transformers_goes_on_with_what_it_began(stand_in, folder, monkeypatch):

@@ -29,6 +29,7 @@ CPU_CACHE_BYTES = 1 << 30  # vLLM's own choice, half of the memory, is more than
 LARGEST_SHARE = 0.9  # of a GPU's memory
 SPARE_SHARE = 0.03  # of it, left of what is free
 REPEAT_SECONDS = 2.0  # between two words of how far it is
+GRAPHS = (16, 32, 64, 128, 256, 384, 512)  # texts of a step that a CUDA graph is captured for: it takes a second or two
 MORE_TEXTS = 1.05  # than seem needed: the next wave, of few, takes as long as one text
 # Tokens of a text, until some were met: too many texts cost less than another wave.
 FIRST_GUESSES = {"chat": 400, "code": 500, "mathematics": 400, "documents": 1000, "languages": 400}
@@ -49,6 +50,7 @@ class WriterJob:
         overrides: of the configuration, a JSON object, or "".
         to_the_end: see `Prompts`.
         gpus: that hold the model together, a power of two.
+        graphs: whether a GPU's steps are launched as CUDA graphs.
     """
 
     model: str
@@ -61,6 +63,7 @@ class WriterJob:
     overrides: str
     to_the_end: bool = False
     gpus: int = 1
+    graphs: bool = True
 
     def write(self, path: Path) -> None:
         """As `main` reads it."""
@@ -156,7 +159,6 @@ def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
         "seed": job.seed,
         "max_model_len": job.longest,
         "max_num_seqs": TEXTS_AT_ONCE[job.device],
-        "enforce_eager": True,  # compiling and capturing take longer than they would save here
         "enable_prefix_caching": False,
         "skip_tokenizer_init": without_tokenizer,
     }
@@ -166,6 +168,11 @@ def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
         arguments["tensor_parallel_size"] = job.gpus
     if job.overrides:
         arguments["hf_overrides"] = json.loads(job.overrides)
+    if job.device == "cuda" and job.graphs:  # compiling takes longer than it would save here
+        sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(GRAPHS)}
+        arguments["compilation_config"] = {"mode": 0} | sizes
+    else:
+        arguments["enforce_eager"] = True
     if job.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         arguments["gpu_memory_utilization"] = round(min(LARGEST_SHARE, free / total - SPARE_SHARE), 3)

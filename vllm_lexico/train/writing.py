@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def own_text(writer: str, job: WriterJob, run: RunFolder, device: str, progress:
         return None
     try:
         with progress.stage("write"):
-            tensors, facts = write(job, device, progress)
+            tensors, facts = _write_or_again(job, device, progress)
     except WriterError as error:
         if writer == "vllm":
             raise ValueError(
@@ -74,6 +75,17 @@ def written_rows(run: RunFolder, length: int) -> torch.Tensor | None:
     """The text of a run as int64 [rows, length] token ids; None where transformers writes it."""
     kept = run.load(TEXT)
     return None if kept is None else join(kept.tensors["ids"], length)
+
+
+def _write_or_again(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `write`; on a GPU a second time without CUDA graphs: some models have none, and others use its memory too."""
+    if job.device == "cpu":
+        return write(job, device, progress)
+    try:
+        return write(job, device, progress)
+    except WriterError as error:
+        progress.say(f"vLLM could not write the text ({error}); it tries again without CUDA graphs")
+    return write(replace(job, graphs=False), device, progress)
 
 
 def write(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
