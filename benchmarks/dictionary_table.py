@@ -3,8 +3,9 @@
     python benchmarks/dictionary_table.py            # replaces what is between the two marks
     python benchmarks/dictionary_table.py --print    # to standard output
 
-What a dictionary is and loses is what its file says; perplexity is of the newest rows of `benchmarks/perplexity.py` for
-a file of that name. Needs neither a GPU nor vLLM; takes a second.
+What a dictionary is and loses is what its file says; perplexity is of the newest rows of `benchmarks/perplexity.py` and
+`quality_study.py` for a file of that name, of codes as they are served: with gains, which older rows lack. Needs no GPU
+and no vLLM; takes a second.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def make_table(folder: Path, results: Path) -> str:
         folder: of dictionaries.
         results: folder of rows.
     """
-    perplexity = newest_perplexity(results / "dictionary.jsonl")
+    perplexity = newest_perplexity([results / "dictionary.jsonl", results / "quality.jsonl"])
     return "\n".join(
         (
             _line(TITLES),
@@ -61,14 +62,17 @@ def make_table(folder: Path, results: Path) -> str:
     )
 
 
-def newest_perplexity(rows: Path) -> dict[tuple[str, int], float]:
-    """(name of a dictionary's file, sparsity) -> perplexity over bf16's on WikiText-2."""
+def newest_perplexity(files: Sequence[Path]) -> dict[tuple[str, int], float]:
+    """(name of a dictionary's file, sparsity) -> perplexity over bf16's on WikiText-2. files: of rows; last wins."""
     newest = {}
-    for line in rows.read_text(encoding="utf-8").splitlines():
+    for line in (line for path in files if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
         case = row["case"]
-        if row["metric"] == "perplexity_ratio" and case.get("text") == "wikitext" and case.get("codec") == "packed16":
-            newest[case["dictionary"], case["sparsity"]] = row["value"]
+        if row["metric"] == "perplexity_ratio" and case.get("text") == "wikitext" and case.get("gains"):
+            given = case["sparsity"]
+            for sparsity in set(given.values()) if isinstance(given, dict) else {given}:
+                file = case.get("dictionary_facts", {}).get("file", case["dictionary"])
+                newest[file, int(sparsity)] = row["value"]
     return newest
 
 

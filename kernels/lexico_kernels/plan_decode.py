@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lexico_kernels.device.launch import PLAN_CODES, PLAN_TAIL_JOBS, PLAN_TAIL_REQUESTS
+from lexico_kernels.device.launch import PLAN_CODES, PLAN_TAIL_JOBS, PLAN_TAIL_PAGES, PLAN_TAIL_REQUESTS
 from lexico_kernels.memory import layout
 from lexico_kernels.memory.pages import DecodePlan
 
@@ -29,7 +29,7 @@ class TailSizes(NamedTuple):
     WINDOW: int
     SINK_END: int
     BLOCK: int
-    PAGES: int  # that may be missing at the start of a window, up to a power of two
+    PAGES: int  # of a window, looked at together; a power of two
     JOBS: int
     REQUESTS: int
 
@@ -151,12 +151,15 @@ def _find_raw_starts(
     computed = tl.load(seq_lens_ptr + request, mask=there, other=0) - (end - start)
     computed = tl.maximum(computed, 0) // BLOCK * BLOCK
     first_page = tl.maximum(computed - WINDOW, 0) // R
-    ahead = tl.arange(0, PAGES)[None, :]
-    page = first_page[:, None] + ahead
     row = table_ptr + request.to(tl.int64)[:, None] * table_stride
-    block = tl.load(row + tl.minimum(page, width - 1), mask=there[:, None], other=1)
-    is_missing = (block == 0) & (page * R < computed[:, None]) & (ahead < tl.cdiv(WINDOW, R) + 1)
-    first_raw_page = first_page + tl.max(tl.where(is_missing, ahead + 1, 0), 1)
+    missing = tl.zeros_like(first_page)  # pages at the window's start, up to the last that is missing
+    for at in range(0, tl.cdiv(WINDOW, R) + 1, PAGES):
+        ahead = at + tl.arange(0, PAGES)[None, :]
+        page = first_page[:, None] + ahead
+        block = tl.load(row + tl.minimum(page, width - 1), mask=there[:, None], other=1)
+        is_missing = (block == 0) & (page * R < computed[:, None]) & (ahead < tl.cdiv(WINDOW, R) + 1)
+        missing = tl.maximum(missing, tl.max(tl.where(is_missing, ahead + 1, 0), 1))
+    first_raw_page = first_page + missing
     tl.store(raw_start_ptr + request, tl.maximum(first_raw_page * R, SINK_END), mask=there)
 
 
@@ -270,7 +273,7 @@ def _tail_sizes(block_tokens: int, tail_tokens: int, window_tokens: int, sink_en
         WINDOW=window_tokens,
         SINK_END=sink_end,
         BLOCK=block_tokens,
-        PAGES=triton.next_power_of_2(triton.cdiv(window_tokens, tail_tokens) + 1),
+        PAGES=min(PLAN_TAIL_PAGES, triton.next_power_of_2(triton.cdiv(window_tokens, tail_tokens) + 1)),
         JOBS=PLAN_TAIL_JOBS.tile,
         REQUESTS=PLAN_TAIL_REQUESTS,
     )

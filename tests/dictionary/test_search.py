@@ -79,6 +79,16 @@ def test_a_quantized_twin_is_served_and_one_line_says_so(addresses, make_diction
     assert "\n" not in said
 
 
+def test_of_a_model_and_its_twins_the_served_one_is_taken_else_the_one_that_is_not_quantized(
+    addresses, make_dictionary, fingerprint
+):
+    make_dictionary(name=f"{NAME}-AWQ").save(addresses.cache / "a.safetensors")
+    make_dictionary().save(addresses.cache / "z.safetensors")
+    make_dictionary(name=f"{NAME}-FP8").save(addresses.cache / "f.safetensors")
+    for served, file in (("some-model", "z"), ("some-model-AWQ", "a"), ("some-model-GPTQ-Int4", "z")):
+        assert find_dictionary(None, f"/models/{served}", fingerprint) == addresses.cache / f"{file}.safetensors"
+
+
 def test_none_of_several_is_taken_without_being_named(addresses, make_dictionary, fingerprint):
     twins = [addresses.cache / "a_twin.safetensors", addresses.cache / "b_twin.safetensors"]
     for path in twins:

@@ -33,7 +33,6 @@ def chosen(found, high):
         (7, 3, 15, {0: [0, 3], 1: [], 2: [0, 1], 3: [2]}),  # 2's other two come together
         (15, 11, 31, {0: [0, 3], 1: [], 2: [0], 3: []}),
         (7, 5, 9, {0: [0, 3], 1: [], 2: [0, 1, 2, 3], 3: [2, 3]}),
-        (4, 3, 31, {0: [], 1: [], 2: [], 3: []}),
     ],
 )
 def test_heads_that_are_asked_most_get_more_atoms(planted, mean, low, high, expected):
@@ -42,6 +41,14 @@ def test_heads_that_are_asked_most_get_more_atoms(planted, mean, low, high, expe
     assert {atoms for _, own in found for atoms in own} <= {low, high}
     taken = sum(CodeLayout(128, 1, atoms, atoms).page_bytes for _, own in found for atoms in own)
     assert taken <= 16 * CodeLayout(128, 1, mean, mean).page_bytes
+
+
+def test_bytes_for_no_head_at_all_are_refused(planted):
+    with pytest.raises(
+        ValueError, match=r"\[3, 31\] beside a sparsity of 4, which leaves none of a rank's 16 KV heads"
+    ):
+        uneven_sparsities(planted, range(4), slice(0, 4), 4, 3, 31)
+    assert uneven_sparsities(planted, range(7, 9), slice(0, 4), 4, 3, 31) == ()  # a stage without coded layers
 
 
 def test_layers_have_few_numbers_of_such_heads(planted):

@@ -82,7 +82,9 @@ def plan_a_step() -> None:
     numbers, table = torch.zeros(64, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
     batch, out = (numbers[:2], numbers[:1]), DecodePlan(numbers[:1], numbers[:1], numbers, numbers, numbers.long())
     plan_decode.plan_codes(*batch, table, block_tokens=128, out=out)
-    plan_decode.plan_tail(*batch, table, numbers, numbers, numbers, numbers[:1], 1, 16, 128, 32)
+    for tail_tokens, window_tokens in ((16, 128), (8, 65536)):
+        reach = 1, tail_tokens, window_tokens, 32
+        plan_decode.plan_tail(*batch, table, numbers, numbers, numbers, numbers[:1], *reach)
 
 
 def main() -> None:

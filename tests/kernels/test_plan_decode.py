@@ -1,5 +1,6 @@
 """One launch plans what `coding_plan` plans, number for number."""
 
+import inspect
 import random
 
 import pytest
@@ -61,6 +62,7 @@ CASES = {
     "crowd": {"block_tokens": 128, "tail_tokens": 32, "num_requests": 300},
     "one": {"block_tokens": 512, "tail_tokens": 64, "num_requests": 1, "drafts": 40},
     "same_answers": {"block_tokens": 128, "tail_tokens": 16, "counted_from": 128},
+    "long_window": {"block_tokens": 128, "tail_tokens": 8, "window_tokens": 1500},
     "no_sinks": {"block_tokens": 128, "tail_tokens": 16, "sink_end": 0, "window_tokens": 300},
 }
 
@@ -106,7 +108,16 @@ def test_the_twin_is_told_in_loops_elsewhere_and_keeps_their_numbers():
     assert found["raw_start"].tolist() == coding_plan.raw_starts(starts, seq_lens, tail_table, **reach).tolist()
 
 
-def test_no_token_is_no_launch(device):
+@pytest.mark.parametrize("name", ["plan_codes", "plan_tail"])
+def test_both_have_one_signature(name):
+    """What decides how far back tokens are read is passed in its order."""
+    one, other = ([*inspect.signature(getattr(module, name)).parameters] for module in (plan_decode, decode_plan))
+    assert one == other
+    assert name == "plan_codes" or tuple(one[-4:]) == coding_plan.Reach._fields
+
+
+def test_no_token_is_no_launch(device, monkeypatch):
+    monkeypatch.setattr(plan_decode, "_plan_codes", None)
     out = DecodePlan(*(torch.empty(0, dtype=torch.int32, device=device) for _ in DecodePlan._fields))
     starts = torch.zeros(1, dtype=torch.int32, device=device)
     plan_decode.plan_codes(starts, starts[:0], starts[:0, None], block_tokens=128, out=out)

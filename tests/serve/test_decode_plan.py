@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from step_runner import Runner, Shape, recorded
 
 from vllm_lexico.serve import decode_plan
+from vllm_lexico.serve.coding_plan import max_coded_tokens
 
 VIEWS = ("aten.slice.Tensor", "aten.select.int", "aten.view.default", "aten.alias.default", "aten.detach.default")
 DECODES = [(1, 700), (1, 1023), (1, 31), (1, 2047)]
@@ -90,3 +91,6 @@ def test_buffers_have_room_for_a_padded_batch():
     for tokens, requests in ((64, 16), (64, 1), (16, 16), (1, 1)):
         out = buffers.of_step(tokens, requests)
         assert len(out.token_request) == tokens and len(out.destination) == len(out.position) == len(out.request)
+        assert len(out.position) == max_coded_tokens(tokens, requests)
+    with pytest.raises(AssertionError, match="beyond buffers"):
+        buffers.of_step(65, 16)

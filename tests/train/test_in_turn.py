@@ -1,5 +1,6 @@
 """A model whose layers come onto the device one after the other: what is captured is the same, and how they come."""
 
+import json
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from vllm_lexico.train import capture as capturing
+from vllm_lexico.train import in_turn as turns_module
 from vllm_lexico.train import rounds, run
 from vllm_lexico.train.asked import Asking, measure_shares
 from vllm_lexico.train.capture import capture, load_model, text_model
@@ -117,6 +119,16 @@ def test_when_a_model_is_too_large():
     assert not is_too_large(65 * GIB, 12 * GIB, 140 * GIB) and is_too_large(141 * GIB, 12 * GIB, 140 * GIB)
     assert is_too_large(16 * GIB, 12 * GIB, 24 * GIB)
     assert not is_too_large(16 * GIB, 12 * GIB, 8 * GIB)  # no room for the vectors either
+
+
+def test_weights_are_counted_in_the_checkpoints_own_dtype(tiny_model, monkeypatch):
+    """Its float32, which "auto" means: three bytes for each number are room for half as much, and not for that."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float32"
+    numbers = turns_module.count_parameters(turns_module.read_config(str(tiny_model), ""))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * numbers, 4 * numbers))
+    for dtype, too_large in (("auto", True), ("float32", True), ("bfloat16", False)):
+        assert turns_module.comes_in_turn(str(tiny_model), dtype, "", 0, "cuda:0") == too_large
 
 
 @pytest.mark.gpu

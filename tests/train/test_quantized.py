@@ -193,6 +193,16 @@ def test_the_shards_of_a_checkpoint_are_read_together(tiny_model, tmp_path):
         ({"quant_method": "compressed-tensors"}, {"weight_packed": torch.uint8}, r"weight_packed is uint8 without"),
         ({"quant_method": "gptq", "bits": 3}, {"qweight": torch.int32}, "GPTQ of 3 bits"),
         ({"quant_method": "awq", "bits": 8}, {"qweight": torch.int32, "qzeros": torch.int32}, "AWQ of 8 bits"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            dict.fromkeys(("qweight", "qzeros", "g_idx"), torch.int32) | {"scales": torch.float16},
+            "GPTQ of other bits than the 4",
+        ),
+        (
+            {"quant_method": "compressed-tensors"},
+            {"weight": torch.int8, "weight_scale": torch.float16, "weight_g_idx": torch.int32},
+            "columns are reordered",
+        ),
     ],
 )
 def test_weights_that_nothing_here_reads_are_refused_in_one_sentence(tiny_model, tmp_path, scheme, parts, words):
@@ -200,6 +210,33 @@ def test_weights_that_nothing_here_reads_are_refused_in_one_sentence(tiny_model,
     quantize(tiny_model, tmp_path / "model", (lambda weight: (made, weight)) if made else of_tensor, scheme)
     with pytest.raises(ValueError, match=rf"cannot be read \(.*{words}.*dictionary serves its quantized twins too"):
         load_model(str(tmp_path / "model"), "cpu", "auto")
+
+
+def test_scales_that_the_configuration_does_not_explain_are_refused(tiny_model, tmp_path):
+    """As older ModelOpt's, which keeps its scheme in another file: transformers would read numbers without scales."""
+    quantize(tiny_model, tmp_path / "model", *CASES["fp8-blocks"])
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"_proj.weight_scale_inv, and its config.json does not .*hf_quant_config.json"
+    ):
+        load_model(str(tmp_path / "model"), "cpu", "float32")
+
+
+def test_scales_of_more_dimensions_are_refused(tiny_model, tmp_path):
+    made = {"weight": torch.zeros(64, 8).to(E4M3), "weight_scale": torch.ones(2, 1, 2, 1)}
+    quantize(tiny_model, tmp_path / "model", lambda weight: (made, weight), {"quant_method": "modelopt"})
+    with pytest.raises(ValueError, match=r"scales of shape \(2, 1, 2, 1\), which is not read here"):
+        load_model(str(tmp_path / "model"), "cpu", "float32")
+
+
+def test_a_shard_that_is_not_there_is_named(tiny_model, tmp_path):
+    quantize(tiny_model, tmp_path / "model", *CASES["fp8-blocks"])
+    index = {"weight_map": {"some.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="model-00001-of-00002"):
+        load_model(str(tmp_path / "model"), "cpu", "float32")
 
 
 def test_mxfp4_is_what_transformers_reads():

@@ -88,6 +88,11 @@ def alike(one: str, other: str) -> bool:
     return not two_folders and unquantized(Path(one).name) == unquantized(Path(other).name)
 
 
+def last_part(name: str) -> str:
+    """The last part of a model's name in small letters, by which its folder is known."""
+    return Path(plain_name(name)).name.casefold()
+
+
 def unquantized(name: str) -> str:
     """The last part of a model's name in small letters, without what says at its end how it is quantized."""
     return QUANTIZED.sub("", name.casefold()) or name.casefold()

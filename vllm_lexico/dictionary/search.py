@@ -12,7 +12,15 @@ from lexico_kernels.files import cache_folder
 from vllm_lexico.dictionary.file import read_info
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.info import DictionaryInfo
-from vllm_lexico.dictionary.names import alike, plain_name, printable, same_model, train_command
+from vllm_lexico.dictionary.names import (
+    alike,
+    last_part,
+    plain_name,
+    printable,
+    same_model,
+    train_command,
+    unquantized,
+)
 from vllm_lexico.errors import refusal
 
 logger = logging.getLogger("vllm.lexico")
@@ -66,7 +74,7 @@ def find_dictionary(
     downloaded, hub_note = _from_hub(model_name)
     if downloaded is not None:
         return downloaded
-    likely = [found for found in fitting if alike(found[1].model_name, model_name)] or fitting
+    likely = _likely(fitting, model_name)
     if len({plain_name(info.model_name).casefold() for _, info in likely}) == 1:
         return likely[0][0]
     if likely:
@@ -79,6 +87,18 @@ def find_dictionary(
         f"({cached}); bundled ({bundled}); {hub_note}. Name one that you have, a file or org/name on the hub, or make "
         f"one (some minutes on a GPU): {train_command(model_name, overrides, fingerprint.short_context)}"
     )
+
+
+def _likely(fitting: list[Found], model_name: str) -> list[Found]:
+    """Of dictionaries that fit those of a model with this name, else of one that is quantized otherwise; else all.
+
+    Of several quantized twins' the one that is not quantized is taken, of which they were made.
+    """
+    twins = [found for found in fitting if alike(found[1].model_name, model_name)]
+    for name in (last_part(model_name), unquantized(last_part(model_name))):
+        if same := [found for found in twins if last_part(found[1].model_name) == name]:
+            return same
+    return twins or fitting
 
 
 def _as_it_is_served(own: list[Found], fingerprint: ModelFingerprint) -> str:

@@ -1,6 +1,6 @@
 """Which KV heads get more atoms where sparsities differ: those that are asked most when a model repeats a text.
 
-At equal bytes they keep more of the answers about long documents than even sparsities do (docs/quality.md).
+At 6.25 % they keep more of the answers about long documents than as many bytes dealt out evenly (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def uneven_sparsities(
         (layer, atoms of each of the rank's heads) of each layer, in order.
 
     Raises:
-        ValueError: the dictionary does not say which heads are asked.
+        ValueError: the dictionary does not say which heads are asked, or the bytes are too few for one head in `high`.
     """
     shares = dictionary.tensors.get(ASKED_SHARES)
     if shares is None:
@@ -44,6 +44,12 @@ def uneven_sparsities(
     coded = {index: of_layer[index] for index in layers if index in of_layer}
     # A record has 2 (S + 1) bytes, so bytes are even in S.
     left = sum(map(len, coded.values())) * (mean - low) // (high - low)
+    if coded and not left:
+        raise ValueError(
+            f"LEXICO setting uneven is {[low, high]} beside a sparsity of {mean}, which leaves none of a rank's "
+            f"{sum(map(len, coded.values()))} KV heads with {high}; allowed: pairs that give it to one at least; "
+            f"choose a smaller high or a larger sparsity, or leave uneven out"
+        )
     ranked = {index: sorted(own, reverse=True) for index, own in coded.items()}
     counts = dict.fromkeys(coded, 0)  # of heads in `high`
     while True:

@@ -18,11 +18,11 @@ SKIPPED = -1
 
 
 class Reach(NamedTuple):
-    """What decides how far back queries read raw where answers are the same cold and after a hit (`block_plan.py`).
+    """What decides how far back queries read raw; its methods hold where answers are the same cold and after a hit.
 
     Attributes:
-        block_tokens: P.
-        tail_tokens: R, of which P is a multiple.
+        block_tokens: P there (`block_plan.py`), else 1: the window is counted from its last multiple.
+        tail_tokens: R.
         window_tokens: tokens before a block that are raw, rounded up to whole pages.
         sink_end: end of the sinks, a multiple of R.
     """

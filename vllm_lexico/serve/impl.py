@@ -368,7 +368,6 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         pages = self.page_addresses(kv_cache)
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
-            books = getattr(layer, CODEBOOKS)
             given, tail, books = code_pages(kv_cache), raw_pages(tail_cache, layout), getattr(layer, CODEBOOKS)
             if self.setup.sparsities:
                 assert self.layer_index is not None

@@ -1,8 +1,8 @@
-"""Pages of layers whose sparsities differ, within blocks that vLLM cut into equal ones.
+"""Pages of layers whose heads' sparsities differ, within blocks that vLLM cut into equal ones.
 
 With the block outermost a block of the pool has the code pages of all layers of a rank side by side, each of the bytes
 of the mean sparsity, as vLLM counts them. Here the same run of bytes is cut anew: in the same order, each layer takes
-what its own sparsity needs, which all together is no more. The tail's pages lie in other blocks and stay equal.
+what its own heads need, which all together is no more. The tail's pages lie in other blocks and stay equal.
 """
 
 from __future__ import annotations

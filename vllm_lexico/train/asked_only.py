@@ -57,7 +57,7 @@ def add_shares(model: str, settings: TrainSettings, name: str, longest: int, out
     with words_for_memory("loading the model", device):
         in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, 0, device)
         if in_turn and not settings.data:
-            refuse_writing(model)
+            refuse_writing(model, by_vllm=False)
         loaded = load_model(
             model, device, settings.dtype, settings.hf_overrides, settings.max_model_len, in_turn=in_turn
         )

@@ -11,7 +11,7 @@ from lexico_kernels.memory.layout import KV
 from vllm_lexico.train.attention import ATTENTION_NAME, exact_attention, heard_attention, listening
 from vllm_lexico.train.in_turn import hold_in_turn, read_all
 from vllm_lexico.train.model import model_class, read_config
-from vllm_lexico.train.quantized import Scheme, UnreadWeightsError, dense_weights
+from vllm_lexico.train.quantized import OF_QUANTIZED, Scheme, UnreadWeightsError, dense_weights
 from vllm_lexico.train.rotary import as_vllm_orders, settle_rotary
 
 WIDER_WINDOWS = ("cohere2", "cohere2_moe")  # vLLM's see one token more than transformers', as these were trained
@@ -56,6 +56,12 @@ def load_model(
             f"{model} lacks {len(lacking)} of its weights, as {lacking[0]}; allowed are whole checkpoints; fetch it "
             f"again"
         )
+    if stray := sorted(name for name in report["unexpected_keys"] if name.endswith(OF_QUANTIZED)):
+        raise ValueError(
+            f"{model} has scales of quantized weights, as {stray[0]}, and its config.json does not say how they are "
+            f"quantized; allowed: a quantization_config there; copy it from hf_quant_config.json if that file is "
+            f"there, or train on the model that it was made of: its dictionary serves its quantized twins too"
+        )
     settle_rotary(loaded, max_model_len)
     text = loaded.config.get_text_config()
     if text.model_type in WIDER_WINDOWS and text.sliding_window is not None:
@@ -81,8 +87,9 @@ def _read_weights(model: str, config: Any, overridden: bool, dtype: str, device:
     except (ImportError, UnreadWeightsError) as error:  # of a package that reads a kind of quantized weights, or ours
         raise ValueError(
             f"the weights of {model} cannot be read ({' '.join(str(error).split())}); allowed are those that "
-            f"transformers reads with what is installed, and FP8, AWQ, GPTQ and compressed-tensors; install what is "
-            f"named, or train on the model that they were made of: its dictionary serves its quantized twins too"
+            f"transformers reads with what is installed, and FP8, AWQ, GPTQ, compressed-tensors and MXFP4; install a "
+            f"package that is named, or train on the model that they were made of: its dictionary serves its quantized "
+            f"twins too"
         ) from error
 
 

@@ -194,26 +194,34 @@ def comes_in_turn(model: str, dtype: str, overrides: str, beside: int, device: s
         model: hub id or folder.
         dtype: of the weights, "auto" for the checkpoint's own.
         overrides: of its configuration, a JSON object, or "".
-        beside: bytes of the vectors that are held at once.
+        beside: bytes of the vectors that are held at once on a device.
         device: "cuda:1" and so on; a CPU's memory is where layers would wait.
     """
     if not device.startswith("cuda"):
         return False
-    numbers = count_parameters(read_config(model, overrides))
+    config = read_config(model, overrides)
+    numbers, taken = count_parameters(config), (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
     free, _ = torch.cuda.mem_get_info(device)
-    return numbers is not None and is_too_large(numbers * (4 if dtype == "float32" else 2), beside, free)
+    return numbers is not None and is_too_large(numbers * (4 if str(taken).endswith("float32") else 2), beside, free)
 
 
-def refuse_writing(model: str) -> None:
+def refuse_writing(model: str, *, by_vllm: bool = True) -> None:
     """Refuse to have transformers write with a model that comes in turn: each token would take all of its weights.
+
+    Args:
+        model: hub id or folder.
+        by_vllm: whether vLLM could write in its place.
 
     Raises:
         ValueError: with what to do.
     """
+    allowed = remedy = ""
+    if by_vllm:
+        allowed = ", or that vLLM writes"
+        remedy = ", or the name of a quantized twin that vLLM can start, whose dictionary serves this model too"
     raise ValueError(
         f"{model} is larger than the GPU, which reads text with one layer at a time and cannot write any so; allowed: "
-        f"text that is there, or that vLLM writes; give --data, or the name of a quantized twin that vLLM can start, "
-        f"whose dictionary serves this model too"
+        f"text that is there{allowed}; give --data{remedy}"
     )
 
 

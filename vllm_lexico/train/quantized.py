@@ -5,7 +5,7 @@ of compressed-tensors, packed or not, AWQ, GPTQ and MXFP4. No other package is n
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ BESIDE = (
     ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".weight_shape",
     ".weight_g_idx", ".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale",
 )  # fmt: skip
+# Ends of names that only quantized weights have beside them.
+OF_QUANTIZED = (".weight_scale", ".weight_scale_inv", ".scales", "_blocks")
 
 
 class UnreadWeightsError(ValueError):
@@ -60,7 +62,8 @@ class Scheme:
         bits = [facts.get("bits")]
         for group in (facts.get("config_groups") or {}).values():
             weights = group.get("weights") or {}
-            blocks.append(weights.get("block_structure"))
+            block = weights.get("block_structure")
+            blocks.append([int(size) for size in block.split("x")] if isinstance(block, str) else block)
             bits.append(weights.get("num_bits"))
         known = [tuple(block) for block in blocks if block]
         wide = tuple(sorted({number for number in bits if number})) or (4,)
@@ -101,11 +104,12 @@ def weight_files(model: str) -> list[Path]:
 
     from transformers.utils import cached_file
 
-    with suppress(OSError):
+    try:
         index = cached_file(model, "model.safetensors.index.json")
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        return [Path(cached_file(model, name)) for name in names]
-    return [Path(cached_file(model, "model.safetensors"))]
+    except OSError:
+        return [Path(cached_file(model, "model.safetensors"))]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(cached_file(model, name)) for name in names]
 
 
 class _Lazy(Mapping[str, torch.Tensor]):
@@ -116,6 +120,9 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.homes[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.homes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.homes)
@@ -143,6 +150,8 @@ def _dense(
         plain = name.removesuffix("_blocks")
         yield plain, mxfp4(weights[name].to(device), weights[plain + "_scales"].to(device)).to(dtype).cpu()
     elif kind == "weight" and (f"{name}_scale" in weights or f"{name}_scale_inv" in weights):
+        if f"{stem}.weight_g_idx" in weights:
+            raise _unknown(name, "in groups whose columns are reordered, without being packed,")
         inverse = part("weight_scale_inv")
         scale = part("weight_scale") if inverse is None else inverse
         yield name, _scaled(part("weight"), scale, part("weight_zero_point"), scheme, name).to(dtype).cpu()
@@ -166,8 +175,9 @@ def _scaled(
 ) -> torch.Tensor:
     """float32 [out, in] of FP8 or int8 numbers with a scale, or a zero point too, per tensor, row, group or block."""
     assert weight is not None and scale is not None
-    if weight.dtype == torch.uint8 or weight.ndim != 2:
-        raise _unknown(name, f"{weight.dtype} of shape {tuple(weight.shape)}".removeprefix("torch."))
+    if weight.dtype == torch.uint8 or weight.ndim != 2 or scale.ndim > 2:
+        words = f"{weight.dtype} of shape {tuple(weight.shape)} with scales of shape {tuple(scale.shape)}"
+        raise _unknown(name, words.removeprefix("torch."))
     numbers = weight.float()
     if zero is not None:
         numbers = numbers - spread(zero.float(), weight.shape, scheme.block)
@@ -221,6 +231,8 @@ def _gptq(part: Any, scheme: Scheme, name: str) -> torch.Tensor:
     bits = scheme.bits[0]
     if 32 % bits or zeros is None or scales is None:
         raise _unknown(name, f"GPTQ of {bits} bits")
+    if order is not None and len(packed) * (32 // bits) != len(order):
+        raise _unknown(name, f"GPTQ of other bits than the {bits} that config.json says")
     whole = unpack(packed.T.contiguous(), bits).flatten(1).T.float()
     zero = unpack(zeros, bits).flatten(1)[:, : scales.shape[1]].float() + scheme.zero_offset
     if order is None:

@@ -110,7 +110,7 @@ def train_dictionary(
     plan = Plan.of(settings, facts.fingerprint, longest, kind)
     together = layers_at_once(kind, 1 if settings.learn.shared else heads)
     beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
-    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, beside, devices[0])
+    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, -(-beside // len(devices)), devices[0])
     shares = share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
     job = Job(model, settings, facts.fingerprint, plan, run, started, verbose, in_turn)

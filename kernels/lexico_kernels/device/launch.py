@@ -79,6 +79,7 @@ RECONSTRUCT = Launch(tile=32, num_warps=4)
 PLAN_CODES = PlanLaunch(own=32, counted=256, num_warps=4)
 PLAN_TAIL_JOBS = Launch(tile=256, num_warps=4)  # tokens to code
 PLAN_TAIL_REQUESTS = 8  # of a program
+PLAN_TAIL_PAGES = 64  # of each at a time
 
 DECODE = Launch(tile=32, num_warps=4, num_stages=1)  # stages would each hold every gathered atom in shared memory
 # Entries of a record whose atoms are fetched together: all of them at once spill registers.
