@@ -69,10 +69,10 @@ def newest_perplexity(files: Sequence[Path]) -> dict[tuple[str, int], float]:
         row = json.loads(line)
         case = row["case"]
         if row["metric"] == "perplexity_ratio" and case.get("text") == "wikitext" and case.get("gains"):
-            given = case["sparsity"]
-            for sparsity in set(given.values()) if isinstance(given, dict) else {given}:
-                file = case.get("dictionary_facts", {}).get("file", case["dictionary"])
-                newest[file, int(sparsity)] = row["value"]
+            given, file = case["sparsity"], case.get("dictionary_facts", {}).get("file", case["dictionary"])
+            both = set(given.values()) if isinstance(given, dict) else {given}
+            if len(both) == 1:
+                newest[file, int(both.pop())] = row["value"]
     return newest
 
 

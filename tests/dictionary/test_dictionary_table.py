@@ -32,7 +32,8 @@ def test_a_line_says_what_the_file_and_the_newest_rows_say(table, make_dictionar
         {"metric": "energy_lost", "case": case, "value": 5.0},
     ]
     of_study = {"metric": "perplexity_ratio", "case": study | {"sparsity": {"key": 7.0, "value": 7.0}}, "value": 1.75}
-    (tmp_path / "quality.jsonl").write_text(json.dumps(of_study))
+    unlike = of_study | {"case": study | {"sparsity": {"key": 15.0, "value": 7.0}}, "value": 8.0}
+    (tmp_path / "quality.jsonl").write_text("\n".join(map(json.dumps, (of_study, unlike))))
     (tmp_path / "dictionary.jsonl").write_text("\n".join(map(json.dumps, rows)))
     line = table.make_table(tmp_path, tmp_path).splitlines()[2]
     assert line.endswith("| 0.2000, 0.3750 | 1.250, 1.750 |")

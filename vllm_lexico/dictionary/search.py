@@ -94,8 +94,8 @@ def _likely(fitting: list[Found], model_name: str) -> list[Found]:
 
     Of several quantized twins' the one that is not quantized is taken, of which they were made.
     """
-    twins = [found for found in fitting if alike(found[1].model_name, model_name)]
-    for name in (last_part(model_name), unquantized(last_part(model_name))):
+    twins, own = [found for found in fitting if alike(found[1].model_name, model_name)], last_part(model_name)
+    for name in (own, unquantized(own)):
         if same := [found for found in twins if last_part(found[1].model_name) == name]:
             return same
     return twins or fitting

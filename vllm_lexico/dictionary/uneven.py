@@ -43,11 +43,12 @@ def uneven_sparsities(
     of_layer = dict(zip(dictionary.info.fingerprint.layers, shares[:, heads].tolist(), strict=True))
     coded = {index: of_layer[index] for index in layers if index in of_layer}
     # A record has 2 (S + 1) bytes, so bytes are even in S.
-    left = sum(map(len, coded.values())) * (mean - low) // (high - low)
+    count = sum(map(len, coded.values()))
+    left = count * (mean - low) // (high - low)
     if coded and not left:
         raise ValueError(
             f"LEXICO setting uneven is {[low, high]} beside a sparsity of {mean}, which leaves none of a rank's "
-            f"{sum(map(len, coded.values()))} KV heads with {high}; allowed: pairs that give it to one at least; "
+            f"{count} KV heads with {high}; allowed: pairs that give it to one at least; "
             f"choose a smaller high or a larger sparsity, or leave uneven out"
         )
     ranked = {index: sorted(own, reverse=True) for index, own in coded.items()}

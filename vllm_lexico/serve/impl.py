@@ -175,16 +175,14 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
             return output.fill_(0)
         step, tail = attn_metadata, self._tail_metadata()
         cache, rows = self.bind(layer, kv_cache, step.layout), slice(0, attn_metadata.num_tokens)
-        batch = query[rows], key[rows], value[rows]
-        if cache.order is None:
-            self._store(layer, *batch[1:], cache, step, tail)
-            self._attend(*batch, cache, step, tail, output)
-            return output
-        batch = cache.order.batch(*batch)
-        attended = torch.empty_like(batch[0])
+        batch, attended = (query[rows], key[rows], value[rows]), output
+        if cache.order is not None:
+            batch = cache.order.batch(*batch)
+            attended = torch.empty_like(batch[0])
         self._store(layer, *batch[1:], cache, step, tail)
         self._attend(*batch, cache, step, tail, attended)
-        output[rows].index_copy_(1, cache.order.heads, attended)
+        if cache.order is not None:
+            output[rows].index_copy_(1, cache.order.heads, attended)
         return output
 
     def _store(

@@ -162,20 +162,23 @@ def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": without_tokenizer,
     }
-    if job.device == "cpu":
+    if job.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        arguments["gpu_memory_utilization"] = round(min(LARGEST_SHARE, free / total - SPARE_SHARE), 3)
+    else:
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    if job.device == "cuda" and job.graphs:
+        arguments["compilation_config"] = {
+            "mode": 0,  # compiling takes longer than it would save here
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": list(GRAPHS),
+        }
+    else:
+        arguments["enforce_eager"] = True
     if job.gpus > 1:
         arguments["tensor_parallel_size"] = job.gpus
     if job.overrides:
         arguments["hf_overrides"] = json.loads(job.overrides)
-    if job.device == "cuda" and job.graphs:  # compiling takes longer than it would save here
-        sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(GRAPHS)}
-        arguments["compilation_config"] = {"mode": 0} | sizes
-    else:
-        arguments["enforce_eager"] = True
-    if job.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        arguments["gpu_memory_utilization"] = round(min(LARGEST_SHARE, free / total - SPARE_SHARE), 3)
     return arguments
 
 

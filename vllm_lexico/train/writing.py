@@ -79,11 +79,11 @@ def written_rows(run: RunFolder, length: int) -> torch.Tensor | None:
 
 def _write_or_again(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `write`; on a GPU a second time without CUDA graphs: some models have none, and others use its memory too."""
-    if job.device == "cpu":
-        return write(job, device, progress)
     try:
         return write(job, device, progress)
     except WriterError as error:
+        if job.device == "cpu":
+            raise
         progress.say(f"vLLM could not write the text ({error}); it tries again without CUDA graphs")
     return write(replace(job, graphs=False), device, progress)
 
