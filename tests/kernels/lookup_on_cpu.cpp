@@ -12,10 +12,11 @@ struct int4 {
 };
 
 inline Shared shared_address(const void* local) { return static_cast<char*>(const_cast<void*>(local)); }
-template <int BYTES>
-void load_once(u32* w, const char* at) {
-  if (reinterpret_cast<uintptr_t>(at) % BYTES) cpu::fail("a load is not aligned");
-  std::memcpy(w, at, BYTES);
+inline u32 load_word_once(const char* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 4) cpu::fail("a load is not aligned");
+  u32 word;
+  std::memcpy(&word, at, 4);
+  return word;
 }
 inline u16 load_half_once(const char* at) {
   u16 bits;

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, LayerStack, reference
+from lexico_kernels import CodeLayout, LayerStack
 from lexico_kernels.device import nvrtc
 from lexico_kernels.memory.layout import KV
+from lexico_kernels.memory.records import store_records
 from lexico_kernels.omp_encode import entry_order as order
-from lexico_kernels.testing import poisoned_cache, random_records, records_at
+from lexico_kernels.testing import entries_at, poisoned_cache, random_records, records_at
 
 FOLDER = Path(__file__).parent
 SETS = {  # of lanes that can meet in a bank, and how many atoms in a row do not
@@ -29,7 +30,8 @@ class OnCpu:
     """Stands in for `nvrtc.Kernel`: the same source, compiled by g++."""
 
     def __init__(self, folder, layout):
-        source = nvrtc.SOURCES / order.FILES[0]
+        source = folder / "source.cu"
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in order.FILES))
         flags = [f"-D{name}={value}" for name, value in sorted(order.macros(layout).items())]
         flags += [f'-DSOURCE="{source}"', "-DHALF=0", "-std=c++17", "-O1", "-w"]
         flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
@@ -70,17 +72,14 @@ def filled(layout, device, atoms=4096):
     cache = poisoned_cache(layout, 5, atoms=64, dtype=torch.float16, device=device)
     P, generator = layout.block_tokens, torch.Generator().manual_seed(4)
     for kv in KV:
-        records, at = random_records(3 * P, layout, kv, atoms, torch.float16, generator).to(device), 0
-        slots = torch.arange(P, 4 * P, device=device)
-        for field, view in reference.field_views(cache.code_pages, layout, kv):
-            view[slots // P, :, slots % P] = records[..., at : at + field.width_bytes]
-            at += field.width_bytes
+        records = random_records(3 * P, layout, kv, atoms, torch.float16, generator).to(device)
+        store_records(cache.code_pages, layout, kv, torch.arange(P, 4 * P, device=device), records)
     return cache
 
 
 def entries(cache, slots, kv):
     """int [M, Hk, S]."""
-    return records_at(cache, slots, kv)[..., 2:].contiguous().view(torch.int16).int().cpu() & 0xFFFF
+    return entries_at(cache, slots, kv).int().cpu() & 0xFFFF
 
 
 def ordered(span, kv):
@@ -129,8 +128,9 @@ def test_order(S, P, device, order_entries):
             for head in range(2):
                 assert torch.equal(new[:, head], ordered(old[:, head], kv))
             assert torch.equal(new.sort(-1).values, old.sort(-1).values)
-            views = [reference.field_views(some.code_pages, it, kv)[1][1] for some in (before, cache)]
-            views[0][at // P, :, at % P] = views[1][at // P, :, at % P]
+            records = records_at(before, at, kv)
+            records[..., 2:] = records_at(cache, at, kv)[..., 2:]
+            store_records(before.code_pages, it, kv, at, records)
     assert torch.equal(cache.code_pages, before.code_pages)  # nothing else was touched
 
 
@@ -161,17 +161,10 @@ def test_equal_classes_overflow_nothing(device, order_entries):
     it = CodeLayout(64, 1, 2, 2, block_tokens=32)
     cache = filled(it, device)
     for kv in KV:
-        _, (_, view) = reference.field_views(cache.code_pages, it, kv)
-        view[1, 0] = torch.tensor([0x00, 0x10, 0x01, 0x20], dtype=torch.uint8, device=device)
+        same = torch.tensor([0x00, 0x3F, 0x00, 0x10, 0x01, 0x20], dtype=torch.uint8, device=device)
+        store_records(cache.code_pages, it, kv, torch.arange(32, 64, device=device), same.expand(32, 1, 6))
     before = entries(cache, torch.arange(32, 64, device=device), "key")
     order_entries(cache, torch.tensor([63], device=device))
     after = entries(cache, torch.arange(32, 64, device=device), "key")
     assert torch.equal(after[:, 0], ordered(before[:, 0], "key"))
     assert torch.equal(after.sort(-1).values, before.sort(-1).values)
-
-
-def test_what_is_supported():
-    assert order.supports_layout(CodeLayout(64, 1, 5, 5)) and not order.supports_layout(
-        CodeLayout(64, 1, 5, 5, codec="paper")
-    )
-    assert not order.supports_layout(CodeLayout(64, 1, 5, 5, block_tokens=16))

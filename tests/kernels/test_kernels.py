@@ -12,6 +12,7 @@ from lexico_kernels.testing import (
     assert_close,
     check_encode,
     check_gain,
+    entries_at,
     fp8_cache,
     fused_tokens,
     poisoned_cache,
@@ -124,9 +125,8 @@ def test_omp_encode_stops_early(device):
     caches = check_encode(omp.omp_encode, it, 20, device, relative_error=0.6)
     used = []
     for cache in caches:
-        _, (_, entries) = reference.field_views(cache.code_pages, it, "key")
-        records = entries[2, :, 5:9].contiguous().view(torch.int16)
-        used.append(int((records != 0).sum()))
+        slots = torch.arange(2 * P + 5, 2 * P + 9, device=device)
+        used.append(int((entries_at(cache, slots, "key") != 0).sum()))
     assert 0 < used[1] < 8 * 12
     assert abs(used[0] - used[1]) <= 2
 
@@ -150,8 +150,8 @@ def test_omp_encode_odd_vectors(device):
         torch.testing.assert_close(out_key[token, head], cache.key.mean[head])
     assert out_key.isfinite().all()
     torch.testing.assert_close(out_key[5], key[5], rtol=1e-2, atol=1e-2)
-    first = reference.field_views(cache.code_pages, it, "key")[1][1][1, :, 5].contiguous().view(torch.int16)
-    assert ((first != 0).sum(1) == 1).all()  # one atom, then nothing is left to code
+    first = entries_at(cache, destination[5:6], "key")
+    assert ((first != 0).sum(-1) == 1).all()  # one atom, then nothing is left to code
 
 
 def test_omp_encode_duplicate_atoms(device):

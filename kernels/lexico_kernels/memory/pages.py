@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, int64, tensor, uint8
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import KV, CodeLayout
+from lexico_kernels.memory.layout import KV, WORD_BYTES, CodeLayout
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class LayerCache:
     """One layer's pages of both kinds and what decodes them.
 
     Attributes:
-        code_pages: uint8 [num_pages, at least page_bytes], stride(1) is 1, stride(0) is free.
+        code_pages: uint8 [num_pages, at least page_bytes], stride(1) is 1, pages start at multiples of 4 bytes.
         tail_pages: model dtype [num_pages, Hk, R, 2, D], contiguous within a page, stride(0) is free; may share
             storage with code_pages. K is at index 0 of the fourth axis, V at 1.
         key, value: the codebooks.
@@ -37,6 +37,11 @@ class LayerCache:
             raise ValueError(
                 f"code_pages are {codes.dtype} {list(codes.shape)} with strides {codes.stride()}; allowed: uint8 "
                 f"[num_pages, {layout.page_bytes} or more] with dense rows; view the cache as bytes"
+            )
+        if codes.data_ptr() % WORD_BYTES or codes.stride(0) % WORD_BYTES:
+            raise ValueError(
+                f"code_pages start at address {codes.data_ptr()}, {codes.stride(0)} bytes apart; allowed: multiples of "
+                f"{WORD_BYTES} for both, in which kernels load; pad the pages"
             )
         R, D = layout.tail_tokens, layout.head_dim
         strides = (R * 2 * D, 2 * D, D, 1)

@@ -6,8 +6,8 @@
 // of four heads, with neighbouring lanes at different heads, on 8 groups of banks. One warp orders one set, token by
 // token: each atom goes to the free position where the fewest earlier tokens have an atom of the same banks.
 //
-// Macros, from `entry_order.macros`: P tokens of a page, HEAD_BYTES, SPAN_TOKENS, LEVEL_BITS, THREADS, columns of addresses
-// (LayerStack.macros), and of keys and values, KEY_ and VALUE_: SPARSITY, OFFSET and STRIDE of the entries.
+// Macros, from `entry_order.macros`: those of `records.cu`, which comes before; THREADS, and columns of addresses
+// (LayerStack.macros).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -21,19 +21,20 @@ constexpr u32 TAKEN = 0xFFFF;
 constexpr u32 MOST = 15;  // what a counter of four bits holds
 
 struct Kv {
-  int sparsity, offset, stride;
+  int sparsity;
+  RecordAddress address;
   int sets, classes;  // a span's sets, and how many atoms in a row are in different banks
   int step;           // tokens from one of a set to the next
 };
-constexpr Kv KEY = {KEY_SPARSITY, KEY_OFFSET, KEY_STRIDE, 2, 16, 1};
-constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_OFFSET, VALUE_STRIDE, 4, 8, 4};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ADDRESS, 2, 16, 1};
+constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ADDRESS, 4, 8, 4};
 
-// Order one set's records; `records` are the entries of its first token, lane i has entry i.
-__device__ __forceinline__ void order_set(const Kv& kv, u8* records) {
+// Order one set's records of a head, from the one at slot `first` on; lane i has entry i.
+__device__ __forceinline__ void order_set(const Kv& kv, u8* head, u32 first) {
   const int lane = threadIdx.x % 32, tokens = SPAN_TOKENS / kv.sets;
   const bool has_entry = lane < kv.sparsity;
   auto entry_at = [&](int token) {
-    return reinterpret_cast<u16*>(records + i64(token) * kv.step * kv.stride) + lane;
+    return reinterpret_cast<u16*>(head + halfword_offset(kv.address, first + token * kv.step, lane + 1));
   };
   u64 counts = 0;  // of this lane's position: earlier tokens with an atom of each class, four bits each
   u32 next = has_entry ? *entry_at(0) : 0;
@@ -70,7 +71,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int which = 0; which < 32; ++which) {
     if (!(ends >> which & 1)) continue;
     const i64 slot = destination[blockIdx.x * 32 + which] - (SPAN_TOKENS - 1) + first;
-    u8* head = codes + slot / P * code_page_stride + i64(blockIdx.y) * HEAD_BYTES;
-    order_set(kv, head + kv.offset + slot % P * kv.stride);
+    order_set(kv, codes + slot / P * code_page_stride + i64(blockIdx.y) * HEAD_BYTES, u32(slot % P));
   }
 }

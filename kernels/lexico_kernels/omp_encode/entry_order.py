@@ -9,38 +9,23 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels.device import nvrtc
-from lexico_kernels.memory.layout import KV, LEVEL_BITS, SPAN_TOKENS, CodeLayout
+from lexico_kernels.memory import records
+from lexico_kernels.memory.layout import CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 
-FILES, NAME = ("omp_encode/entry_order.cu",), "order_entries"
+FILES, NAME = (records.FILE, "omp_encode/entry_order.cu"), "order_entries"
 THREADS = 128
 LANES = 32  # jobs that a block goes through
 
 
 def supports(cache: LayerCache) -> bool:
     """Whether such records gain by an order, and this device can give it to them."""
-    return supports_layout(cache.layout) and nvrtc.available(cache.code_pages.get_device())
-
-
-def supports_layout(layout: CodeLayout) -> bool:
-    """Whether records have entries in any order, and pages whole spans."""
-    return layout.codec == "packed16" and layout.block_tokens % SPAN_TOKENS == 0
+    return cache.layout.codec == "packed16" and nvrtc.available(cache.code_pages.get_device())
 
 
 def macros(layout: CodeLayout) -> dict[str, int]:
     """The kernel's macros, which `entry_order.cu` lists."""
-    found = {
-        "P": layout.block_tokens,
-        "HEAD_BYTES": layout.head_bytes,
-        "SPAN_TOKENS": SPAN_TOKENS,
-        "LEVEL_BITS": LEVEL_BITS,
-        "THREADS": THREADS,
-    }
-    for kv in KV:
-        address = layout.address(kv)
-        fields = {"SPARSITY": address.sparsity, "OFFSET": address.index_offset, "STRIDE": address.index_stride}
-        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
-    return found | LayerStack.macros()
+    return records.macros(layout) | {"THREADS": THREADS} | LayerStack.macros()
 
 
 @once

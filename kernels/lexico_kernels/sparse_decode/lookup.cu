@@ -9,9 +9,8 @@
 // Shared memory is used twice: scores lie where the bins will be, and weights where the lookup was.
 //
 // Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), BINNED of them that have
-// bins at a time (below), ROTATE (below), THREADS, ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
-// PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
-// ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
+// bins at a time (below), ROTATE (below), THREADS, ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`),
+// those of `records.cu`, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: ATOMS.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
@@ -20,7 +19,7 @@
 // different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 constexpr int WARPS = THREADS / 32;
-constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
+constexpr int MAX_PAGES = ROUNDS * THREADS / P + 2;
 constexpr int REDUCED = QUERIES + 1;
 constexpr int MAX_TOKENS = ROUNDS * THREADS;
 constexpr int BINS = BINNED * VALUE_ATOMS;
@@ -120,28 +119,27 @@ struct Tokens {
   int first;                 // position of token 0, counted from the start of its page
   int begin, end;            // tokens of the split; lanes start at a multiple of 32, and those before `begin` idle
 
-  // Of a token; those before the first or behind the last have the first's or the last's.
-  __device__ const char* slot(int index, int offset, int bytes) const {
-    const u32 at = first + max(min(index, end - 1), begin);
-    return pages[at / PAGE_TOKENS] + (offset + at % PAGE_TOKENS * bytes);
-  }
+  // Counted as `first` is; tokens before the first or behind the last have the first's or the last's.
+  __device__ u32 position(int index) const { return first + max(min(index, end - 1), begin); }
 };
 
 using KeyRecord = Record<KEY_SPARSITY>;
 using ValueRecord = Record<VALUE_SPARSITY>;
-static_assert(KEY_STRIDE == KeyRecord::BYTES && VALUE_STRIDE == ValueRecord::BYTES, "a record is scale and entries");
-static_assert(KEY_ENTRIES == 2 && VALUE_ENTRIES == 2, "a record's entries follow its scale");
 
 __device__ KeyRecord load_key(const Tokens& tokens, int index) {
-  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KEY_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_record<KEY_SPARSITY>(tokens.pages[at / P], KEY_ADDRESS, at % P);
 }
 
 __device__ ValueRecord load_value(const Tokens& tokens, int index) {
-  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_record<VALUE_SPARSITY>(tokens.pages[at / P], VALUE_ADDRESS, at % P);
 }
 
+// The word with the scale, in its low half.
 __device__ u32 load_value_scale(const Tokens& tokens, int index) {
-  return load_half_once(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_word(tokens.pages[at / P], VALUE_ADDRESS, at % P, 0);
 }
 
 // A token's weights, as ROW halves.
@@ -336,10 +334,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   const int start = own.x / SPAN_TOKENS * SPAN_TOKENS + split * own.z;  // lanes of a warp have the tokens of a span
   const char* head = code_pages + (row % passes_per_token / PASSES) * (long long)HEAD_BYTES;
-  const Tokens tokens{pages, start % PAGE_TOKENS, max(own.x - start, 0), min(own.z, own.y - start)};
-  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
+  const Tokens tokens{pages, start % P, max(own.x - start, 0), min(own.z, own.y - start)};
+  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / P;
 #pragma unroll 1
-  for (int i = thread; i <= (tokens.first + tokens.end - 1) / PAGE_TOKENS; i += THREADS) {
+  for (int i = thread; i <= (tokens.first + tokens.end - 1) / P; i += THREADS) {
     pages[i] = head + own_pages[i] * page_stride;
   }
   if (thread < NUM_LEVELS) {

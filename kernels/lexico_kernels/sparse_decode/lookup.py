@@ -9,7 +9,6 @@ taken in slices.
 """
 
 from functools import cache as once
-from math import gcd
 
 import torch
 import triton
@@ -27,6 +26,7 @@ from lexico_kernels.device.launch import (
     lookup_bins,
     lookup_launch,
 )
+from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
 from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
@@ -34,7 +34,12 @@ from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, power_of
 from lexico_kernels.sparse_decode.lookup_triton import BinTiles, Heads, Lookups, LookupTiles, Partial
 from lexico_kernels.sparse_decode.softmax import LOG2_E
 
-FILES = ("sparse_decode/lookup_primitives.cu", "sparse_decode/lookup_records.cu", "sparse_decode/lookup.cu")
+FILES = (
+    "sparse_decode/lookup_primitives.cu",
+    records.FILE,
+    "sparse_decode/lookup_records.cu",
+    "sparse_decode/lookup.cu",
+)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -59,11 +64,11 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 
 
 @once
-def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
+def kernel_for(shape: Shape, device: int) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
     launch = lookup_launch(shape.queries)
     shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, page_alignment, shared_limit_bytes(device))
+    macros = constants(shape, launch, shared_limit_bytes(device))
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
@@ -185,8 +190,7 @@ def attend_codes(
 ) -> None:
     """Bins and statistics of every split."""
     pages = cache.code_pages
-    kernel = kernel_for(shape, gcd(pages.data_ptr(), pages.stride(0), 16), pages.device.index)
-    kernel.launch(
+    kernel_for(shape, pages.device.index).launch(
         (shape.max_splits, token_request.shape[0] * shape.token_passes, 1),
         lookup_launch(shape.queries).threads,
         scratch["schedule"],

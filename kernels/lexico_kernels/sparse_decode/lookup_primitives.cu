@@ -10,16 +10,11 @@ using Shared = u32;  // an address in shared memory
 
 __device__ Shared shared_address(const void* local) { return (u32)__cvta_generic_to_shared(local); }
 
-// BYTES of global memory that are read once, into words; whole words and aligned to BYTES.
-template <int BYTES>
-__device__ void load_once(u32* w, const char* at) {
-  if constexpr (BYTES == 16) {
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at));
-  } else if constexpr (BYTES == 8) {
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at));
-  } else {
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(w[0]) : "l"(at));
-  }
+// Of global memory that is read once.
+__device__ u32 load_word_once(const char* at) {
+  u32 word;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
+  return word;
 }
 
 __device__ u16 load_half_once(const char* at) {

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache as once
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from lexico_kernels.device.launch import (
     lookup_launch,
 )
 from lexico_kernels.device.nvrtc import float_bits
-from lexico_kernels.memory.layout import KV, LEVEL_BITS, MAX_ATOMS, NUM_LEVELS, SPAN_TOKENS, CodeLayout
+from lexico_kernels.memory import records
+from lexico_kernels.memory.layout import MAX_ATOMS, CodeLayout
 
 MAX_QUERIES = 8  # query heads that one pass over the codes can serve
 MAX_GRID_ROWS = 65535  # CUDA's limit on a grid's second axis
@@ -176,11 +176,11 @@ def shape_for(
     return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
 
 
-def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
+def constants(shape: Shape, launch: LookupLaunch, limit_bytes: int) -> dict[str, int]:
     """The macros of `attend_codes`."""
-    layout, queries = shape.layout, shape.queries
+    queries = shape.queries
     shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
-    out = {
+    return records.macros(shape.layout) | {
         "QUERIES": queries,
         "ROW": shape.row,
         "BINNED": shape.way.binned,
@@ -189,27 +189,12 @@ def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_byt
         "ROUNDS": divide_up(shape.way.tokens, launch.threads),
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
         "LEVELS_FROM": launch.levels_from,
-        "PAGE_TOKENS": layout.block_tokens,
-        "HEAD_BYTES": layout.head_bytes,
         "PASSES": shape.way.passes,
-        "NUM_LEVELS": NUM_LEVELS,
-        "LEVEL_BITS": LEVEL_BITS,
         "MAX_ATOMS": MAX_ATOMS,
-        "SPAN_TOKENS": SPAN_TOKENS,
         "CAP_BITS": float_bits(shape.cap),
+        "KEY_ATOMS": shape.key_atoms,
+        "VALUE_ATOMS": shape.value_atoms,
     }
-    for kv, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
-        address = layout.address(kv)
-        offset, stride = address.scale_offset, address.scale_stride
-        out |= {
-            f"{kv.upper()}_SPARSITY": address.sparsity,
-            f"{kv.upper()}_ATOMS": atoms,
-            f"{kv.upper()}_OFFSET": offset,
-            f"{kv.upper()}_STRIDE": stride,
-            f"{kv.upper()}_ENTRIES": address.index_offset - offset,
-            f"{kv.upper()}_ALIGN": gcd(page_alignment, offset, stride, layout.head_bytes, 16),
-        }
-    return out
 
 
 def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_tokens: int) -> int:
