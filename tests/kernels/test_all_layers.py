@@ -11,7 +11,7 @@ from lexico_kernels.omp_encode import clusters as cluster
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.testing import poisoned_cache, raised_cache, records_at
 
-P, TILE = 32, 16
+P, TILE = 64, 16
 DTYPE = torch.float16  # the interpreter has no bfloat16 products
 
 

@@ -20,7 +20,7 @@ from lexico_kernels.testing import (
     residual_energy,
 )
 
-P = 32
+P = 64
 
 
 @pytest.fixture(autouse=True)

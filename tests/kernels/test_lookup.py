@@ -15,7 +15,7 @@ from lexico_kernels.device.launch import LOOKUP_BINS, LOOKUP_MATMUL, LOOKUP_SPLI
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import assert_close, clear_entries, random_problem
 
-P = 32
+P = 64
 SHARED_BYTES = 232448  # of a thread block on sm_90
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
