@@ -24,6 +24,7 @@ from bench import decode_peers as peers
 from bench.record import record
 from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
 from lexico_kernels import ops as kernels
+from lexico_kernels.memory.records import scale_view
 from lexico_kernels.omp_encode import entry_order as order
 from lexico_kernels.testing import random_codebook
 from lexico_kernels.timing import graph_milliseconds
@@ -48,11 +49,13 @@ class Case:
     kv_heads: int = 8
     heads: int = 32
     head_dim: int = 128
+    value_sparsity: int | None = None  # where it is not that of keys
 
     @property
     def layout(self) -> CodeLayout:
         """Of the pages."""
-        return CodeLayout(self.head_dim, self.kv_heads, self.sparsity, self.sparsity, block_tokens=BLOCK_TOKENS)
+        sparsities = self.sparsity, self.value_sparsity or self.sparsity
+        return CodeLayout(self.head_dim, self.kv_heads, *sparsities, block_tokens=BLOCK_TOKENS)
 
 
 CASES = [
@@ -81,6 +84,8 @@ CASES = [
     Case(16, 32768, 15, 4, 28),  # Qwen2.5-7B
     Case(16, 32768, 15, 8, 64),  # Qwen3-32B
     Case(16, 32768, 15, 8, 96),  # GLM-4.5
+    Case(16, 32768, 16, value_sparsity=14),
+    Case(16, 8192, 16, value_sparsity=14),
 ]
 
 
@@ -104,7 +109,7 @@ class Step:
         codes = torch.randint(-(1 << 62), 1 << 62, (1 + batch * pages, layout.page_bytes // 8), device=device)
         codes = codes.view(torch.uint8)
         for part, size in (("key", KEY_SCALE), ("value", 1.0)):
-            (_, scales), _ = reference.field_views(codes, layout, part)
+            scales = scale_view(codes, layout, part)
             values = size * (0.5 + 0.5 * torch.rand(scales.shape[:-1], device=device))
             scales.copy_(values.bfloat16()[..., None].view(torch.uint8))
         raw_start = max(R, (context - RAW_TOKENS) // R * R)

@@ -25,7 +25,7 @@ from vllm_lexico.dictionary.picture import DOTS_PER_INCH, LOOKS
 COLOURS = 64  # of a picture's palette
 # By name: the figure's size in inches and what draws it.
 PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Path], None]]] = {
-    "pages": ((11.0, 4.4), diagrams.draw_pages),
+    "pages": ((11.0, 5.6), diagrams.draw_pages),
     "journey": ((11.0, 3.4), diagrams.draw_journey),
     "step": ((11.0, 4.6), diagrams.draw_step),
     "decode": ((7.4, 4.6), curves.draw_decode),

@@ -33,8 +33,8 @@ def draw_decode(figure: Any, results: Path) -> None:
 
     def key(row: Row) -> Any:
         case = row["case"]
-        shape = case.get("head_dim"), case.get("kv_heads")
-        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8):
+        shape = tuple(case.get(name) for name in ("head_dim", "kv_heads", "heads", "value_sparsity"))
+        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8, 32, None):
             return None
         return _gpu(row), case["bytes_percent"], case["batch"], case["context"]
 

@@ -270,7 +270,7 @@ def test_sparse_decode_is_batch_invariant(device):
 @pytest.mark.parametrize("codec", ["packed16", "exact"])
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 63), (5, 5 + P - 1), (P, 2 * P), (30, 31 + P)])
 def test_reconstruct(codec, start, stop, device):
-    problem = random_problem(layout(codec=codec), [20, 80], device=device, raw_tokens=20)
+    problem = random_problem(layout(codec=codec), [20, 150], device=device, raw_tokens=20)
     dense = [torch.full((2, stop - start, 4, 64), POISON, dtype=DTYPE, device=device)[:, :, ::2] for _ in range(2)]
     args = (problem.cache, problem.tables, *stretch(1, start, stop, device))
     reference.reconstruct(*args, *dense[0])
