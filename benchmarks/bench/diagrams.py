@@ -77,18 +77,16 @@ def _draw_record(axes: Any) -> None:
 
 def _draw_span(axes: Any) -> None:
     """The same bytes of a span's keys, as they lie in the page."""
-    for field in LAYOUT.fields("key").values():
-        for piece in range(field.pieces):
-            start = field.offset_bytes + piece * field.span_tokens * field.width_bytes
-            for token in range(field.span_tokens):
-                at = start + token * field.width_bytes
-                scale = 0 if start else SCALE_BYTES
-                _box(axes, at, 0.5, scale, 0.8, SCALE, edge=0)
-                _box(axes, at + scale, 0.5, field.width_bytes - scale, 0.8, KEY, edge=0)
-            words = f"bytes {piece * field.width_bytes} to {(piece + 1) * field.width_bytes - 1} of each"
-            width = field.span_tokens * field.width_bytes
-            axes.plot([start + width] * 2, [0.5, 1.3], color="white", linewidth=2.0)
-            axes.text(start + width / 2, 0.2, words, ha="center", va="center", fontsize=8)
+    (field,) = LAYOUT.fields("key").values()
+    size, width = field.width_bytes, field.span_tokens * field.width_bytes
+    for piece in range(field.pieces):
+        start, scale = piece * width, 0 if piece else SCALE_BYTES
+        for token in range(field.span_tokens):
+            _box(axes, start + token * size, 0.5, scale, 0.8, SCALE, edge=0)
+            _box(axes, start + token * size + scale, 0.5, size - scale, 0.8, KEY, edge=0)
+        axes.plot([start + width] * 2, [0.5, 1.3], color="white", linewidth=2.0)
+        words = f"bytes {piece * size} to {(piece + 1) * size - 1} of each"
+        axes.text(start + width / 2, 0.2, words, ha="center", va="center", fontsize=8)
     total = SPAN_TOKENS * LAYOUT.vector_bytes("key")
     _bare(
         axes, total, 1.6, f"Keys of a span of {SPAN_TOKENS} tokens as they lie in the page: {total} bytes, word by word"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, drafts: str = "no") -> str:
     """One line that is the same for engines whose code pages mean the same.
 
-    It has the number of the pages' layout, and the dictionary's hash in full, so that who reads two of them sees which dictionaries they are.
+    It has the number of the pages' layout, and the dictionary's hash in full, so that who reads two of them sees which
+    dictionaries they are.
 
     Args:
         setup: of the engine.
