@@ -121,7 +121,7 @@ class Step:
         key, value = (random_codebook(ATOMS, layout, generator, torch.device(device), DTYPE) for _ in range(2))
         for book in (key, value):
             book.mean.zero_()  # bf16 keys with large means, as some models have, would make the peer's error larger
-        cache = LayerCache(codes, tail, key, value, layout)
+        cache = LayerCache(codes, tail, key, value, layout, case.heads // case.kv_heads)
         if order.supports(cache):  # as `omp_encode` leaves them
             order.order_entries(cache, torch.arange(BLOCK_TOKENS, len(codes) * BLOCK_TOKENS, device=device))
         tables = RequestTables(

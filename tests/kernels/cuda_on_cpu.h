@@ -139,6 +139,7 @@ inline uint32_t float_bits(float x) {
 #define __uint_as_float bits_float
 #define __float_as_uint float_bits
 #define __popc __builtin_popcount
+#define __ffs __builtin_ffs
 
 template <class T>
 T shuffle(T value, unsigned from, int kind) {

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,31 @@ from lexico_kernels.device import nvrtc
 from lexico_kernels.memory.layout import KV
 from lexico_kernels.memory.records import store_records
 from lexico_kernels.omp_encode import entry_order as order
+from lexico_kernels.sparse_decode import lookup
 from lexico_kernels.testing import entries_at, poisoned_cache, random_records, records_at
 
 FOLDER = Path(__file__).parent
-SETS = {  # of lanes that can meet in a bank, and how many atoms in a row do not
-    "key": ([range(16), range(16, 32)], 16),
-    "value": ([range(first, 32, 4) for first in range(4)], 8),
+LIMIT_BYTES = 232448  # of a block's shared memory
+HALVES = [range(16), range(16, 32)]
+QUARTERS = [range(first, first + 8) for first in range(0, 32, 8)]
+ALL = [range(32)]
+SETS = {  # by query heads per KV head: the lanes that can meet in a bank of keys and of values
+    1: {"key": ALL, "value": ALL},
+    2: {"key": ALL, "value": [range(0, 32, 2), range(1, 32, 2)]},
+    3: {"key": HALVES, "value": ALL},
+    4: {"key": HALVES, "value": [range(first, 32, 4) for first in range(4)]},
+    6: {"key": QUARTERS, "value": ALL},
+    16: {"key": HALVES, "value": [range(first, 32, 4) for first in range(4)]},  # in four passes
 }
 
 
 class OnCpu:
     """Stands in for `nvrtc.Kernel`: the same source, compiled by g++."""
 
-    def __init__(self, folder, layout):
+    def __init__(self, folder, macros):
         source = folder / "source.cu"
         source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in order.FILES))
-        flags = [f"-D{name}={value}" for name, value in sorted(order.macros(layout).items())]
+        flags = [f"-D{name}={value}" for name, value in sorted(macros)]
         flags += [f'-DSOURCE="{source}"', "-DHALF=0", "-std=c++17", "-O1", "-w"]
         flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
         path = folder / f"{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:16]}.so"
@@ -49,9 +59,9 @@ class OnCpu:
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    """The kernel for a layout, built once."""
+    """The kernel for some macros, built once."""
     folder = tmp_path_factory.mktemp("entry_order")
-    return functools.cache(lambda layout: OnCpu(folder, layout))
+    return functools.cache(lambda macros: OnCpu(folder, macros))
 
 
 @pytest.fixture
@@ -63,7 +73,8 @@ def order_entries(device, monkeypatch, on_cpu):
         return order.order_entries
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    monkeypatch.setattr(order, "_kernel", lambda device, layout: on_cpu(layout))
+    monkeypatch.setattr(order, "_kernel", lambda device, **macros: on_cpu(tuple(macros.items())))
+    monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: LIMIT_BYTES)
     return order.order_entries
 
 
@@ -82,41 +93,99 @@ def entries(cache, slots, kv):
     return entries_at(cache, slots, kv).int().cpu() & 0xFFFF
 
 
-def ordered(span, kv):
-    """The rule, for one head's entries [32, S]: each to the free place where fewest before it are of its class."""
-    sets, addresses = SETS[kv]
+def first_from(numbers, start):
+    """The lowest that is no less than `start`, else the lowest."""
+    return min(numbers, key=lambda number: (number < start, number))
+
+
+class Matching:
+    """A position's, of a set's tokens with classes; as `entry_order.cu` finds it, by its names."""
+
+    def __init__(self, open_classes, rotation):
+        self.open, self.rotation, self.count = open_classes, rotation, [0] * len(open_classes)
+        self.of = [None] * len(open_classes)
+
+    def fill_needs(self, need):
+        for kind, wanted in enumerate(need):
+            for _ in range(wanted):
+                able = [t for t, kinds in enumerate(self.open) if self.of[t] is None and kind in kinds]
+                if not able:
+                    break
+                self.of[first_from(able, self.rotation)] = kind
+                self.count[kind] += 1
+
+    def place(self, token, limit):
+        """Whether there is a class for the token."""
+        parents, searched = dict.fromkeys(self.open[token], token), set()
+        while not (hit := {kind for kind in parents if self.count[kind] < limit}):
+            others = [t for t, kind in enumerate(self.of) if kind in parents and t not in searched]
+            if not others:
+                return False
+            searched.add(others[0])
+            parents |= dict.fromkeys(self.open[others[0]] - parents.keys(), others[0])
+        to = first_from(hit, self.rotation)
+        self.count[to] += 1
+        while to is not None:
+            mover = parents[to]
+            self.of[mover], to = to, self.of[mover]
+        return True
+
+
+def matched(open_classes, rotation, most, need):
+    """A matching with as many tokens of a class as must be, and whether it is one of each where that was asked for."""
+    match, limit = Matching(open_classes, rotation), most
+    match.fill_needs(need if most > 1 else [])
+    while None in match.of:
+        if match.place(match.of.index(None), limit):
+            continue
+        if most == 1:
+            return None
+        limit += 1
+    return match
+
+
+def ordered(span, sets, shift=0):
+    """The rule, for one head's entries [32, S]."""
     out, S = span.clone(), span.shape[1]
     for tokens in sets:
-        counts = [[0] * addresses for _ in range(S)]
-        for token in tokens:
-            free = list(range(S))
-            for entry in span[token].tolist():
-                kind = (entry >> 4) % addresses
-                best = min(free, key=lambda slot: (min(counts[slot][kind], 15), slot))
-                free.remove(best)
-                counts[best][kind] += 1
-                out[token, best] = entry
+        size, singly = len(tokens), True
+        left = [[(entry, (entry >> 4 >> shift) % size) for entry in span[token].tolist()] for token in tokens]
+        for at in range(S):
+            later, kinds = S - at - 1, [{kind for _, kind in entries} for entries in left]
+            counts = [sum(kind == own for entries in left for _, own in entries) for kind in range(size)]
+            need = [min(2, max(0, count - 2 * later)) for count in counts]
+            match = None
+            if singly and max(counts) - 1 <= 2 * later:
+                match = matched(kinds, at % size, 1, need)
+                singly = match is not None
+            match = match or matched(kinds, at % size, 2, need)
+            for token, entries, kind in zip(tokens, left, match.of, strict=True):
+                entry = next(entry for entry in entries if entry[1] == kind)
+                entries.remove(entry)
+                out[token, at] = entry[0]
     return out
 
 
-def delay(span, kv):
+def delay(span, kv, group=4):
     """Mean over positions of how many lanes meet in the fullest bank, by SETS; equal atoms of keys count as one."""
-    sets, addresses = SETS[kv]
-    total = 0
+    sets, total = SETS[group][kv], 0
     for at in range(span.shape[1]):
         fullest = []
         for tokens in sets:
             atoms = (span[list(tokens), at] >> 4).tolist()
             atoms = list(set(atoms)) if kv == "key" else atoms
-            fullest.append(max(sum(atom % addresses == kind for atom in atoms) for kind in range(addresses)))
+            size = len(tokens)
+            fullest.append(max(sum(atom % size == kind for atom in atoms) for kind in range(size)))
         total += sum(fullest) if kv == "key" else max(fullest)
     return total / span.shape[1]
 
 
-@pytest.mark.parametrize(("S", "P"), [((15, 15), 64), ((7, 31), 32), ((1, 2), 128)])
-def test_order(S, P, device, order_entries):
+@pytest.mark.parametrize(
+    ("S", "P", "group"), [((15, 15), 64, 4), ((7, 31), 32, 6), ((1, 2), 128, 1), ((5, 5), 64, 2), ((9, 3), 64, 3)]
+)
+def test_order(S, P, group, device, order_entries):
     it = CodeLayout(64, 2, *S, block_tokens=P)
-    cache, before = filled(it, device), filled(it, device)
+    cache, before = (replace(filled(it, device), group=group) for _ in range(2))
     # Two spans end here; one token is skipped, one span has no end, and some are listed where no span is whole.
     slots = torch.cat((torch.arange(P, P + 32), torch.arange(3 * P - 32, 3 * P), torch.arange(3 * P, 3 * P + 20)))
     slots[3] = -1
@@ -126,7 +195,7 @@ def test_order(S, P, device, order_entries):
             at = torch.arange(first, first + 32, device=device)
             old, new = entries(before, at, kv), entries(cache, at, kv)
             for head in range(2):
-                assert torch.equal(new[:, head], ordered(old[:, head], kv))
+                assert torch.equal(new[:, head], ordered(old[:, head], SETS[group][kv], kv == "key" and group == 1))
             assert torch.equal(new.sort(-1).values, old.sort(-1).values)
             records = records_at(before, at, kv)
             records[..., 2:] = records_at(cache, at, kv)[..., 2:]
@@ -145,19 +214,35 @@ def test_all_layers_are_ordered_as_each_is(device, order_entries):
         assert torch.equal(one.code_pages, other.code_pages) and not torch.equal(one.code_pages, old.code_pages)
 
 
-def test_fewer_lanes_meet(device, order_entries):
-    """Random atoms, S = 15: positions where 6.1 and 3.3 lanes met have 4.1 and 2.1."""
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [(4, (5.7, 3.2), (3.1, 1.65)), (6, (10, 6.1), (3.3, 1.75)), (1, (3.2, 1.75), (3.3, 1.75))],
+)
+def test_fewer_lanes_meet(group, key, value, device, order_entries):
+    """Random atoms, S = 15: at least so many cycles of an instruction before, at most so many after."""
     it = CodeLayout(64, 2, 15, 15, block_tokens=64)
-    cache = filled(it, device)
+    cache = replace(filled(it, device), group=group)
     spans = torch.arange(64, 4 * 64, device=device).view(-1, 32)
-    old = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv) for at in spans) / len(spans) for kv in KV}
+    old = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv, group) for at in spans) / len(spans) for kv in KV}
     order_entries(cache, spans.flatten())
-    new = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv) for at in spans) / len(spans) for kv in KV}
-    assert old["key"] > 5.7 and new["key"] < 4.3 and old["value"] > 3.1 and new["value"] < 2.25
+    new = {kv: sum(delay(entries(cache, at, kv)[:, 0], kv, group) for at in spans) / len(spans) for kv in KV}
+    for kv, (least, most) in zip(KV, (key, value), strict=True):
+        assert old[kv] > least and new[kv] < most, (kv, old[kv], new[kv])
 
 
-def test_equal_classes_overflow_nothing(device, order_entries):
-    """All atoms in one bank: counters of four bits meet 16 tokens."""
+@pytest.mark.parametrize("group", SETS)
+def test_lanes_that_meet(group, device):
+    """By the rows and bins of `lookup.cu`."""
+    cache = replace(poisoned_cache(CodeLayout(64, 1, 2, 2), 2, 4096, torch.float16, device), group=group)
+    found = order.sets(cache, LIMIT_BYTES)
+    for kv in KV:
+        size, step = found[f"{kv.upper()}_SET"], found[f"{kv.upper()}_STEP"]
+        starts = range(step) if step > 1 else range(0, 32, size)
+        assert [range(start, start + size * step, step) for start in starts] == SETS[group][kv]
+
+
+def test_one_class_takes_whatever_must_be(device, order_entries):
+    """All atoms in one bank: every position has all tokens of a set in it."""
     it = CodeLayout(64, 1, 2, 2, block_tokens=32)
     cache = filled(it, device)
     for kv in KV:
@@ -166,5 +251,5 @@ def test_equal_classes_overflow_nothing(device, order_entries):
     before = entries(cache, torch.arange(32, 64, device=device), "key")
     order_entries(cache, torch.tensor([63], device=device))
     after = entries(cache, torch.arange(32, 64, device=device), "key")
-    assert torch.equal(after[:, 0], ordered(before[:, 0], "key"))
+    assert torch.equal(after[:, 0], ordered(before[:, 0], SETS[4]["key"]))
     assert torch.equal(after.sort(-1).values, before.sort(-1).values)

@@ -20,6 +20,8 @@ class LayerCache:
             storage with code_pages. K is at index 0 of the fourth axis, V at 1.
         key, value: the codebooks.
         layout: sizes and offsets of both.
+        group: G, query heads per KV head, for which the entries of records are ordered; others read them as well, but
+            not as fast.
 
     Raises:
         ValueError: pages that are not as the layout says.
@@ -30,6 +32,7 @@ class LayerCache:
     key: Codebook
     value: Codebook
     layout: CodeLayout
+    group: int = 4
 
     def __post_init__(self) -> None:
         layout, codes, tail = self.layout, self.code_pages, self.tail_pages
@@ -68,7 +71,7 @@ class LayerCache:
         layout = replace(self.layout, num_kv_heads=1, raw_tokens=self.layout.tail_tokens)
         codes = self.code_pages[:, index * layout.head_bytes : (index + 1) * layout.head_bytes]
         tail = self.tail_pages[:, index : index + 1]
-        return LayerCache(codes, tail, self.key.head(index), self.value.head(index), layout)
+        return LayerCache(codes, tail, self.key.head(index), self.value.head(index), layout, self.group)
 
 
 BOOK_FIELDS = ("atoms", "levels", "mean", "stretch", "stream_atoms", "integers", "lengths")
@@ -126,7 +129,7 @@ def _kind(cache: LayerCache) -> tuple:
     strides = [pages.stride(0) for pages in (cache.tail_pages, cache.code_pages)]
     gains = [cache.codebook(kv).gain for kv in KV]
     kinds = [None if each is None else (each.dtype, each.device, each.shape) for each in tensors]
-    return cache.layout, *strides, *gains, *kinds
+    return cache.layout, cache.group, *strides, *gains, *kinds
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels.device import nvrtc
+from lexico_kernels.device.launch import lookup_launch
 from lexico_kernels.memory import records
-from lexico_kernels.memory.layout import CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
+from lexico_kernels.sparse_decode import lookup
+from lexico_kernels.sparse_decode.lookup_sizes import divide_up, power_of_two, way_for
 
 FILES, NAME = (records.FILE, "omp_encode/entry_order.cu"), "order_entries"
-THREADS = 128
-LANES = 32  # jobs that a block goes through
+LANES = 32  # of a warp, and jobs that a block goes through
+BANKS = 32
 
 
 def supports(cache: LayerCache) -> bool:
@@ -23,14 +25,30 @@ def supports(cache: LayerCache) -> bool:
     return cache.layout.codec == "packed16" and nvrtc.available(cache.code_pages.get_device())
 
 
-def macros(layout: CodeLayout) -> dict[str, int]:
+def sets(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
+    """Which lanes meet when `attend_codes` reads the cache: SET, STEP and SHIFT of keys and values for the kernel.
+
+    Args:
+        cache: a layer's.
+        limit_bytes: shared memory that a block may have, by which query heads are dealt out to passes.
+    """
+    way = way_for(cache.group, cache.key.num_atoms, cache.value.num_atoms, limit_bytes)
+    queries, binned = (1, 1) if way is None else (divide_up(cache.group, way.passes), way.binned)
+    row_words = max(1, power_of_two(queries) // 2)  # of a key's atom, halves of all queries
+    beside = lookup_launch(queries).rotate and binned == power_of_two(binned)
+    step = binned if beside else 1
+    key = {"KEY_SET": BANKS // row_words, "KEY_STEP": 1, "KEY_SHIFT": int(queries == 1)}
+    return key | {"VALUE_SET": BANKS // step, "VALUE_STEP": step, "VALUE_SHIFT": 0}
+
+
+def macros(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
     """The kernel's macros, which `entry_order.cu` lists."""
-    return records.macros(layout) | {"THREADS": THREADS} | LayerStack.macros()
+    return records.macros(cache.layout) | LayerStack.macros() | sets(cache, limit_bytes)
 
 
 @once
-def _kernel(device: int, layout: CodeLayout) -> nvrtc.Kernel:
-    return nvrtc.kernel(FILES, NAME, device, **macros(layout))
+def _kernel(device: int, **macros: int) -> nvrtc.Kernel:
+    return nvrtc.kernel(FILES, NAME, device, **macros)
 
 
 def order_entries(cache: LayerCache, destination: Tensor) -> None:
@@ -48,5 +66,6 @@ def _launch(cache: LayerCache, addresses: Tensor | nvrtc.Int64, layers: int, des
     if M == 0:
         return
     pages, grid = cache.code_pages, (-(-M // LANES), cache.layout.num_kv_heads, 2 * layers)
-    kernel = _kernel(pages.get_device(), cache.layout)
-    kernel.launch(grid, THREADS, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)
+    device = pages.get_device()
+    kernel = _kernel(device, **macros(cache, lookup.shared_limit_bytes(device)))
+    kernel.launch(grid, LANES, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)
