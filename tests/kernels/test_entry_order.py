@@ -167,12 +167,12 @@ def ordered(span, sets, shift=0):
 
 
 def delay(span, kv, group=4):
-    """Mean over positions of how many lanes meet in the fullest bank, by SETS; equal atoms of keys count as one."""
-    sets, total = SETS[group][kv], 0
+    """Mean over positions of how many lanes meet in the fullest bank, by SETS; equal words of keys count as one."""
+    sets, total, shift = SETS[group][kv], 0, 5 if kv == "key" and group == 1 else 4  # rows of a word or more
     for at in range(span.shape[1]):
         fullest = []
         for tokens in sets:
-            atoms = (span[list(tokens), at] >> 4).tolist()
+            atoms = (span[list(tokens), at] >> shift).tolist()
             atoms = list(set(atoms)) if kv == "key" else atoms
             size = len(tokens)
             fullest.append(max(sum(atom % size == kind for atom in atoms) for kind in range(size)))
@@ -233,7 +233,9 @@ def test_fewer_lanes_meet(group, key, value, device, order_entries):
 @pytest.mark.parametrize("group", SETS)
 def test_lanes_that_meet(group, device):
     """By the rows and bins of `lookup.cu`."""
-    cache = replace(poisoned_cache(CodeLayout(64, 1, 2, 2), 2, 4096, torch.float16, device), group=group)
+    cache = replace(
+        poisoned_cache(CodeLayout(64, 1, 2, 2), 2, atoms=4096, dtype=torch.float16, device=device), group=group
+    )
     found = order.sets(cache, LIMIT_BYTES)
     for kv in KV:
         size, step = found[f"{kv.upper()}_SET"], found[f"{kv.upper()}_STEP"]
