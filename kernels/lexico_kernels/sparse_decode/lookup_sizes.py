@@ -9,12 +9,14 @@ import torch
 
 from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
+    LOOKUP_BINS_SPLITS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
     LookupLaunch,
+    lookup_bins,
     lookup_launch,
 )
 from lexico_kernels.device.nvrtc import float_bits
@@ -92,7 +94,7 @@ class Shape:
 
     @property
     def chunk(self) -> int:
-        """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
+        """Atoms of a block of `multiply_bins`; of the longest context alone, so that batches change no bits."""
         return next(row.atoms for row in LOOKUP_CHUNKS if self.max_splits <= row.max_splits)
 
     @property
@@ -210,6 +212,45 @@ def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_byt
             f"{kv.upper()}_ALIGN": gcd(page_alignment, offset, stride, layout.head_bytes, 16),
         }
     return out
+
+
+BINS_TILE, BINS_PIECE = 64, 8  # atoms that `multiply_bins` multiplies together, and of which a thread merges the bins
+
+
+def bins_threads(columns: int) -> int:
+    """Of a block of `multiply_bins`."""
+    return columns * (BINS_TILE // BINS_PIECE)
+
+
+def bins_shared_bytes(shape: Shape, columns: int) -> int:
+    """Shared memory of a block of `multiply_bins`: two tiles of atoms and of bins, and the worth of splits."""
+    atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), columns * (2 * BINS_TILE + 16)
+    return 2 * (atoms + bins) + 4 * columns * (1 + shape.max_splits)
+
+
+def bins_columns(shape: Shape, num_tokens: int, limit_bytes: int) -> int:
+    """Columns of a block of `multiply_bins`: fewer where very long contexts have too many splits for shared memory."""
+    columns = max(lookup_bins(num_tokens * shape.row).columns, shape.row)
+    while columns > max(8, shape.row) and bins_shared_bytes(shape, columns) > limit_bytes:
+        columns //= 2
+    return columns
+
+
+def bins_constants(shape: Shape, columns: int, half: bool) -> dict[str, int]:
+    """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
+    return {
+        "QUERIES": shape.queries,
+        "ROW": shape.row,
+        "PASSES": shape.way.passes,
+        "ATOMS": shape.value_atoms,
+        "DIM": shape.layout.head_dim,
+        "COLUMNS": columns,
+        "TILE": BINS_TILE,
+        "PIECE": BINS_PIECE,
+        "CHUNK": shape.chunk,
+        "AT_ONCE": min(LOOKUP_BINS_SPLITS, power_of_two(shape.max_splits)),
+        "ATOMS_ARE_HALF": int(half),
+    }
 
 
 def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_tokens: int) -> int:
