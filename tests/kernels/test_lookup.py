@@ -77,9 +77,9 @@ def kernels_on_cpu(tmp_path_factory):
         folder = tmp_path_factory.mktemp("lookup")
         return OnCpu(folder, "lookup_on_cpu.cpp", lookup.FILES[1:], macros, shared, (10, 11))
 
-    def multiply_bins(shape, columns, half, _):
-        macros = lookup_sizes.bins_constants(shape, columns, half)
-        shared = lookup_sizes.bins_shared_bytes(shape, columns)
+    def multiply_bins(shape, way, half, _):
+        macros = lookup_sizes.bins_constants(shape, way, half)
+        shared = lookup_sizes.bins_shared_bytes(shape, way)
         folder = tmp_path_factory.mktemp("bins")
         return OnCpu(folder, "multiply_bins_on_cpu.cpp", lookup.BINS_FILES[1:], macros, shared, (6,))
 
@@ -131,10 +131,10 @@ def test_lengths(group, device, on_any_device):
     check(problem, range(6), lengths, 2 * group, device)
 
 
-@pytest.mark.parametrize("at_once", [2, 8])
-def test_several_splits(at_once, device, on_any_device, monkeypatch):
+@pytest.mark.parametrize("loads", [2, 16])
+def test_several_splits(loads, device, on_any_device, monkeypatch):
     """More than are loaded at once, and fewer."""
-    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_SPLITS", at_once)
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_LOADS", loads)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
     lengths = [333, 40, 90]
@@ -298,9 +298,9 @@ def test_products_with_the_atoms_compile(arch, case, tokens):
     group, D, S, atoms, _ = case
     for context in (1 << 17, 1 << 20):
         shape = lookup_sizes.shape_for(CodeLayout(D, 2, *S), 2 * group, *atoms, context, LIMITS[arch])
-        columns = lookup_sizes.bins_columns(shape, tokens, LIMITS[arch])
-        assert lookup_sizes.bins_shared_bytes(shape, columns) <= LIMITS[arch] and columns % shape.row == 0
-    macros = lookup_sizes.bins_constants(shape, columns, half=tokens == 1)
+        way = lookup_sizes.bins_way(shape, tokens, LIMITS[arch])
+        assert lookup_sizes.bins_shared_bytes(shape, way) <= LIMITS[arch] and way.columns % shape.row == 0
+    macros = lookup_sizes.bins_constants(shape, way, half=tokens == 1)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.BINS_FILES), arch, macros).startswith(b"\x7fELF")
 
 

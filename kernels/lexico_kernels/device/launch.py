@@ -184,7 +184,8 @@ LOOKUP_BINS = (
     LookupBins(max_columns=128, columns=32),
     LookupBins(max_columns=UNLIMITED, columns=64),
 )
-LOOKUP_BINS_SPLITS = 8  # whose bins a thread has on their way at once
+LOOKUP_BINS_LOADS = 16  # of bins that a thread has on their way at most, of so many splits and
+LOOKUP_BINS_AHEAD = 3  # so many tiles of atoms at most
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
 LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)

@@ -28,11 +28,12 @@ from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
 from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
 from lexico_kernels.sparse_decode.lookup_sizes import (
+    BinsWay,
     Shape,
-    bins_columns,
     bins_constants,
     bins_shared_bytes,
     bins_threads,
+    bins_way,
     constants,
     power_of_two,
     shape_for,
@@ -81,10 +82,10 @@ def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
 
 
 @once
-def bins_kernel_for(shape: Shape, columns: int, half: bool, device: int) -> nvrtc.Kernel:
+def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int) -> nvrtc.Kernel:
     """`multiply_bins`, compiled for a shape; half: atoms are float16, not bfloat16."""
-    shared = bins_shared_bytes(shape, columns)
-    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **bins_constants(shape, columns, half))
+    shared = bins_shared_bytes(shape, way)
+    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **bins_constants(shape, way, half))
 
 
 def sparse_decode(
@@ -217,12 +218,12 @@ def attend_codes(
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
     atoms = cache.value.atoms
-    columns = bins_columns(shape, num_tokens, shared_limit_bytes(atoms.device.index))
-    blocks = triton.cdiv(num_tokens * shape.row, columns)
-    kernel = bins_kernel_for(shape, columns, atoms.dtype == torch.float16, atoms.device.index)
+    way = bins_way(shape, num_tokens, shared_limit_bytes(atoms.device.index))
+    blocks = triton.cdiv(num_tokens * shape.row, way.columns)
+    kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index)
     kernel.launch(
         (shape.chunks, shape.token_passes * blocks, 1),
-        bins_threads(columns),
+        bins_threads(way.columns),
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],

@@ -9,7 +9,8 @@ import torch
 
 from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
-    LOOKUP_BINS_SPLITS,
+    LOOKUP_BINS_AHEAD,
+    LOOKUP_BINS_LOADS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
@@ -222,21 +223,42 @@ def bins_threads(columns: int) -> int:
     return columns * (BINS_TILE // BINS_PIECE)
 
 
-def bins_shared_bytes(shape: Shape, columns: int) -> int:
-    """Shared memory of a block of `multiply_bins`: two tiles of atoms and of bins, and the worth of splits."""
-    atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), columns * (2 * BINS_TILE + 16)
-    return 2 * (atoms + bins) + 4 * columns * (1 + shape.max_splits)
+class BinsWay(NamedTuple):
+    """How a block of `multiply_bins` goes through its share of the atoms.
+
+    Attributes:
+        columns: query heads of tokens.
+        splits: whose bins a thread loads at once.
+        ahead: tiles of atoms that are on their way while one is multiplied.
+    """
+
+    columns: int
+    splits: int
+    ahead: int
 
 
-def bins_columns(shape: Shape, num_tokens: int, limit_bytes: int) -> int:
-    """Columns of a block of `multiply_bins`: fewer where very long contexts have too many splits for shared memory."""
+def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
+    """Shared memory of a block of `multiply_bins`: tiles of atoms, two of bins, and the worth of each split."""
+    atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), way.columns * (2 * BINS_TILE + 16)
+    return (way.ahead + 1) * atoms + 2 * bins + 4 * way.columns * (1 + shape.max_splits)
+
+
+def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
+    """For a step of that many tokens; two blocks share `limit_bytes` where they can.
+
+    Very long contexts have so many splits that only fewer columns fit. The columns change no bits.
+    """
+    splits = min(LOOKUP_BINS_LOADS, power_of_two(shape.max_splits))
     columns = max(lookup_bins(num_tokens * shape.row).columns, shape.row)
-    while columns > max(8, shape.row) and bins_shared_bytes(shape, columns) > limit_bytes:
-        columns //= 2
-    return columns
+    way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits))
+    while way.ahead > 1 and 2 * bins_shared_bytes(shape, way) > limit_bytes:
+        way = way._replace(ahead=way.ahead - 1)
+    while way.columns > max(8, shape.row) and bins_shared_bytes(shape, way) > limit_bytes:
+        way = way._replace(columns=way.columns // 2)
+    return way
 
 
-def bins_constants(shape: Shape, columns: int, half: bool) -> dict[str, int]:
+def bins_constants(shape: Shape, way: BinsWay, half: bool) -> dict[str, int]:
     """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
     return {
         "QUERIES": shape.queries,
@@ -244,11 +266,12 @@ def bins_constants(shape: Shape, columns: int, half: bool) -> dict[str, int]:
         "PASSES": shape.way.passes,
         "ATOMS": shape.value_atoms,
         "DIM": shape.layout.head_dim,
-        "COLUMNS": columns,
+        "COLUMNS": way.columns,
         "TILE": BINS_TILE,
         "PIECE": BINS_PIECE,
         "CHUNK": shape.chunk,
-        "AT_ONCE": min(LOOKUP_BINS_SPLITS, power_of_two(shape.max_splits)),
+        "AT_ONCE": way.splits,
+        "AHEAD": way.ahead,
         "ATOMS_ARE_HALF": int(half),
     }
 

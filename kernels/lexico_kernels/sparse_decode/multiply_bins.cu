@@ -1,12 +1,12 @@
 // Merges the bins of a context's splits and multiplies them with the atoms, a share of the atoms at a time.
 //
 // Nothing here is much work, so what counts is how much is on its way from memory at once: a thread loads eight atoms'
-// bins of AT_ONCE splits before it adds up any, and does so for the next tile of atoms while this one is multiplied. A
+// bins of AT_ONCE splits before it adds up any, and of the next AHEAD tiles of atoms while this one is multiplied. A
 // column is a query head of a token. Columns do not meet, so a token's result is the same in every batch.
 //
 // Macros: QUERIES heads of a pass, ROW (QUERIES up to a power of two), PASSES over a KV head's codes, ATOMS, DIM of a
 // head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a thread
-// merges the bins, AT_ONCE splits whose bins it loads, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
+// merges the bins, AT_ONCE splits whose bins it loads, AHEAD tiles that are on their way, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
 
 constexpr int PIECES = TILE / PIECE;
 constexpr int THREADS = COLUMNS * PIECES, WARPS = THREADS / 32;
@@ -53,15 +53,15 @@ struct Bins {
   u32 pair[PIECE / 2];
 };
 
-// Of a split, zeros beyond its context's last and beyond the atoms.
-__device__ Bins load_bins(const char* bins, const Column& own, int split, int atom) {
+// Of a split, zeros beyond its context's last and beyond the atoms of this block.
+__device__ Bins load_bins(const char* bins, const Column& own, int split, int atom, int end) {
   Bins out = {};
-  if (split >= own.splits || atom >= ATOMS) return out;
+  if (split >= own.splits || atom >= end) return out;
   const char* at = bins + (((own.first_split + split) * QUERIES + own.head) * ATOMS + atom) * 2;
   if constexpr (ATOMS % PIECE == 0) {
     load_once<16>(out.pair, at);
   } else {
-    for (int i = 0; i < PIECE && atom + i < ATOMS; i++) out.pair[i / 2] |= (u32)((const u16*)at)[i] << 16 * (i % 2);
+    for (int i = 0; i < PIECE && atom + i < end; i++) out.pair[i / 2] |= (u32)((const u16*)at)[i] << 16 * (i % 2);
   }
   return out;
 }
@@ -80,26 +80,26 @@ __device__ void add_bins(float (&sum)[PIECE], const Bins (&loaded)[AT_ONCE], con
 // What a thread merges of each tile: eight atoms of its column.
 struct Merger {
   Column own;
-  Bins loaded[AT_ONCE];  // the first splits' of the next tile
+  Bins loaded[AHEAD][AT_ONCE];  // the first splits' of the next tiles
 
   __device__ static int column() { return threadIdx.x / PIECES; }
   __device__ static int atom(int first) { return first + threadIdx.x % PIECES * PIECE; }
 
-  // Of the tile that begins at atom `first`.
-  __device__ void load(const char* bins, int first) {
+  // Of the tile that begins at atom `first`, from split `split` on.
+  __device__ void load(Bins (&to)[AT_ONCE], const char* bins, int first, int end, int split = 0) const {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) loaded[i] = load_bins(bins, own, i, atom(first));
+    for (int i = 0; i < AT_ONCE; i++) to[i] = load_bins(bins, own, split + i, atom(first), end);
   }
 
   // What was loaded and all further splits, added up, as halves; columns: [COLUMNS] rows of COLUMN_BYTES.
-  __device__ void store(char* columns, const char* bins, int first, const Merged& merged) {
+  __device__ void store(char* columns, Bins (&some)[AT_ONCE], const char* bins, int first, int end,
+                        const Merged& merged) const {
     float sum[PIECE] = {};
-    add_bins(sum, loaded, merged, column(), 0, own.splits);
+    add_bins(sum, some, merged, column(), 0, own.splits);
 #pragma unroll 1
     for (int split = AT_ONCE; split < own.splits; split += AT_ONCE) {
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) loaded[i] = load_bins(bins, own, split + i, atom(first));
-      add_bins(sum, loaded, merged, column(), split, own.splits);
+      load(some, bins, first, end, split);
+      add_bins(sum, some, merged, column(), split, own.splits);
     }
     u32* const to = (u32*)(columns + column() * COLUMN_BYTES + threadIdx.x % PIECES * (2 * PIECE));
 #pragma unroll
@@ -107,15 +107,16 @@ struct Merger {
   }
 };
 
-// Start copying a tile of atoms to shared memory; finish_copies waits for this thread's share.
-__device__ void start_atoms(Shared to, const u16* atoms, int first) {
+// Start copying a tile of atoms to shared memory, as a lot; those from `end` on are zeros.
+__device__ void start_atoms(Shared to, const u16* atoms, int first, int end) {
   constexpr int IN_ROW = DIM / 8;
   for (int i = threadIdx.x; i < TILE * IN_ROW; i += THREADS) {
     const int atom = i / IN_ROW, at = i % IN_ROW;
-    const bool there = first + atom < ATOMS;
+    const bool there = first + atom < end;
     const char* from = (const char*)(atoms + (long long)(there ? first + atom : 0) * DIM) + at * 16;
     start_copy_or_clear(to + atom * ATOM_BYTES + at * 16, from, there);
   }
+  close_lot();
 }
 
 // Two numbers of 16 bits of the model's dtype as halves.
@@ -185,33 +186,42 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                   long long head_stride, float* chunk_out, int tokens, int max_splits, int heads) {
   SHARED_MEMORY(memory);
   constexpr int ATOMS_OF_TILE = TILE * ATOM_BYTES, BINS_OF_TILE = COLUMNS * COLUMN_BYTES;
-  char* const tiles = memory + 2 * ATOMS_OF_TILE;
-  const Merged merged{(float*)(tiles + 2 * BINS_OF_TILE) + COLUMNS, (float*)(tiles + 2 * BINS_OF_TILE)};
+  char* const columns = memory + (AHEAD + 1) * ATOMS_OF_TILE;
+  float* const units = (float*)(columns + 2 * BINS_OF_TILE);
+  const Merged merged{units + COLUMNS, units};
   const int pass = blockIdx.y % heads, first_column = blockIdx.y / heads * COLUMNS;
   const u16* const own_atoms = atoms + pass / PASSES * head_stride;
   const int begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, ATOMS);
   const Shared atoms_at = shared_address(memory);
-  start_atoms(atoms_at, own_atoms, begin);
-
   const int column = Merger::column(), token = (first_column + column) / ROW, head = column % ROW;
   const bool there = token < tokens && head < QUERIES;
   Merger merger{{((long long)token * heads + pass) * max_splits, head, there ? schedule[token].w : 0}, {}};
-  merger.load(bins, begin);
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
+    start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
+    merger.load(merger.loaded[i], bins, begin + i * TILE, end);
+  }
   find_worth(merged, merger.own, stats, stats_stride);
   __syncthreads();
 
   float sums[OWN_TILES][COLUMN_TILES][4] = {};
+  int tile = 0;  // counted modulo AHEAD + 1
 #pragma unroll 1
-  for (int first = begin, turned = 0; first < end; first += TILE, turned ^= 1) {
-    char* const columns = tiles + turned * BINS_OF_TILE;
-    merger.store(columns, bins, first, merged);
-    finish_copies();
-    __syncthreads();  // this tile is there, and nobody reads the one before any more
-    if (first + TILE < end) {
-      start_atoms(atoms_at + (turned ^ 1) * ATOMS_OF_TILE, own_atoms, first + TILE);
-      merger.load(bins, first + TILE);
+  for (int group = begin; group < end; group += AHEAD * TILE) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const int first = group + i * TILE;
+      if (first >= end) break;
+      char* const own_columns = columns + (first / TILE & 1) * BINS_OF_TILE;
+      merger.store(own_columns, merger.loaded[i], bins, first, end, merged);
+      wait_for_lots<AHEAD - 1>();
+      __syncthreads();  // this tile is there, and nobody reads the one before any more, whose place the next one takes
+      const int next = tile ? tile - 1 : AHEAD;
+      start_atoms(atoms_at + next * ATOMS_OF_TILE, own_atoms, first + AHEAD * TILE, end);
+      merger.load(merger.loaded[i], bins, first + AHEAD * TILE, end);
+      multiply_tile(sums, memory + tile * ATOMS_OF_TILE, own_columns);
+      tile = tile == AHEAD ? 0 : tile + 1;
     }
-    multiply_tile(sums, memory + turned * ATOMS_OF_TILE, columns);
   }
   float* const out = chunk_out + (long long)blockIdx.x * tokens * heads * QUERIES * DIM;
   store_sums(out, sums, merged, first_column, tokens, heads, pass);
