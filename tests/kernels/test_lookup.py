@@ -34,51 +34,56 @@ def forget_shapes():
         lookup_sizes.way_for,
         lookup_sizes.shape_for,
         lookup._lookup_tiles,
-        lookup._bin_tiles,
         lookup._merge_tiles,
     ):
         cached.cache_clear()
 
 
 class OnCpu:
-    """`attend_codes` as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before."""
+    """A kernel as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before.
 
-    def __init__(self, shape, folder):
-        launch = lookup.lookup_launch(shape.queries)
-        self.shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-        macros = lookup_sizes.constants(shape, launch, SHARED_BYTES)
+    written: which of its arguments it writes.
+    """
+
+    def __init__(self, folder, cpp, files, macros, shared_bytes, written):
+        self.shared_bytes, self.written = shared_bytes, written
         source, path = folder / "source.cu", folder / "kernel.so"
-        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in lookup.FILES[1:]))
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in files))
         flags = [f"-D{name}={value}" for name, value in macros.items()]
-        flags += [
-            f'-DSOURCE="{source}"',
-            "-DHALF=1",
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-U_FORTIFY_SOURCE",
-            "-shared",
-            "-fPIC",
-        ]
-        subprocess.run(["g++", *flags, Path(__file__).parent / "lookup_on_cpu.cpp", "-o", path], check=True)
+        flags += [f'-DSOURCE="{source}"', "-DHALF=1", "-std=c++17", "-O1", "-w"]
+        flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+        subprocess.run(["g++", *flags, Path(__file__).parent / cpp, "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
 
     def launch(self, grid, threads, *arguments):
-        bins, stats = arguments[10:12]
-        bins.fill_(torch.nan)
-        stats.fill_(torch.nan)
+        for at in self.written:
+            arguments[at].fill_(torch.nan)
         kinds = {
             torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
             nvrtc.Int64: ctypes.c_longlong,
             int: ctypes.c_int,
         }
-        self.library.launch(*grid[:2], self.shared, *(kinds[type(each)](each) for each in arguments))
+        self.library.launch(*grid[:2], self.shared_bytes, *(kinds[type(each)](each) for each in arguments))
 
 
 @pytest.fixture(scope="module")
 def kernels_on_cpu(tmp_path_factory):
-    """A kernel for each shape, built once."""
-    return functools.cache(lambda shape, _: OnCpu(shape, tmp_path_factory.mktemp("lookup")))
+    """Both kernels for each shape, built once."""
+
+    def attend_codes(shape, _):
+        launch = lookup.lookup_launch(shape.queries)
+        shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
+        macros = lookup_sizes.constants(shape, launch, SHARED_BYTES)
+        folder = tmp_path_factory.mktemp("lookup")
+        return OnCpu(folder, "lookup_on_cpu.cpp", lookup.FILES[1:], macros, shared, (10, 11))
+
+    def multiply_bins(shape, way, half, _):
+        macros = lookup_sizes.bins_constants(shape, way, half)
+        shared = lookup_sizes.bins_shared_bytes(shape, way)
+        folder = tmp_path_factory.mktemp("bins")
+        return OnCpu(folder, "multiply_bins_on_cpu.cpp", lookup.BINS_FILES[1:], macros, shared, (6,))
+
+    return functools.cache(attend_codes), functools.cache(multiply_bins)
 
 
 @pytest.fixture
@@ -92,7 +97,8 @@ def on_any_device(monkeypatch, device, kernels_on_cpu):
     for module in (lookup_sizes, lookup):
         monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
     cut_contexts(monkeypatch, 256)
-    monkeypatch.setattr(lookup, "kernel_for", kernels_on_cpu)
+    for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
+        monkeypatch.setattr(lookup, name, kernel)
     monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
     yield
     forget_shapes()
@@ -125,7 +131,10 @@ def test_lengths(group, device, on_any_device):
     check(problem, range(6), lengths, 2 * group, device)
 
 
-def test_several_splits(device, on_any_device, monkeypatch):
+@pytest.mark.parametrize("loads", [2, 16])
+def test_several_splits(loads, device, on_any_device, monkeypatch):
+    """More than are loaded at once, and fewer."""
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_LOADS", loads)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
     lengths = [333, 40, 90]
@@ -279,6 +288,20 @@ def test_the_kernel_compiles(arch, case):
     shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
     macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 256])
+@pytest.mark.parametrize(("arch", "case"), COMPILED, ids=str)
+def test_products_with_the_atoms_compile(arch, case, tokens):
+    """To machine code, without a GPU; and fit shared memory whatever the context."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    group, D, S, atoms, _ = case
+    for context in (1 << 17, 1 << 20):
+        shape = lookup_sizes.shape_for(CodeLayout(D, 2, *S), 2 * group, *atoms, context, LIMITS[arch])
+        way = lookup_sizes.bins_way(shape, tokens, LIMITS[arch])
+        assert lookup_sizes.bins_shared_bytes(shape, way) <= LIMITS[arch] and way.columns % shape.row == 0
+    macros = lookup_sizes.bins_constants(shape, way, half=tokens == 1)
+    assert nvrtc.compile_source(nvrtc.source_text(lookup.BINS_FILES), arch, macros).startswith(b"\x7fELF")
 
 
 def test_the_kernel_compiles_with_a_soft_cap():

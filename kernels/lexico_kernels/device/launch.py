@@ -149,11 +149,11 @@ class LookupBins(NamedTuple):
     """
 
     max_columns: int
-    columns: int  # in a program
+    columns: int  # of a block, which has eight threads for each
 
 
 class LookupChunk(NamedTuple):
-    """Atoms that a program multiplies bins with, where contexts may have up to `max_splits` splits."""
+    """Atoms that a block multiplies bins with, where contexts may have up to `max_splits` splits."""
 
     max_splits: int
     atoms: int
@@ -184,8 +184,8 @@ LOOKUP_BINS = (
     LookupBins(max_columns=128, columns=32),
     LookupBins(max_columns=UNLIMITED, columns=64),
 )
-LOOKUP_BINS_TILE = Launch(tile=64, num_warps=4, num_stages=3)  # atoms
-LOOKUP_BINS_SPLITS = 4  # whose bins are on their way at once
+LOOKUP_BINS_LOADS = 16  # of bins that a thread has on their way at most, of so many splits and
+LOOKUP_BINS_AHEAD = 3  # so many tiles of atoms at most
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
 LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)

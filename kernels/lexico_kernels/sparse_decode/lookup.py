@@ -1,11 +1,11 @@
 """sparse_decode of "packed16" codes through lookups: no vector is rebuilt.
 
 With q . atom of every atom at hand, a key's score is a few look-ups; values are added up atom by atom, in bins, and
-multiplied with the atoms once. Three steps, the second in CUDA C++ (`lookup.cu`), the others in Triton
-(`lookup_triton.py`): lookups and, beside them, the raw tail; codes, split by split; the bins times the atoms. Then all
-are merged by their log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context
-alone: a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are
-taken in slices.
+multiplied with the atoms once. Four steps: lookups and, beside them, the raw tail, in Triton (`lookup_triton.py`);
+codes, split by split, and the bins times the atoms, in CUDA C++ (`lookup.cu`, `multiply_bins.cu`); all of it merged by
+log-sum-exp, in Triton (`lookup_merge.py`). Grids follow from shapes, and what is done for a token follows from its own
+context alone: a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many
+tokens are taken in slices.
 """
 
 from functools import cache as once
@@ -17,30 +17,35 @@ from torch import Tensor
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
 from lexico_kernels.device.launch import (
-    LOOKUP_BINS_SPLITS,
-    LOOKUP_BINS_TILE,
     LOOKUP_MATMUL,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
     fitting_atoms,
-    lookup_bins,
     lookup_launch,
 )
 from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
 from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
-from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, power_of_two, shape_for, shared_bytes
-from lexico_kernels.sparse_decode.lookup_triton import BinTiles, Heads, Lookups, LookupTiles, Partial
+from lexico_kernels.sparse_decode.lookup_sizes import (
+    BinsWay,
+    Shape,
+    bins_constants,
+    bins_shared_bytes,
+    bins_threads,
+    bins_way,
+    constants,
+    power_of_two,
+    shape_for,
+    shared_bytes,
+)
+from lexico_kernels.sparse_decode.lookup_triton import Heads, Lookups, LookupTiles, Partial
 from lexico_kernels.sparse_decode.softmax import LOG2_E
 
-FILES = (
-    "sparse_decode/lookup_primitives.cu",
-    records.FILE,
-    "sparse_decode/lookup_records.cu",
-    "sparse_decode/lookup.cu",
-)
-DTYPES = (torch.float16, torch.bfloat16)
+PRIMITIVES = "sparse_decode/lookup_primitives.cu"
+FILES = (PRIMITIVES, records.FILE, "sparse_decode/lookup_records.cu", "sparse_decode/lookup.cu")
+BINS_FILES = (PRIMITIVES, "sparse_decode/multiply_bins.cu")
+DTYPES = {torch.float16, torch.bfloat16}
 
 
 @once
@@ -58,7 +63,11 @@ def shape_of(query: Tensor, cache: LayerCache, tables: RequestTables, soft_cap: 
 
 def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
     """Whether this device, these types and this codec go through lookups."""
-    if cache.layout.codec != "packed16" or query.dtype not in DTYPES or not nvrtc.available(query.device.index):
+    if (
+        cache.layout.codec != "packed16"
+        or {query.dtype, cache.value.atoms.dtype} - set(DTYPES)
+        or not nvrtc.available(query.device.index)
+    ):
         return False
     return shape_of(query, cache, tables) is not None
 
@@ -70,6 +79,13 @@ def kernel_for(shape: Shape, device: int) -> nvrtc.Kernel:
     shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
     macros = constants(shape, launch, shared_limit_bytes(device))
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
+
+
+@once
+def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int) -> nvrtc.Kernel:
+    """`multiply_bins`, compiled for a shape; half: atoms are float16, not bfloat16."""
+    shared = bins_shared_bytes(shape, way)
+    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **bins_constants(shape, way, half))
 
 
 def sparse_decode(
@@ -128,18 +144,6 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
         TAIL=LOOKUP_TAIL.tile,
         G_PAD=16,
         CAP=shape.cap,
-    )
-
-
-@once
-def _bin_tiles(shape: Shape, columns: int) -> BinTiles:
-    splits = triton.next_power_of_2(shape.max_splits)
-    return BinTiles(
-        COLUMNS=max(columns // _size(shape), shape.row, 16),
-        SPLITS_PAD=splits,
-        SPLITS_AT_ONCE=min(LOOKUP_BINS_SPLITS, splits),
-        CHUNK=shape.chunk,
-        ATOMS=LOOKUP_BINS_TILE.tile,
     )
 
 
@@ -212,22 +216,23 @@ def attend_codes(
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    tiles = _bin_tiles(shape, lookup_bins(num_tokens * shape.row).columns)
-    grid = (shape.chunks, shape.token_passes, triton.cdiv(num_tokens * shape.row, tiles.COLUMNS))
-    lookup_triton.multiply_bins[grid](
+    atoms = cache.value.atoms
+    way = bins_way(shape, num_tokens, shared_limit_bytes(atoms.device.index))
+    blocks = triton.cdiv(num_tokens * shape.row, way.columns)
+    kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index)
+    kernel.launch(
+        (shape.chunks, shape.token_passes * blocks, 1),
+        bins_threads(way.columns),
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],
-        _stats_stride(shape, num_tokens),
-        Book(*cache.value.tensors),
+        nvrtc.Int64(_stats_stride(shape, num_tokens)),
+        atoms,
+        nvrtc.Int64(cache.value.head_stride),
         scratch["chunk_out"],
         num_tokens,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
-        HEADS=_heads(shape),
-        TILES=tiles,
-        num_warps=LOOKUP_BINS_TILE.num_warps,
-        num_stages=LOOKUP_BINS_TILE.num_stages if _size(shape) == 1 else 1,
+        shape.token_passes,
     )
 
 

@@ -1,5 +1,5 @@
-// What `lookup_records.cu` and `lookup.cu` ask of the device, in PTX; they come behind this in one translation unit.
-// Tests that run the kernel on a CPU bring the same functions (tests/kernels/lookup_on_cpu.cpp).
+// What `lookup.cu` and `multiply_bins.cu` ask of the device, in PTX; each comes behind this in a translation unit. Tests
+// that run them on a CPU bring the same functions (tests/kernels/lookup_on_cpu.h).
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -15,6 +15,11 @@ __device__ u32 load_word_once(const char* at) {
   u32 word;
   asm("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
   return word;
+}
+
+__device__ void load_words_once(u32 (&words)[4], const char* at) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
 }
 
 __device__ u16 load_half_once(const char* at) {
@@ -87,4 +92,24 @@ __device__ float power_of_two(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
+}
+
+// Start copying 16 bytes to shared memory, or set them to zero where there are none.
+__device__ void start_copy_or_clear(Shared to, const char* from, bool there) {
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// What was started since the last call is waited for together; all but the newest LATER such lots are there after the wait.
+__device__ void close_lot() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ void wait_for_lots() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+// sums += a . b of 16 x 16 and 16 x 8 halves, as mma.m16n8k16 deals them out to a warp.
+__device__ void multiply_halves(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

@@ -8,12 +8,15 @@ import torch
 
 from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
+    LOOKUP_BINS_AHEAD,
+    LOOKUP_BINS_LOADS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
     LookupLaunch,
+    lookup_bins,
     lookup_launch,
 )
 from lexico_kernels.device.nvrtc import float_bits
@@ -92,7 +95,7 @@ class Shape:
 
     @property
     def chunk(self) -> int:
-        """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
+        """Atoms of a block of `multiply_bins`; of the longest context alone, so that batches change no bits."""
         return next(row.atoms for row in LOOKUP_CHUNKS if self.max_splits <= row.max_splits)
 
     @property
@@ -194,6 +197,67 @@ def constants(shape: Shape, launch: LookupLaunch, limit_bytes: int) -> dict[str,
         "CAP_BITS": float_bits(shape.cap),
         "KEY_ATOMS": shape.key_atoms,
         "VALUE_ATOMS": shape.value_atoms,
+    }
+
+
+BINS_TILE, BINS_PIECE = 64, 8  # atoms that `multiply_bins` multiplies together, and of which a thread merges the bins
+
+
+def bins_threads(columns: int) -> int:
+    """Of a block of `multiply_bins`."""
+    return columns * (BINS_TILE // BINS_PIECE)
+
+
+class BinsWay(NamedTuple):
+    """How a block of `multiply_bins` goes through its share of the atoms.
+
+    Attributes:
+        columns: query heads of tokens.
+        splits: whose bins a thread loads at once.
+        ahead: tiles of atoms that are on their way while one is multiplied.
+    """
+
+    columns: int
+    splits: int
+    ahead: int
+
+
+def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
+    """Shared memory of a block of `multiply_bins`: tiles of atoms, two of bins, and the worth of each split."""
+    atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), way.columns * (2 * BINS_TILE + 16)
+    return (way.ahead + 1) * atoms + 2 * bins + 4 * way.columns * (1 + shape.max_splits)
+
+
+def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
+    """For a step of that many tokens; two blocks share `limit_bytes` where they can.
+
+    Very long contexts have so many splits that only fewer columns fit. The columns change no bits.
+    """
+    splits = min(LOOKUP_BINS_LOADS, power_of_two(shape.max_splits))
+    columns = max(lookup_bins(num_tokens * shape.row).columns, shape.row)
+    way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits))
+    while way.ahead > 1 and 2 * bins_shared_bytes(shape, way) > limit_bytes:
+        way = way._replace(ahead=way.ahead - 1)
+    while way.columns > max(8, shape.row) and bins_shared_bytes(shape, way) > limit_bytes:
+        way = way._replace(columns=way.columns // 2)
+    return way
+
+
+def bins_constants(shape: Shape, way: BinsWay, half: bool) -> dict[str, int]:
+    """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
+    return {
+        "QUERIES": shape.queries,
+        "ROW": shape.row,
+        "PASSES": shape.way.passes,
+        "ATOMS": shape.value_atoms,
+        "DIM": shape.layout.head_dim,
+        "COLUMNS": way.columns,
+        "TILE": BINS_TILE,
+        "PIECE": BINS_PIECE,
+        "CHUNK": shape.chunk,
+        "AT_ONCE": way.splits,
+        "AHEAD": way.ahead,
+        "ATOMS_ARE_HALF": int(half),
     }
 
 

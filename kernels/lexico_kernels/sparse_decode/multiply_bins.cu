@@ -1,0 +1,228 @@
+// Merges the bins of a context's splits and multiplies them with the atoms, a share of the atoms at a time.
+//
+// Nothing here is much work, so what counts is how much is on its way from memory at once: a thread loads eight atoms'
+// bins of AT_ONCE splits before it adds up any, and of the next AHEAD tiles of atoms while this one is multiplied. A
+// column is a query head of a token. Columns do not meet, so a token's result is the same in every batch.
+//
+// Macros: QUERIES heads of a pass, ROW (QUERIES up to a power of two), PASSES over a KV head's codes, ATOMS, DIM of a
+// head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a thread
+// merges the bins, AT_ONCE splits whose bins it loads, AHEAD tiles that are on their way, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
+
+constexpr int PIECES = TILE / PIECE;
+constexpr int THREADS = COLUMNS * PIECES, WARPS = THREADS / 32;
+constexpr int ATOM_BYTES = DIM * 2 + 16;  // of a row in shared memory, so that rows start in other banks
+constexpr int COLUMN_BYTES = TILE * 2 + 16;
+constexpr int ROW_TILES = DIM / 16, OWN_TILES = (ROW_TILES + WARPS - 1) / WARPS, COLUMN_TILES = COLUMNS / 8;
+static_assert(COLUMNS % ROW == 0 && COLUMNS % 8 == 0 && CHUNK % TILE == 0 && DIM % 16 == 0 && PIECE == 8, "whole tokens and tiles");
+// Bins are up to 2^15 units. Those of all splits of a context are added up and must stay finite as halves.
+constexpr float SHRINK = 1.0f / 1024;
+
+// A query head of a token.
+struct Column {
+  long long first_split;  // counted over all tokens and passes
+  int head;               // of the pass
+  int splits;             // none where there is no such token or head
+};
+
+struct Merged {
+  float* worth;  // [splits][COLUMNS], of a unit of each split's bins; in units of the column
+  float* unit;   // [COLUMNS]
+};
+
+// The worth of each split's bins relative to the column's largest.
+__device__ void find_worth(const Merged& merged, const Column& own, const float* stats, long long stats_stride) {
+  const int column = threadIdx.x / PIECES, part = threadIdx.x % PIECES;  // all of a column are of one warp
+  const float* at = stats + own.first_split * ROW + own.head;
+  float top = -1e30f, unit = 0;
+  for (int s = part; s < own.splits; s += PIECES) top = fmaxf(top, at[s * ROW]);
+#pragma unroll
+  for (int by = 1; by < PIECES; by *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
+  for (int s = part; s < own.splits; s += PIECES) {
+    const float worth = at[2 * stats_stride + s * ROW] * power_of_two(at[s * ROW] - top);
+    merged.worth[s * COLUMNS + column] = worth;
+    unit = fmaxf(unit, worth);
+  }
+#pragma unroll
+  for (int by = 1; by < PIECES; by *= 2) unit = fmaxf(unit, __shfl_xor_sync(~0u, unit, by));
+  for (int s = part; s < own.splits; s += PIECES) merged.worth[s * COLUMNS + column] *= SHRINK / (unit > 0 ? unit : 1);
+  if (part == 0) merged.unit[column] = unit / SHRINK;
+}
+
+// Bins of eight atoms as halves.
+struct Bins {
+  u32 pair[PIECE / 2];
+};
+
+// Of a split, zeros beyond its context's last and beyond the atoms of this block.
+__device__ Bins load_bins(const char* bins, const Column& own, int split, int atom, int end) {
+  Bins out = {};
+  if (split >= own.splits || atom >= end) return out;
+  const char* at = bins + (((own.first_split + split) * QUERIES + own.head) * ATOMS + atom) * 2;
+  if constexpr (ATOMS % PIECE == 0) {
+    load_words_once(out.pair, at);
+  } else {
+    for (int i = 0; i < PIECE && atom + i < end; i++) out.pair[i / 2] |= (u32)((const u16*)at)[i] << 16 * (i % 2);
+  }
+  return out;
+}
+
+// Add some splits' bins of a column, from `first` on.
+__device__ void add_bins(float (&sum)[PIECE], const Bins (&loaded)[AT_ONCE], const Merged& merged, int column,
+                         int first, int splits) {
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; i++) {
+    const float worth = first + i < splits ? merged.worth[(first + i) * COLUMNS + column] : 0;
+#pragma unroll
+    for (int e = 0; e < PIECE; e++) sum[e] += half_to_float(loaded[i].pair[e / 2], e & 1) * worth;
+  }
+}
+
+// What a thread merges of each tile: eight atoms of its column.
+struct Merger {
+  Column own;
+  Bins loaded[AHEAD][AT_ONCE];  // the first splits' of the next tiles
+
+  __device__ static int column() { return threadIdx.x / PIECES; }
+  __device__ static int atom(int first) { return first + threadIdx.x % PIECES * PIECE; }
+
+  // Of the tile that begins at atom `first`, from split `split` on.
+  __device__ void load(Bins (&to)[AT_ONCE], const char* bins, int first, int end, int split = 0) const {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) to[i] = load_bins(bins, own, split + i, atom(first), end);
+  }
+
+  // What was loaded and all further splits, added up, as halves; columns: [COLUMNS] rows of COLUMN_BYTES.
+  __device__ void store(char* columns, Bins (&some)[AT_ONCE], const char* bins, int first, int end,
+                        const Merged& merged) const {
+    float sum[PIECE] = {};
+    add_bins(sum, some, merged, column(), 0, own.splits);
+#pragma unroll 1
+    for (int split = AT_ONCE; split < own.splits; split += AT_ONCE) {
+      load(some, bins, first, end, split);
+      add_bins(sum, some, merged, column(), split, own.splits);
+    }
+    u32* const to = (u32*)(columns + column() * COLUMN_BYTES + threadIdx.x % PIECES * (2 * PIECE));
+#pragma unroll
+    for (int e = 0; e < PIECE; e += 2) to[e / 2] = floats_to_halves(sum[e], sum[e + 1]);
+  }
+};
+
+// Start copying a tile of atoms to shared memory, as a lot; those from `end` on are zeros.
+__device__ void start_atoms(Shared to, const u16* atoms, int first, int end) {
+  constexpr int IN_ROW = DIM / 8;
+  for (int i = threadIdx.x; i < TILE * IN_ROW; i += THREADS) {
+    const int atom = i / IN_ROW, at = i % IN_ROW;
+    const bool there = first + atom < end;
+    const char* from = (const char*)(atoms + (long long)(there ? first + atom : 0) * DIM) + at * 16;
+    start_copy_or_clear(to + atom * ATOM_BYTES + at * 16, from, there);
+  }
+  close_lot();
+}
+
+// Two numbers of 16 bits of the model's dtype as halves.
+__device__ u32 as_halves(u32 low, u32 high) {
+  if constexpr (ATOMS_ARE_HALF) return low | high << 16;
+  return floats_to_halves(__uint_as_float(low << 16), __uint_as_float(high << 16));
+}
+
+// Atoms k, k + 1 at dimension `row`, as halves; tile: [TILE] rows of ATOM_BYTES.
+__device__ u32 atom_pair(const char* tile, int k, int row) {
+  const char* at = tile + k * ATOM_BYTES + row * 2;
+  return as_halves(*(const u16*)at, *(const u16*)(at + ATOM_BYTES));
+}
+
+// sums += atoms, transposed, times merged bins, [COLUMNS] rows of COLUMN_BYTES.
+__device__ void multiply_tile(float (&sums)[OWN_TILES][COLUMN_TILES][4], const char* atoms, const char* columns) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, within = lane % 4 * 2;
+#pragma unroll
+  for (int k = 0; k < TILE; k += 16) {
+    u32 b[COLUMN_TILES][2];
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++) {
+      const char* at = columns + (n * 8 + group) * COLUMN_BYTES + (k + within) * 2;
+      b[n][0] = *(const u32*)at, b[n][1] = *(const u32*)(at + 16);
+    }
+#pragma unroll
+    for (int own = 0; own < OWN_TILES; own++) {
+      const int row = (warp + own * WARPS) * 16 + group;
+      if (row >= DIM) break;
+      u32 a[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = atom_pair(atoms, k + within + i / 2 * 8, row + i % 2 * 8);
+#pragma unroll
+      for (int n = 0; n < COLUMN_TILES; n++) multiply_halves(sums[own][n], a, b[n]);
+    }
+  }
+}
+
+// out: this chunk's [tokens][heads * QUERIES][DIM].
+__device__ void store_sums(float* out, const float (&sums)[OWN_TILES][COLUMN_TILES][4], const Merged& merged,
+                           int first_column, int tokens, int heads, int pass) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int own = 0; own < OWN_TILES; own++) {
+    const int row = (warp + own * WARPS) * 16 + lane / 4;
+    if (row >= DIM) break;
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int column = n * 8 + lane % 4 * 2 + i % 2;
+        const int token = (first_column + column) / ROW, head = column % ROW;
+        if (token >= tokens || head >= QUERIES) continue;
+        const long long at = (long long)token * heads * QUERIES + pass * QUERIES + head;
+        out[at * DIM + row + i / 2 * 8] = sums[own][n][i] * merged.unit[column];
+      }
+    }
+  }
+}
+
+// grid (chunks, passes of a token times blocks of columns). bins halves [tokens][heads][max_splits][QUERIES][ATOMS], as
+// `attend_codes` leaves them, with its schedule and stats; heads: passes of a token. atoms [...][ATOMS][DIM], head_stride
+// numbers from one KV head's to the next's. chunk_out float [chunks][tokens][heads * QUERIES][DIM], to be added up and
+// divided by the sum of weights.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    multiply_bins(const int4* schedule, const char* bins, const float* stats, long long stats_stride, const u16* atoms,
+                  long long head_stride, float* chunk_out, int tokens, int max_splits, int heads) {
+  SHARED_MEMORY(memory);
+  constexpr int ATOMS_OF_TILE = TILE * ATOM_BYTES, BINS_OF_TILE = COLUMNS * COLUMN_BYTES;
+  char* const columns = memory + (AHEAD + 1) * ATOMS_OF_TILE;
+  float* const units = (float*)(columns + 2 * BINS_OF_TILE);
+  const Merged merged{units + COLUMNS, units};
+  const int pass = blockIdx.y % heads, first_column = blockIdx.y / heads * COLUMNS;
+  const u16* const own_atoms = atoms + pass / PASSES * head_stride;
+  const int begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, ATOMS);
+  const Shared atoms_at = shared_address(memory);
+  const int column = Merger::column(), token = (first_column + column) / ROW, head = column % ROW;
+  const bool there = token < tokens && head < QUERIES;
+  Merger merger{{((long long)token * heads + pass) * max_splits, head, there ? schedule[token].w : 0}, {}};
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
+    start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
+    merger.load(merger.loaded[i], bins, begin + i * TILE, end);
+  }
+  find_worth(merged, merger.own, stats, stats_stride);
+  __syncthreads();
+
+  float sums[OWN_TILES][COLUMN_TILES][4] = {};
+  int tile = 0;  // counted modulo AHEAD + 1
+#pragma unroll 1
+  for (int group = begin; group < end; group += AHEAD * TILE) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const int first = group + i * TILE;
+      if (first >= end) break;
+      char* const own_columns = columns + (first / TILE & 1) * BINS_OF_TILE;
+      merger.store(own_columns, merger.loaded[i], bins, first, end, merged);
+      wait_for_lots<AHEAD - 1>();
+      __syncthreads();  // this tile is there, and nobody reads the one before any more, whose place the next one takes
+      const int next = tile ? tile - 1 : AHEAD;
+      start_atoms(atoms_at + next * ATOMS_OF_TILE, own_atoms, first + AHEAD * TILE, end);
+      merger.load(merger.loaded[i], bins, first + AHEAD * TILE, end);
+      multiply_tile(sums, memory + tile * ATOMS_OF_TILE, own_columns);
+      tile = tile == AHEAD ? 0 : tile + 1;
+    }
+  }
+  float* const out = chunk_out + (long long)blockIdx.x * tokens * heads * QUERIES * DIM;
+  store_sums(out, sums, merged, first_column, tokens, heads, pass);
+}
