@@ -295,7 +295,7 @@ def test_the_kernel_compiles(arch, case):
 def test_products_with_the_atoms_compile(arch, case, tokens):
     """To machine code, without a GPU; and fit shared memory whatever the context."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    group, D, S, atoms, _ = case
+    group, D, S, atoms = case
     for context in (1 << 17, 1 << 20):
         shape = lookup_sizes.shape_for(CodeLayout(D, 2, *S), 2 * group, *atoms, context, LIMITS[arch])
         way = lookup_sizes.bins_way(shape, tokens, LIMITS[arch])
