@@ -70,11 +70,31 @@ inline void start_copy_or_clear(Shared to, const char* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("a copy is not aligned");
   there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
 }
-inline void multiply_halves(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+inline void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   float out[4];
-  multiply(out, a, b[0], b[1], sums);
+  multiply(out, a, b0, b1, sums);
   std::memcpy(sums, out, sizeof out);
 }
 inline void close_lot() {}
 template <int LATER>
 void wait_for_lots() {}
+template <bool TURNED>
+void load_matrices(u32 (&out)[4], Shared row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) cpu::fail("a row is not aligned");
+  cpu::Warp& warp = cpu::own_warp();
+  const unsigned lane = cpu::current->lane;
+  std::memcpy(warp.in[lane], &row, sizeof row);
+  cpu::meet(warp.meeting, 14);
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    out[matrix] = 0;
+    for (unsigned half = 0; half < 2; half++) {
+      const unsigned along = lane % 4 * 2 + half, other = lane / 4;
+      Shared from;
+      std::memcpy(&from, warp.in[matrix * 8 + (TURNED ? along : other)], sizeof from);
+      u16 bits;
+      std::memcpy(&bits, from + 2 * (TURNED ? other : along), 2);
+      out[matrix] |= u32(bits) << 16 * half;
+    }
+  }
+  cpu::done(warp);
+}

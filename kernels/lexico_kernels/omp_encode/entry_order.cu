@@ -9,7 +9,7 @@
 // A position of the records is a matching of tokens with classes, so positions are filled one after another: each class
 // once, as long as that can be, then at most twice, the classes of which most are left first. A token that finds no
 // class takes one from another that can go elsewhere (an augmenting path; Kuhn, "The Hungarian method for the assignment
-// problem", 1955). One warp orders a span's keys or values, all sets side by side; a lane stands for its token, and for
+// problem", 1955). Most find one at once, when all choose together. One warp orders a span's keys or values, all sets side by side; a lane stands for its token, and for
 // the class of its own number.
 //
 // Macros, from `entry_order.macros`: those of `records.cu`, which comes before; columns of addresses (LayerStack.macros);
@@ -24,6 +24,7 @@ typedef unsigned long long u64;
 static_assert(SPAN_TOKENS == 32, "a lane for each token, and ends of spans are found in 32 jobs");
 constexpr u32 EVERY_LANE = 0xFFFFFFFF;
 constexpr int NONE = -1;
+constexpr int ROUNDS = 3;  // in which all tokens choose together
 
 struct Kv {
   int sparsity;
@@ -79,9 +80,10 @@ struct Matching {
   int count;     // tokens of this class
   int need;      // that this class should have, beyond those that it has
   int limit;     // of any class's count
+  int rounds;    // in which tokens are still to choose together
 
   __device__ void begin(int most, int left, int later) {
-    of = NONE, count = 0, limit = most;
+    of = NONE, count = 0, limit = most, rounds = ROUNDS;
     need = most == 1 ? 0 : min(2, max(0, left - 2 * later));
   }
 
@@ -93,6 +95,19 @@ struct Matching {
     if (!needing) return;
     if (able && lanes.own == token) of = own_class;
     if (lanes.own == own_class) count += able != 0, need = able ? need - 1 : 0;
+  }
+
+  // These tokens choose a class that has room; each class takes the first that chose it.
+  __device__ void choose(u32 waiting) {
+    if (waiting) rounds--;
+    const u32 able = open & lanes.vote(count < limit);
+    const bool chooses = (waiting >> lanes.own & 1) && able;
+    const int to = pick(able, (lanes.own + rotation) % (SET * STEP));
+    const int target = chooses ? lanes.first + to : 32 + threadIdx.x % 32;  // the lane of the class; nobody else's
+    const u32 rivals = __match_any_sync(EVERY_LANE, target);
+    const bool taken = chooses && __ffs(rivals) - 1 == threadIdx.x % 32;
+    if (taken) of = to;
+    count += __reduce_or_sync(EVERY_LANE, taken ? 1u << (target & 31) : 0) >> threadIdx.x % 32 & 1;
   }
 
   // Find a class for the first token of each set that has none; false for sets where it can have none.
@@ -151,11 +166,13 @@ __device__ void order_span(Kv kv, u8* head, u32 slot) {
 #pragma unroll
     for (int i = 0; i < S; i++) match.open |= placed >> i & 1 ? 0 : 1u << class_of(entry[i]);
     match.begin(singly && most_left - 1 <= 2 * later ? 1 : 2, left, later);
-    while (true) {
+    while (true) {  // sets go on side by side, each at its own step
       const u32 needing = lanes.vote(match.need > 0), waiting = lanes.vote(match.of == NONE);
       if (!any_lane(waiting)) break;
-      match.fill_needs(needing);
-      if (match.place(needing ? 0 : waiting)) continue;
+      const bool chooses = !needing && match.rounds > 0, places = !needing && !chooses;
+      if (any_lane(needing)) match.fill_needs(needing);
+      if (any_lane(chooses)) match.choose(chooses ? waiting : 0);
+      if (!any_lane(places) || match.place(places ? waiting : 0)) continue;
       if (match.limit > 1) {
         match.limit++;
       } else {

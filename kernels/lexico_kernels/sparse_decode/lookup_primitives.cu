@@ -108,8 +108,21 @@ __device__ void wait_for_lots() {
 }
 
 // sums += a . b of 16 x 16 and 16 x 8 halves, as mma.m16n8k16 deals them out to a warp.
-__device__ void multiply_halves(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+__device__ void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 x 8 halves as mma takes them; row: the address of 8 halves in a row, of row l % 8 of matrix l / 8 in
+// lane l. TURNED: a register has two rows' halves of a column, not two of a row.
+template <bool TURNED>
+__device__ void load_matrices(u32 (&out)[4], Shared row) {
+  if constexpr (TURNED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
+  }
 }

@@ -234,11 +234,11 @@ def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     Very long contexts have so many splits that only fewer columns fit. The columns change no bits.
     """
     splits = min(LOOKUP_BINS_LOADS, power_of_two(shape.max_splits))
-    columns = max(lookup_bins(num_tokens * shape.row).columns, shape.row)
+    columns = lookup_bins(num_tokens * shape.row).columns
     way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits))
     while way.ahead > 1 and 2 * bins_shared_bytes(shape, way) > limit_bytes:
         way = way._replace(ahead=way.ahead - 1)
-    while way.columns > max(8, shape.row) and bins_shared_bytes(shape, way) > limit_bytes:
+    while way.columns > 16 and bins_shared_bytes(shape, way) > limit_bytes:
         way = way._replace(columns=way.columns // 2)
     return way
 

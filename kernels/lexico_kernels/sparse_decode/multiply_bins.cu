@@ -13,7 +13,7 @@ constexpr int THREADS = COLUMNS * PIECES, WARPS = THREADS / 32;
 constexpr int ATOM_BYTES = DIM * 2 + 16;  // of a row in shared memory, so that rows start in other banks
 constexpr int COLUMN_BYTES = TILE * 2 + 16;
 constexpr int ROW_TILES = DIM / 16, OWN_TILES = (ROW_TILES + WARPS - 1) / WARPS, COLUMN_TILES = COLUMNS / 8;
-static_assert(COLUMNS % ROW == 0 && COLUMNS % 8 == 0 && CHUNK % TILE == 0 && DIM % 16 == 0 && PIECE == 8, "whole tokens and tiles");
+static_assert(COLUMNS % ROW == 0 && COLUMNS % 16 == 0 && CHUNK % TILE == 0 && DIM % 16 == 0 && PIECE == 8, "whole tokens and tiles");
 // Bins are up to 2^15 units. Those of all splits of a context are added up and must stay finite as halves.
 constexpr float SHRINK = 1.0f / 1024;
 
@@ -119,38 +119,32 @@ __device__ void start_atoms(Shared to, const u16* atoms, int first, int end) {
   close_lot();
 }
 
-// Two numbers of 16 bits of the model's dtype as halves.
-__device__ u32 as_halves(u32 low, u32 high) {
-  if constexpr (ATOMS_ARE_HALF) return low | high << 16;
-  return floats_to_halves(__uint_as_float(low << 16), __uint_as_float(high << 16));
+// Two numbers of the model's dtype as halves.
+__device__ u32 as_halves(u32 pair) {
+  if constexpr (ATOMS_ARE_HALF) return pair;
+  return floats_to_halves(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
 }
 
-// Atoms k, k + 1 at dimension `row`, as halves; tile: [TILE] rows of ATOM_BYTES.
-__device__ u32 atom_pair(const char* tile, int k, int row) {
-  const char* at = tile + k * ATOM_BYTES + row * 2;
-  return as_halves(*(const u16*)at, *(const u16*)(at + ATOM_BYTES));
-}
-
-// sums += atoms, transposed, times merged bins, [COLUMNS] rows of COLUMN_BYTES.
-__device__ void multiply_tile(float (&sums)[OWN_TILES][COLUMN_TILES][4], const char* atoms, const char* columns) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, within = lane % 4 * 2;
+// sums += atoms, transposed, times merged bins; atoms: [TILE] rows of ATOM_BYTES, columns: [COLUMNS] of COLUMN_BYTES.
+__device__ void multiply_tile(float (&sums)[OWN_TILES][COLUMN_TILES][4], Shared atoms, Shared columns) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8, row = lane % 8;
+  const Shared own_atom = atoms + (matrix / 2 * 8 + row) * ATOM_BYTES + matrix % 2 * 16;
+  const Shared own_column = columns + (matrix / 2 * 8 + row) * COLUMN_BYTES + matrix % 2 * 16;
 #pragma unroll
   for (int k = 0; k < TILE; k += 16) {
-    u32 b[COLUMN_TILES][2];
+    u32 b[COLUMN_TILES / 2][4];
 #pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n++) {
-      const char* at = columns + (n * 8 + group) * COLUMN_BYTES + (k + within) * 2;
-      b[n][0] = *(const u32*)at, b[n][1] = *(const u32*)(at + 16);
-    }
+    for (int n = 0; n < COLUMN_TILES / 2; n++) load_matrices<false>(b[n], own_column + n * 16 * COLUMN_BYTES + k * 2);
 #pragma unroll
     for (int own = 0; own < OWN_TILES; own++) {
-      const int row = (warp + own * WARPS) * 16 + group;
-      if (row >= DIM) break;
+      const int tile = warp + own * WARPS;
+      if (tile >= ROW_TILES) break;
       u32 a[4];
+      load_matrices<true>(a, own_atom + k * ATOM_BYTES + tile * 32);
 #pragma unroll
-      for (int i = 0; i < 4; i++) a[i] = atom_pair(atoms, k + within + i / 2 * 8, row + i % 2 * 8);
+      for (int i = 0; i < 4; i++) a[i] = as_halves(a[i]);
 #pragma unroll
-      for (int n = 0; n < COLUMN_TILES; n++) multiply_halves(sums[own][n], a, b[n]);
+      for (int n = 0; n < COLUMN_TILES; n++) multiply_halves(sums[own][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
     }
   }
 }
@@ -219,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const int next = tile ? tile - 1 : AHEAD;
       start_atoms(atoms_at + next * ATOMS_OF_TILE, own_atoms, first + AHEAD * TILE, end);
       merger.load(merger.loaded[i], bins, first + AHEAD * TILE, end);
-      multiply_tile(sums, memory + tile * ATOMS_OF_TILE, own_columns);
+      multiply_tile(sums, atoms_at + tile * ATOMS_OF_TILE, shared_address(own_columns));
       tile = tile == AHEAD ? 0 : tile + 1;
     }
   }
