@@ -1,11 +1,14 @@
 """Where the bytes of records lie in pages."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lexico_kernels import KV, CodeLayout
 from lexico_kernels.memory.records import load_records, scale_view, store_records
+from lexico_kernels.testing import poisoned_cache
 
 PLACES = {  # in a head of pages of 64 tokens: (slot, halfword): byte; halfword 0 is the scale, i + 1 entry i
     ("key", 15): {
@@ -85,3 +88,13 @@ def test_scales(codec):
         scale_view(pages, it, kv).copy_(torch.tensor([1, 2], dtype=torch.uint8))
         after = load_records(pages, it, kv, slots)
         assert (after[..., :2] == torch.tensor([1, 2], dtype=torch.uint8)).all()
+
+
+def test_pages_that_words_cannot_be_loaded_from_are_refused():
+    cache = poisoned_cache(CodeLayout(64, 2, 4, 5), 3, atoms=16, dtype=torch.float16)
+    bytes_in_all = cache.code_pages.flatten()
+    for first, stride in ((2, cache.layout.page_bytes), (0, cache.layout.page_bytes + 2)):
+        pages = bytes_in_all.as_strided((2, cache.layout.page_bytes), (stride, 1), first)
+        with pytest.raises(ValueError, match="allowed: multiples of 4"):
+            dataclasses.replace(cache, code_pages=pages)
+    dataclasses.replace(cache, code_pages=bytes_in_all.as_strided((2, cache.layout.page_bytes), (stride + 2, 1), 4))

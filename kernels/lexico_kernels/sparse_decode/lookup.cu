@@ -8,15 +8,17 @@
 //
 // Shared memory is used twice: scores lie where the bins will be, and weights where the lookup was.
 //
-// Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), BINNED of them that have
-// bins at a time (below), ROTATE (below), THREADS, ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`),
-// those of `records.cu`, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: ATOMS.
+// A warp's lanes have the tokens of a span, whose records lie word by word: what a warp loads is 128 bytes in a row.
+//
+// Macros: those of `records.cu` and `lookup_records.cu`, which come before; QUERIES heads of a pass (1 to 8), ROW of the
+// lookup (QUERIES up to a power of two), BINNED of them that have bins at a time (below), ROTATE (below), THREADS, ROUNDS of
+// tokens per thread, MIN_BLOCKS per multiprocessor, PASSES over a KV head's codes, KEY_ATOMS, VALUE_ATOMS.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //
-// ROTATE (for heads with bins that are a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
-// different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
+// ROTATE (for heads with bins that are a power of two): an atom's bins lie side by side, and at any time neighbouring lanes
+// add to bins of different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_PAGES = ROUNDS * THREADS / P + 2;

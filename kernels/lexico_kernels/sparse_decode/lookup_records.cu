@@ -15,7 +15,7 @@ struct Record {
   __device__ float scale() const { return __uint_as_float(word[0] << 16); }  // bf16
 };
 
-// Two halfwords of a record from an even one on. A warp whose lanes have the tokens of a span loads 128 bytes in a row.
+// Two halfwords of a record, from an even one on.
 __device__ u32 load_word(const char* head, RecordAddress address, u32 slot, int halfword) {
   return load_word_once(head + halfword_offset(address, slot, halfword));
 }
