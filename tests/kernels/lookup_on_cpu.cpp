@@ -35,6 +35,8 @@ void load_halves(u32* pair, Shared at) {
 inline void add_shared(Shared at, int amount) { *reinterpret_cast<u32*>(at) += u32(amount); }  // wraps around
 inline void start_copy(Shared to, const char* from) { std::memcpy(to, from, 16); }
 inline void finish_copies() {}
+inline void wait_for_previous() {}
+inline void trigger_next() {}
 
 inline u32 twice(u32 pair, bool high) { return (high ? pair >> 16 : pair & 0xffff) * 0x10001; }
 inline float half_to_float(u32 pair, int which) { return half_value(which ? pair >> 16 : pair & 0xffff); }

@@ -63,7 +63,8 @@ class OnCpu:
         subprocess.run(["g++", *flags, Path(__file__).parent / "lookup_on_cpu.cpp", "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
 
-    def launch(self, grid, threads, *arguments):
+    def launch(self, grid, threads, *arguments, overlaps):
+        assert not overlaps
         bins, stats = arguments[10:12]
         bins.fill_(torch.nan)
         stats.fill_(torch.nan)
@@ -78,7 +79,7 @@ class OnCpu:
 @pytest.fixture(scope="module")
 def kernels_on_cpu(tmp_path_factory):
     """A kernel for each shape, built once."""
-    return functools.cache(lambda shape, alignment, _: OnCpu(shape, alignment, tmp_path_factory.mktemp("lookup")))
+    return functools.cache(lambda shape, alignment, *_: OnCpu(shape, alignment, tmp_path_factory.mktemp("lookup")))
 
 
 @pytest.fixture

@@ -263,7 +263,7 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
 
     def compiled(files: Any, name: str, device: int, shared_bytes: int = 0, **macros: int) -> Any:
         found.add((name, f"{files} {shared_bytes} {macros}"))
-        return SimpleNamespace(launch=lambda *_: None)
+        return SimpleNamespace(launch=lambda *_, **__: None)
 
     def attended(query: Tensor, *_: Any, out: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(query) if out is None else out

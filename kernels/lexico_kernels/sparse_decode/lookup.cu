@@ -320,6 +320,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   const int split = blockIdx.x, row = blockIdx.y, token = row / passes_per_token;
   const int thread = threadIdx.x;
+  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
+  wait_for_previous();  // levels are the dictionaries', which no step writes
   const int4 own = schedule[token];
   const int own_request = request[token];
   if (split >= own.w) return;
@@ -327,7 +329,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   float factor[QUERIES], top[REDUCED];
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
-  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
   for (int by = NUM_LEVELS / 2; by; by /= 2) {
@@ -391,6 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   keep_levels(levels, level_words[1]);
   const long long out_row = (long long)row * gridDim.x + split, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  trigger_next();
   add_values<0>(levels, tokens, value, memory, scale, bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {

@@ -23,10 +23,12 @@ from lexico_kernels.device.launch import (
     LOOKUP_MATMUL,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    Overlap,
     fitting_atoms,
     lookup_bins,
     lookup_launch,
 )
+from lexico_kernels.device.overlap import overlap_on
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
 from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
@@ -59,11 +61,11 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 
 
 @once
-def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
+def kernel_for(shape: Shape, page_alignment: int, device: int, overlap: Overlap) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
     launch = lookup_launch(shape.queries)
     shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, page_alignment, shared_limit_bytes(device))
+    macros = constants(shape, launch, page_alignment, shared_limit_bytes(device), overlap)
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
@@ -111,7 +113,7 @@ def _size(shape: Shape) -> int:
 
 
 @once
-def _lookup_tiles(shape: Shape) -> LookupTiles:
+def _lookup_tiles(shape: Shape, overlap: Overlap) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
         ATOMS=fitting_atoms(LOOKUP_MATMUL.tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
@@ -123,11 +125,12 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
         TAIL=LOOKUP_TAIL.tile,
         G_PAD=16,
         CAP=shape.cap,
+        OVERLAP=overlap,
     )
 
 
 @once
-def _bin_tiles(shape: Shape, columns: int) -> BinTiles:
+def _bin_tiles(shape: Shape, columns: int, overlap: Overlap) -> BinTiles:
     splits = triton.next_power_of_2(shape.max_splits)
     return BinTiles(
         COLUMNS=max(columns // _size(shape), shape.row, 16),
@@ -135,17 +138,19 @@ def _bin_tiles(shape: Shape, columns: int) -> BinTiles:
         SPLITS_AT_ONCE=min(LOOKUP_BINS_SPLITS, splits),
         CHUNK=shape.chunk,
         ATOMS=LOOKUP_BINS_TILE.tile,
+        OVERLAP=overlap,
     )
 
 
 @once
-def _merge_tiles(shape: Shape) -> MergeTiles:
+def _merge_tiles(shape: Shape, overlap: Overlap) -> MergeTiles:
     return MergeTiles(
         SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
         CHUNKS=shape.chunks,
         CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         CAPPED=shape.cap > 0,
+        OVERLAP=overlap,
     )
 
 
@@ -160,7 +165,8 @@ def prepare(
     factor: float,
 ) -> None:
     """Lookups, scales and schedules of all tokens, and attention over sinks and window."""
-    T, tiles = query.shape[0], _lookup_tiles(shape)
+    T, overlap = query.shape[0], overlap_on(query)
+    tiles = _lookup_tiles(shape, overlap)
     programs = triton.cdiv(shape.key_atoms, tiles.ATOMS * tiles.TILES) * triton.cdiv(T * shape.row, tiles.COLUMNS)
     lookup_triton.prepare[(shape.token_passes * (programs + T * tiles.TAIL_SPLITS),)](
         Rows.of(query),
@@ -177,6 +183,7 @@ def prepare(
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
+        **overlap.options,
     )
 
 
@@ -184,8 +191,8 @@ def attend_codes(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, tables: RequestTables, token_request: Tensor
 ) -> None:
     """Bins and statistics of every split."""
-    pages = cache.code_pages
-    kernel = kernel_for(shape, gcd(pages.data_ptr(), pages.stride(0), 16), pages.device.index)
+    pages, overlap = cache.code_pages, overlap_on(cache.code_pages)
+    kernel = kernel_for(shape, gcd(pages.data_ptr(), pages.stride(0), 16), pages.device.index, overlap)
     kernel.launch(
         (shape.max_splits, token_request.shape[0] * shape.token_passes, 1),
         lookup_launch(shape.queries).threads,
@@ -203,12 +210,14 @@ def attend_codes(
         scratch["stats"],
         shape.token_passes,
         *([scratch["offset"]] if shape.cap else []),
+        overlaps=overlap.waits,
     )
 
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    tiles = _bin_tiles(shape, lookup_bins(num_tokens * shape.row).columns)
+    overlap = overlap_on(cache.code_pages)
+    tiles = _bin_tiles(shape, lookup_bins(num_tokens * shape.row).columns, overlap)
     grid = (shape.chunks, shape.token_passes, triton.cdiv(num_tokens * shape.row, tiles.COLUMNS))
     lookup_triton.multiply_bins[grid](
         scratch["schedule"],
@@ -224,6 +233,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         TILES=tiles,
         num_warps=LOOKUP_BINS_TILE.num_warps,
         num_stages=LOOKUP_BINS_TILE.num_stages if _size(shape) == 1 else 1,
+        **overlap.options,
     )
 
 
@@ -236,6 +246,7 @@ def merge(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor, sinks: Tensor | None = None
 ) -> None:
     """Codes and tail into out and lse."""
+    overlap = overlap_on(out)
     lookup_merge.merge[(out.shape[0], shape.num_heads)](
         scratch["chunk_out"],
         scratch["schedule"],
@@ -250,6 +261,7 @@ def merge(
         shape.max_splits,
         SIZES=Sizes.of(cache),
         HEADS=_heads(shape),
-        TILES=_merge_tiles(shape),
+        TILES=_merge_tiles(shape, overlap),
         num_warps=LOOKUP_TAIL.merge_warps,
+        **overlap.options,
     )

@@ -14,7 +14,9 @@ from lexico_kernels.device.launch import (
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    OVERLAPS,
     LookupLaunch,
+    Overlap,
     lookup_launch,
 )
 from lexico_kernels.device.nvrtc import float_bits
@@ -176,7 +178,9 @@ def shape_for(
     return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
 
 
-def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
+def constants(
+    shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int, overlap: Overlap = OVERLAPS["off"]
+) -> dict[str, int]:
     """The macros of `attend_codes`."""
     layout, queries = shape.layout, shape.queries
     shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
@@ -197,6 +201,8 @@ def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_byt
         "MAX_ATOMS": MAX_ATOMS,
         "SPAN_TOKENS": SPAN_TOKENS,
         "CAP_BITS": float_bits(shape.cap),
+        "WAITS": int(overlap.waits),
+        "TRIGGERS": int(overlap.triggers),
     }
     for kv, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
         address = layout.address(kv)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lexico_kernels.device.launch import Overlap
+from lexico_kernels.device.overlap import fetch_atoms, trigger_next, wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.memory import layout
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
@@ -59,6 +61,7 @@ class LookupTiles(NamedTuple):
     TAIL: int  # tokens of a tile
     G_PAD: int
     CAP: float  # of scores in base 2, see `soft_capped`
+    OVERLAP: Overlap
 
 
 class BinTiles(NamedTuple):
@@ -69,6 +72,7 @@ class BinTiles(NamedTuple):
     SPLITS_AT_ONCE: int
     CHUNK: int
     ATOMS: int  # of a tile
+    OVERLAP: Overlap
 
 
 @triton.jit
@@ -154,6 +158,7 @@ def _make_lookups(
         atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
         products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
         tl.store(target + atom[:, None] * ROW, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
+    trigger_next(TILES.OVERLAP)
     if tile == 0:
         mean = load_of_head(book.mean, kv_head, SIZES)
         tl.store(lookups.query_scale + row * ROW + g, length * factor, mask=there)
@@ -205,6 +210,7 @@ def _attend_tail(
     start = first + split * size
     end = tl.minimum(start + size, seq_len)
     state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
+    trigger_next(TILES.OVERLAP)
     top, total, acc = state
     out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
     empty = total == 0
@@ -235,6 +241,7 @@ def prepare(
     program = tl.program_id(0)
     tails = T * (H * SPLITS)
     if program < tails:
+        wait_for_previous(TILES.OVERLAP)
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
             token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
@@ -244,6 +251,9 @@ def prepare(
         ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + PROGRAM_ATOMS - 1) // PROGRAM_ATOMS
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
+        if block == 0:
+            fetch_atoms(book, head // HEADS.PASSES, tile * PROGRAM_ATOMS, PROGRAM_ATOMS, 0, SIZES, TILES.OVERLAP)
+        wait_for_previous(TILES.OVERLAP)
         _make_lookups(
             tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, SIZES, HEADS, TILES
         )
@@ -335,6 +345,9 @@ def multiply_bins(
     token, g, there = columns(block, T, HEADS, COLUMNS)
     dims = tl.arange(0, D_PAD)
     row = token * H + head
+    if block == 0:
+        fetch_atoms(book, head // HEADS.PASSES, chunk * CHUNK, CHUNK, 1, SIZES, TILES.OVERLAP)
+    wait_for_previous(TILES.OVERLAP)
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
     top, unit = _top_and_unit(row, splits, g < G, g, stats_ptr, stats_stride, max_splits, TILES.SPLITS_PAD, ROW)
     most = tl.max(splits, 0)
@@ -359,6 +372,7 @@ def multiply_bins(
                 bins_ptr, stats_ptr, stats_stride, row, splits, most, max_splits, g, atom, top, unit, N, HEADS, TILES
             )
             out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
+    trigger_next(TILES.OVERLAP)
     out *= (unit / BIN_SHRINK)[None, :]
     target = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g) * D
     tl.store(target[None, :] + dims[:, None], out, mask=(dims < D)[:, None] & (there & (g < G))[None, :])
