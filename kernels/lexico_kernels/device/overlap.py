@@ -42,18 +42,24 @@ def trigger_next(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def atom_lines(first, COUNT: tl.constexpr, NUMBERS: tl.constexpr, KV: tl.constexpr, SIZES: tl.constexpr):
+    """A number in each line of NUMBERS numbers of a head's atoms from `first` on, COUNT (a power of two) at most."""
+    OWN: tl.constexpr = SIZES.kv[KV]
+    D: tl.constexpr = SIZES.D
+    line = tl.arange(0, COUNT * SIZES.D_PAD // NUMBERS)
+    return tl.minimum(first * D + line * NUMBERS, tl.minimum(first + COUNT, OWN.N) * D - 1)
+
+
+@triton.jit
 def fetch_atoms(
     book, kv_head, first, COUNT: tl.constexpr, KV: tl.constexpr, SIZES: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """Have a head's atoms from `first` on, COUNT or what is left of them, brought to L2; nothing waits for them."""
     FETCHES: tl.constexpr = OVERLAP.fetches
     if FETCHES:
-        OWN: tl.constexpr = SIZES.kv[KV]
-        D: tl.constexpr = SIZES.D
         NUMBERS: tl.constexpr = LINE_BYTES // (book.atoms.dtype.element_ty.primitive_bitwidth // 8)
-        line = tl.arange(0, COUNT * SIZES.D_PAD // NUMBERS)
-        at = tl.minimum(first * D + line * NUMBERS, tl.minimum(first + COUNT, OWN.N) * D - 1)
-        address = (book.atoms + kv_head * OWN.HEAD_STRIDE + at).to(tl.int64)
+        own = book.atoms + kv_head * SIZES.kv[KV].HEAD_STRIDE
+        address = (own + atom_lines(first, COUNT, NUMBERS, KV, SIZES)).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
