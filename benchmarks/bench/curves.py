@@ -34,7 +34,7 @@ def draw_decode(figure: Any, results: Path) -> None:
     def key(row: Row) -> Any:
         case = row["case"]
         shape = case.get("head_dim"), case.get("kv_heads")
-        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8):
+        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8) or case.get("layers", 1) != 1:
             return None
         return _gpu(row), case["bytes_percent"], case["batch"], case["context"]
 

@@ -66,7 +66,7 @@ def fetch_atoms(
 
 
 @once
-def _supports(device: int) -> bool:
+def supports(device: int) -> bool:
     """Whether kernels are compiled for a GPU that has it; in Triton's interpreter they are not."""
     if torch.version.cuda is None or not isinstance(wait_for_previous, JITFunction):
         return False
@@ -75,4 +75,4 @@ def _supports(device: int) -> bool:
 
 def overlap_on(tensor: Tensor) -> Overlap:
     """How kernels follow one another on a tensor's device: as `launch.OVERLAP` says; "off" where that cannot be."""
-    return OVERLAPS[launch.OVERLAP if tensor.is_cuda and _supports(tensor.device.index) else "off"]
+    return OVERLAPS[launch.OVERLAP if tensor.is_cuda and supports(tensor.device.index) else "off"]
