@@ -13,6 +13,7 @@
 // PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
 // ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
+// WAITS and TRIGGERS are in `lookup_primitives.cu`.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //

@@ -44,7 +44,8 @@ def merge(
     CAPPED: scores of codes had their offset before they were capped; else all of a head get it here. What follows is
     not of this package in general, and is not triggered.
     """
-    wait_for_previous(TILES.OVERLAP)
+    OVERLAP: tl.constexpr = TILES.OVERLAP
+    wait_for_previous(OVERLAP)
     D: tl.constexpr = SIZES.D
     G: tl.constexpr = HEADS.G
     CHUNKS: tl.constexpr = TILES.CHUNKS

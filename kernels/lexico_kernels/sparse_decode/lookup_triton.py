@@ -140,6 +140,7 @@ def _make_lookups(
     D_PAD: tl.constexpr = SIZES.D_PAD
     G: tl.constexpr = HEADS.G
     ROW: tl.constexpr = HEADS.ROW
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     token, g, there = columns(block, T, HEADS, TILES.COLUMNS)
     dims = tl.arange(0, D_PAD)
     kv_head = head // HEADS.PASSES
@@ -158,7 +159,7 @@ def _make_lookups(
         atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
         products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
         tl.store(target + atom[:, None] * ROW, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
-    trigger_next(TILES.OVERLAP)
+    trigger_next(OVERLAP)
     if tile == 0:
         mean = load_of_head(book.mean, kv_head, SIZES)
         tl.store(lookups.query_scale + row * ROW + g, length * factor, mask=there)
@@ -193,6 +194,7 @@ def _attend_tail(
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     TILE: tl.constexpr = TILES.TAIL
     CAP: tl.constexpr = TILES.CAP
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     heads, dims = tl.arange(0, TILES.G_PAD), tl.arange(0, SIZES.D_PAD)
     request = tl.load(request_ptr + token).to(tl.int64)
     seq_len = tl.load(seq_len_ptr + token)
@@ -210,7 +212,7 @@ def _attend_tail(
     start = first + split * size
     end = tl.minimum(start + size, seq_len)
     state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
-    trigger_next(TILES.OVERLAP)
+    trigger_next(OVERLAP)
     top, total, acc = state
     out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
     empty = total == 0
@@ -238,10 +240,11 @@ def prepare(
     the others make lookups of the keys' atoms."""
     H: tl.constexpr = HEADS.H
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     program = tl.program_id(0)
     tails = T * (H * SPLITS)
     if program < tails:
-        wait_for_previous(TILES.OVERLAP)
+        wait_for_previous(OVERLAP)
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
             token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
@@ -252,8 +255,8 @@ def prepare(
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
         if block == 0:
-            fetch_atoms(book, head // HEADS.PASSES, tile * PROGRAM_ATOMS, PROGRAM_ATOMS, 0, SIZES, TILES.OVERLAP)
-        wait_for_previous(TILES.OVERLAP)
+            fetch_atoms(book, head // HEADS.PASSES, tile * PROGRAM_ATOMS, PROGRAM_ATOMS, 0, SIZES, OVERLAP)
+        wait_for_previous(OVERLAP)
         _make_lookups(
             tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, SIZES, HEADS, TILES
         )
@@ -340,14 +343,15 @@ def multiply_bins(
     CHUNK: tl.constexpr = TILES.CHUNK
     TILE: tl.constexpr = TILES.ATOMS
     COLUMNS: tl.constexpr = TILES.COLUMNS
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     chunk, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     H = tl.num_programs(1)
     token, g, there = columns(block, T, HEADS, COLUMNS)
     dims = tl.arange(0, D_PAD)
     row = token * H + head
     if block == 0:
-        fetch_atoms(book, head // HEADS.PASSES, chunk * CHUNK, CHUNK, 1, SIZES, TILES.OVERLAP)
-    wait_for_previous(TILES.OVERLAP)
+        fetch_atoms(book, head // HEADS.PASSES, chunk * CHUNK, CHUNK, 1, SIZES, OVERLAP)
+    wait_for_previous(OVERLAP)
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
     top, unit = _top_and_unit(row, splits, g < G, g, stats_ptr, stats_stride, max_splits, TILES.SPLITS_PAD, ROW)
     most = tl.max(splits, 0)
@@ -372,7 +376,7 @@ def multiply_bins(
                 bins_ptr, stats_ptr, stats_stride, row, splits, most, max_splits, g, atom, top, unit, N, HEADS, TILES
             )
             out = tl.dot(atoms.to(tl.float16), bins.to(tl.float16), out)
-    trigger_next(TILES.OVERLAP)
+    trigger_next(OVERLAP)
     out *= (unit / BIN_SHRINK)[None, :]
     target = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g) * D
     tl.store(target[None, :] + dims[:, None], out, mask=(dims < D)[:, None] & (there & (g < G))[None, :])
