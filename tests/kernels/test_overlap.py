@@ -1,4 +1,4 @@
-"""Kernels that start before the one before them has ended: launches, what is compiled, and the same bits."""
+"""Kernels that start before the one before them has ended: how they are launched, and what is compiled."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from lexico_kernels.testing import poisoned_cache
 from triton.runtime.interpreter import InterpretedFunction
 
 LIMITS = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100a": 227 << 10, "sm_120a": 99 << 10}  # bytes of a block
-WAIT, TRIGGER = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+WAIT, TRIGGER = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
 
 
 @pytest.fixture
@@ -82,10 +82,10 @@ def test_attend_codes_compiles_and_waits_where_devices_can(arch, name, monkeypat
     options += [f"-D{macro}={value}" for macro, value in macros.items()]
     ptx = nvrtc.run_compiler(nvrtc.source_text(lookup.FILES), options).decode()
     can = arch != "sm_80"
-    assert ptx.count("griddepcontrol.wait;") == (can and name != "off")
-    assert ptx.count("griddepcontrol.launch_dependents;") == (can and name == "early")
+    assert ptx.count(WAIT) == (can and name != "off")
+    assert ptx.count(TRIGGER) == (can and name == "early")
     if can and name != "off":  # only levels are read before, and by then nothing of what steps write
-        before = ptx[: ptx.index("griddepcontrol.wait;")]
+        before = ptx[: ptx.index(WAIT)]
         assert before.count("ld.global") == 2 and "st.global" not in before
 
 
