@@ -33,8 +33,9 @@ def draw_decode(figure: Any, results: Path) -> None:
 
     def key(row: Row) -> Any:
         case = row["case"]
-        shape = tuple(case.get(name) for name in ("head_dim", "kv_heads", "heads", "value_sparsity"))
-        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8, 32, None):
+        shape = tuple(case.get(name) for name in ("head_dim", "kv_heads", "heads", "value_sparsity", "layers"))
+        plain = shape[:4] == (128, 8, 32, None) and shape[4] in (None, 1)
+        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or not plain:
             return None
         return _gpu(row), case["bytes_percent"], case["batch"], case["context"]
 

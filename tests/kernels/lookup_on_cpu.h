@@ -98,3 +98,5 @@ void load_matrices(u32 (&out)[4], Shared row) {
   }
   cpu::done(warp);
 }
+inline void wait_for_previous() {}
+inline void trigger_next() {}

@@ -55,7 +55,8 @@ class OnCpu:
         subprocess.run(["g++", *flags, Path(__file__).parent / cpp, "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
 
-    def launch(self, grid, threads, *arguments):
+    def launch(self, grid, threads, *arguments, overlaps):
+        assert not overlaps
         for at in self.written:
             arguments[at].fill_(torch.nan)
         kinds = {
@@ -70,14 +71,14 @@ class OnCpu:
 def kernels_on_cpu(tmp_path_factory):
     """Both kernels for each shape, built once."""
 
-    def attend_codes(shape, _):
+    def attend_codes(shape, *_):
         launch = lookup.lookup_launch(shape.queries)
         shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
         macros = lookup_sizes.constants(shape, launch, SHARED_BYTES)
         folder = tmp_path_factory.mktemp("lookup")
         return OnCpu(folder, "lookup_on_cpu.cpp", lookup.FILES[1:], macros, shared, (10, 11))
 
-    def multiply_bins(shape, way, half, _):
+    def multiply_bins(shape, way, half, *_):
         macros = lookup_sizes.bins_constants(shape, way, half)
         shared = lookup_sizes.bins_shared_bytes(shape, way)
         folder = tmp_path_factory.mktemp("bins")

@@ -14,6 +14,7 @@
 // lookup (QUERIES up to a power of two), BINNED of them that have bins at a time (below), ROTATE (below), THREADS, ROUNDS of
 // tokens per thread, MIN_BLOCKS per multiprocessor, PASSES over a KV head's codes, KEY_ATOMS, VALUE_ATOMS.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
+// WAITS and TRIGGERS are in `lookup_primitives.cu`.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //
@@ -320,6 +321,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   const int split = blockIdx.x, row = blockIdx.y, token = row / passes_per_token;
   const int thread = threadIdx.x;
+  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
+  wait_for_previous();  // levels are the dictionaries', which no step writes
   const int4 own = schedule[token];
   const int own_request = request[token];
   if (split >= own.w) return;
@@ -327,7 +330,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   float factor[QUERIES], top[REDUCED];
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
-  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
   for (int by = NUM_LEVELS / 2; by; by /= 2) {
@@ -391,6 +393,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   keep_levels(levels, level_words[1]);
   const long long out_row = (long long)row * gridDim.x + split, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  trigger_next();
   add_values<0>(levels, tokens, value, memory, scale, bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {

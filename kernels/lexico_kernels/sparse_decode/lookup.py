@@ -20,9 +20,11 @@ from lexico_kernels.device.launch import (
     LOOKUP_MATMUL,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    Overlap,
     fitting_atoms,
     lookup_launch,
 )
+from lexico_kernels.device.overlap import overlap_on
 from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
@@ -73,19 +75,20 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 
 
 @once
-def kernel_for(shape: Shape, device: int) -> nvrtc.Kernel:
+def kernel_for(shape: Shape, device: int, overlap: Overlap) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
     launch = lookup_launch(shape.queries)
     shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, shared_limit_bytes(device))
+    macros = constants(shape, launch, shared_limit_bytes(device), overlap)
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
 @once
-def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int) -> nvrtc.Kernel:
+def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int, overlap: Overlap) -> nvrtc.Kernel:
     """`multiply_bins`, compiled for a shape; half: atoms are float16, not bfloat16."""
     shared = bins_shared_bytes(shape, way)
-    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **bins_constants(shape, way, half))
+    macros = bins_constants(shape, way, half, overlap)
+    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **macros)
 
 
 def sparse_decode(
@@ -132,7 +135,7 @@ def _size(shape: Shape) -> int:
 
 
 @once
-def _lookup_tiles(shape: Shape) -> LookupTiles:
+def _lookup_tiles(shape: Shape, overlap: Overlap) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
         ATOMS=fitting_atoms(LOOKUP_MATMUL.tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
@@ -144,17 +147,19 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
         TAIL=LOOKUP_TAIL.tile,
         G_PAD=16,
         CAP=shape.cap,
+        OVERLAP=overlap,
     )
 
 
 @once
-def _merge_tiles(shape: Shape) -> MergeTiles:
+def _merge_tiles(shape: Shape, overlap: Overlap) -> MergeTiles:
     return MergeTiles(
         SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
         CHUNKS=shape.chunks,
         CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         CAPPED=shape.cap > 0,
+        OVERLAP=overlap,
     )
 
 
@@ -169,7 +174,8 @@ def prepare(
     factor: float,
 ) -> None:
     """Lookups, scales and schedules of all tokens, and attention over sinks and window."""
-    T, tiles = query.shape[0], _lookup_tiles(shape)
+    T, overlap = query.shape[0], overlap_on(query)
+    tiles = _lookup_tiles(shape, overlap)
     programs = triton.cdiv(shape.key_atoms, tiles.ATOMS * tiles.TILES) * triton.cdiv(T * shape.row, tiles.COLUMNS)
     lookup_triton.prepare[(shape.token_passes * (programs + T * tiles.TAIL_SPLITS),)](
         Rows.of(query),
@@ -186,6 +192,7 @@ def prepare(
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
+        **overlap.options,
     )
 
 
@@ -193,8 +200,8 @@ def attend_codes(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, tables: RequestTables, token_request: Tensor
 ) -> None:
     """Bins and statistics of every split."""
-    pages = cache.code_pages
-    kernel_for(shape, pages.device.index).launch(
+    pages, overlap = cache.code_pages, overlap_on(cache.code_pages)
+    kernel_for(shape, pages.device.index, overlap).launch(
         (shape.max_splits, token_request.shape[0] * shape.token_passes, 1),
         lookup_launch(shape.queries).threads,
         scratch["schedule"],
@@ -211,15 +218,16 @@ def attend_codes(
         scratch["stats"],
         shape.token_passes,
         *([scratch["offset"]] if shape.cap else []),
+        overlaps=overlap.waits,
     )
 
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    atoms = cache.value.atoms
+    atoms, overlap = cache.value.atoms, overlap_on(cache.code_pages)
     way = bins_way(shape, num_tokens, shared_limit_bytes(atoms.device.index))
     blocks = triton.cdiv(num_tokens * shape.row, way.columns)
-    kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index)
+    kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index, overlap)
     kernel.launch(
         (shape.chunks, shape.token_passes * blocks, 1),
         bins_threads(way.columns),
@@ -233,6 +241,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         num_tokens,
         shape.max_splits,
         shape.token_passes,
+        overlaps=overlap.waits,
     )
 
 
@@ -245,6 +254,7 @@ def merge(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor, sinks: Tensor | None = None
 ) -> None:
     """Codes and tail into out and lse."""
+    overlap = overlap_on(out)
     lookup_merge.merge[(out.shape[0], shape.num_heads)](
         scratch["chunk_out"],
         scratch["schedule"],
@@ -259,6 +269,7 @@ def merge(
         shape.max_splits,
         SIZES=Sizes.of(cache),
         HEADS=_heads(shape),
-        TILES=_merge_tiles(shape),
+        TILES=_merge_tiles(shape, overlap),
         num_warps=LOOKUP_TAIL.merge_warps,
+        **overlap.options,
     )

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from lexico_kernels.device.launch import Overlap
+from lexico_kernels.device.overlap import wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.sparse_decode.softmax import LN_2, weighed_against_sink
 
@@ -17,6 +19,7 @@ class MergeTiles(NamedTuple):
     CHUNKS_PAD: int
     TAIL_SPLITS: int
     CAPPED: bool
+    OVERLAP: Overlap
 
 
 @triton.jit(do_not_specialize=["lse_ptr"])
@@ -38,8 +41,11 @@ def merge(
 ):
     """Codes, as `multiply_bins` left them, and tail of one query head: out and natural log-sum-exp.
 
-    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here.
+    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here. What follows is
+    not of this package in general, and is not triggered.
     """
+    OVERLAP: tl.constexpr = TILES.OVERLAP
+    wait_for_previous(OVERLAP)
     D: tl.constexpr = SIZES.D
     G: tl.constexpr = HEADS.G
     CHUNKS: tl.constexpr = TILES.CHUNKS

@@ -15,7 +15,9 @@ from lexico_kernels.device.launch import (
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    OVERLAPS,
     LookupLaunch,
+    Overlap,
     lookup_bins,
     lookup_launch,
 )
@@ -179,7 +181,9 @@ def shape_for(
     return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
 
 
-def constants(shape: Shape, launch: LookupLaunch, limit_bytes: int) -> dict[str, int]:
+def constants(
+    shape: Shape, launch: LookupLaunch, limit_bytes: int, overlap: Overlap = OVERLAPS["off"]
+) -> dict[str, int]:
     """The macros of `attend_codes`."""
     queries = shape.queries
     shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
@@ -197,6 +201,7 @@ def constants(shape: Shape, launch: LookupLaunch, limit_bytes: int) -> dict[str,
         "CAP_BITS": float_bits(shape.cap),
         "KEY_ATOMS": shape.key_atoms,
         "VALUE_ATOMS": shape.value_atoms,
+        **overlap.macros,
     }
 
 
@@ -243,7 +248,7 @@ def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     return way
 
 
-def bins_constants(shape: Shape, way: BinsWay, half: bool) -> dict[str, int]:
+def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OVERLAPS["off"]) -> dict[str, int]:
     """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
     return {
         "QUERIES": shape.queries,
@@ -258,6 +263,7 @@ def bins_constants(shape: Shape, way: BinsWay, half: bool) -> dict[str, int]:
         "AT_ONCE": way.splits,
         "AHEAD": way.ahead,
         "ATOMS_ARE_HALF": int(half),
+        **overlap.macros,
     }
 
 

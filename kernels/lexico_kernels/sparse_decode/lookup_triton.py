@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lexico_kernels.device.launch import Overlap
+from lexico_kernels.device.overlap import fetch_atoms, trigger_next, wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.memory import layout
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
@@ -57,6 +59,7 @@ class LookupTiles(NamedTuple):
     TAIL: int  # tokens of a tile
     G_PAD: int
     CAP: float  # of scores in base 2, see `soft_capped`
+    OVERLAP: Overlap
 
 
 @triton.jit
@@ -124,6 +127,7 @@ def _make_lookups(
     D_PAD: tl.constexpr = SIZES.D_PAD
     G: tl.constexpr = HEADS.G
     ROW: tl.constexpr = HEADS.ROW
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     token, g, there = columns(block, T, HEADS, TILES.COLUMNS)
     dims = tl.arange(0, D_PAD)
     kv_head = head // HEADS.PASSES
@@ -142,6 +146,7 @@ def _make_lookups(
         atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
         products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
         tl.store(target + atom[:, None] * ROW, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
+    trigger_next(OVERLAP)
     if tile == 0:
         mean = load_of_head(book.mean, kv_head, SIZES)
         tl.store(lookups.query_scale + row * ROW + g, length * factor, mask=there)
@@ -176,6 +181,7 @@ def _attend_tail(
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     TILE: tl.constexpr = TILES.TAIL
     CAP: tl.constexpr = TILES.CAP
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     heads, dims = tl.arange(0, TILES.G_PAD), tl.arange(0, SIZES.D_PAD)
     request = tl.load(request_ptr + token).to(tl.int64)
     seq_len = tl.load(seq_len_ptr + token)
@@ -193,6 +199,7 @@ def _attend_tail(
     start = first + split * size
     end = tl.minimum(start + size, seq_len)
     state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
+    trigger_next(OVERLAP)
     top, total, acc = state
     out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
     empty = total == 0
@@ -220,9 +227,11 @@ def prepare(
     the others make lookups of the keys' atoms."""
     H: tl.constexpr = HEADS.H
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
+    OVERLAP: tl.constexpr = TILES.OVERLAP
     program = tl.program_id(0)
     tails = T * (H * SPLITS)
     if program < tails:
+        wait_for_previous(OVERLAP)
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
             token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
@@ -232,6 +241,9 @@ def prepare(
         ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + PROGRAM_ATOMS - 1) // PROGRAM_ATOMS
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
+        if block == 0:
+            fetch_atoms(book, head // HEADS.PASSES, tile * PROGRAM_ATOMS, PROGRAM_ATOMS, 0, SIZES, OVERLAP)
+        wait_for_previous(OVERLAP)
         _make_lookups(
             tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, SIZES, HEADS, TILES
         )

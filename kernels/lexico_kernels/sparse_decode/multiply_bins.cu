@@ -187,14 +187,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const u16* const own_atoms = atoms + pass / PASSES * head_stride;
   const int begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, ATOMS);
   const Shared atoms_at = shared_address(memory);
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
+  wait_for_previous();  // atoms are the dictionaries', which no step writes
   const int column = Merger::column(), token = (first_column + column) / ROW, head = column % ROW;
   const bool there = token < tokens && head < QUERIES;
   Merger merger{{((long long)token * heads + pass) * max_splits, head, there ? schedule[token].w : 0}, {}};
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) {
-    start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
-    merger.load(merger.loaded[i], bins, begin + i * TILE, end);
-  }
+  for (int i = 0; i < AHEAD; i++) merger.load(merger.loaded[i], bins, begin + i * TILE, end);
   find_worth(merged, merger.own, stats, stats_stride);
   __syncthreads();
 
@@ -217,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       tile = tile == AHEAD ? 0 : tile + 1;
     }
   }
+  trigger_next();
   float* const out = chunk_out + (long long)blockIdx.x * tokens * heads * QUERIES * DIM;
   store_sums(out, sums, merged, first_column, tokens, heads, pass);
 }
