@@ -158,7 +158,6 @@ class LookupLaunch(NamedTuple):
     threads: int
     levels_from: int  # 0 shared memory, 1 bytes in registers
     max_blocks: int  # per multiprocessor, for the compiler's budget of registers
-    rotate: int = 0  # 1: an atom's bins side by side, where the heads are a power of two
 
 
 class LookupMatmul(NamedTuple):
@@ -177,7 +176,7 @@ class LookupBins(NamedTuple):
     """
 
     max_columns: int
-    columns: int  # of a block, which has eight threads for each
+    columns: int  # of a block
 
 
 class LookupChunk(NamedTuple):
@@ -200,7 +199,7 @@ LOOKUP_SPLITS = LookupSplits(
     tokens=4096, fewer_tokens=(3072, 2048), short_context=8192, short_tokens=2048, static_bytes=6144
 )
 LOOKUP_ATTEND = (
-    LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
+    LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2),
     LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),
 )
 # Query heads of a KV head that go in one pass where they fit; more go in passes of 4, of which two blocks share a
@@ -214,6 +213,7 @@ LOOKUP_BINS = (
 )
 LOOKUP_BINS_LOADS = 16  # of bins that a thread has on their way at most, of so many splits and
 LOOKUP_BINS_AHEAD = 3  # so many tiles of atoms at most
+LOOKUP_BINS_TURNS = 2  # pieces of a tile for a thread where contexts have one split, so that all blocks run at once
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
 LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)

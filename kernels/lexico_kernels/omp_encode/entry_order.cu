@@ -1,10 +1,9 @@
 // Puts the entries of records in an order that makes reading them fast; what they say stays the same.
 //
 // `lookup.cu` gives the tokens of a span to the lanes of a warp, and all lanes read entry i of their records at once. Lanes
-// that go to memory in the same cycle and meet in a bank wait for each other. They are a set: of SET lanes, which have
-// SET classes of atoms by their banks, so that nobody waits if each has an atom of another class. Lanes of a set are
-// neighbours (STEP 1), as in look-ups of keys, where as many rows as lanes fit all banks, or every STEP-th one, as in
-// additions of values, where neighbours add for different heads.
+// that go to memory in the same cycle and meet in a bank wait for each other. They are a set: of SET neighbours, which
+// have SET classes of atoms by their banks, so that nobody waits if each has an atom of another class. For look-ups of
+// keys a set has as many lanes as rows fit all banks, for additions of values all lanes.
 //
 // A position of the records is a matching of tokens with classes, so positions are filled one after another: each class
 // once, as long as that can be, then at most twice, the classes of which most are left first. A token that finds no
@@ -13,7 +12,7 @@
 // the class of its own number.
 //
 // Macros, from `entry_order.macros`: those of `records.cu`, which comes before; columns of addresses (LayerStack.macros);
-// and of keys and values, KEY_ and VALUE_: SET, STEP, and SHIFT: a class is that of 2^SHIFT atoms in a row.
+// and of keys and values, KEY_ and VALUE_: SET, and SHIFT: 2^SHIFT atoms in a row are of one class.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -29,35 +28,25 @@ constexpr int ROUNDS = 3;  // in which all tokens choose together
 struct Kv {
   int sparsity;
   RecordAddress address;
-  int set, step, shift;
+  int shift;
 };
-constexpr Kv KEY = {KEY_SPARSITY, KEY_ADDRESS, KEY_SET, KEY_STEP, KEY_SHIFT};
-constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ADDRESS, VALUE_SET, VALUE_STEP, VALUE_SHIFT};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ADDRESS, KEY_SHIFT}, VALUE = {VALUE_SPARSITY, VALUE_ADDRESS, VALUE_SHIFT};
 
-// Masks of a set's tokens or classes have a bit for each at its number times STEP, which its lane has in the set too.
-template <int SET, int STEP>
+// Masks of a set's tokens or classes have a bit for each at its number, as its lane has in the set.
+template <int SET>
 struct Lanes {
-  int first;  // lane of the set's token 0
-  int own;    // this lane's bit
+  int own = threadIdx.x % SET;
+  int first = threadIdx.x % 32 - own;  // lane of the set's token 0
 
-  __device__ Lanes() {
-    const int lane = threadIdx.x % 32;
-    first = STEP == 1 ? lane / SET * SET : lane % STEP;
-    own = lane - first;
-  }
-  __device__ u32 vote(bool yes) const {
-    u32 all = 0;
-    for (int i = 0; i < SET; i++) all |= 1u << i * STEP;
-    return __ballot_sync(EVERY_LANE, yes) >> first & all;
-  }
+  __device__ u32 vote(bool yes) const { return __ballot_sync(EVERY_LANE, yes) >> first & EVERY_LANE >> (32 - SET); }
   template <class T>
-  __device__ T from(int bit, T value) const { return __shfl_sync(EVERY_LANE, value, first + bit); }
+  __device__ T from(int number, T value) const { return __shfl_sync(EVERY_LANE, value, first + number); }
   __device__ int sum(int value) const {
-    for (int by = STEP; by < SET * STEP; by *= 2) value += __shfl_xor_sync(EVERY_LANE, value, by);
+    for (int by = 1; by < SET; by *= 2) value += __shfl_xor_sync(EVERY_LANE, value, by);
     return value;
   }
   __device__ int largest(int value) const {
-    for (int by = STEP; by < SET * STEP; by *= 2) value = max(value, __shfl_xor_sync(EVERY_LANE, value, by));
+    for (int by = 1; by < SET; by *= 2) value = max(value, __shfl_xor_sync(EVERY_LANE, value, by));
     return value;
   }
 };
@@ -71,12 +60,12 @@ __device__ int pick(u32 mask, int from) {
 }
 
 // One position's matching.
-template <int SET, int STEP>
+template <int SET>
 struct Matching {
-  Lanes<SET, STEP> lanes;
+  Lanes<SET> lanes;
   int rotation;  // where picks begin
   u32 open;      // classes of which this token has an entry left
-  int of;        // this token's class, as a bit, or NONE
+  int of;        // this token's class, or NONE
   int count;     // tokens of this class
   int need;      // that this class should have, beyond those that it has
   int limit;     // of any class's count
@@ -102,7 +91,7 @@ struct Matching {
     if (waiting) rounds--;
     const u32 able = open & lanes.vote(count < limit);
     const bool chooses = (waiting >> lanes.own & 1) && able;
-    const int to = pick(able, (lanes.own + rotation) % (SET * STEP));
+    const int to = pick(able, (lanes.own + rotation) % SET);
     const int target = chooses ? lanes.first + to : 32 + threadIdx.x % 32;  // the lane of the class; nobody else's
     const u32 rivals = __match_any_sync(EVERY_LANE, target);
     const bool taken = chooses && __ffs(rivals) - 1 == threadIdx.x % 32;
@@ -141,28 +130,28 @@ struct Matching {
 };
 
 // Order the records of a span of a head, whose first token is at `slot`.
-template <int S, int SET, int STEP>
+template <int S, int SET>
 __device__ void order_span(Kv kv, u8* head, u32 slot) {
-  const Lanes<SET, STEP> lanes;
+  const Lanes<SET> lanes;
   const u32 own_slot = slot + threadIdx.x % 32;
   const auto place_of = [&](int i) { return reinterpret_cast<u16*>(head + halfword_offset(kv.address, own_slot, i + 1)); };
   u32 entry[S];
 #pragma unroll
   for (int i = 0; i < S; i++) entry[i] = *place_of(i);
-  const auto class_of = [&](u32 each) { return int((each >> LEVEL_BITS >> kv.shift) % SET) * STEP; };
+  const auto class_of = [&](u32 each) { return int((each >> LEVEL_BITS >> kv.shift) % SET); };
   int left = 0;  // entries of this lane's class that the set's tokens have left
   for (int c = 0; c < SET; c++) {
     int own = 0;
 #pragma unroll
-    for (int i = 0; i < S; i++) own += class_of(entry[i]) == c * STEP;
+    for (int i = 0; i < S; i++) own += class_of(entry[i]) == c;
     own = lanes.sum(own);
-    if (lanes.own == c * STEP) left = own;
+    if (lanes.own == c) left = own;
   }
   u32 placed = 0;      // entries, a bit each
   bool singly = true;  // until a position has shown that no class can be had once by all
   for (int at = 0; at < S; at++) {
     const int later = S - at - 1, most_left = lanes.largest(left);
-    Matching<SET, STEP> match{lanes, at % SET * STEP, 0};
+    Matching<SET> match{lanes, at % SET, 0};
 #pragma unroll
     for (int i = 0; i < S; i++) match.open |= placed >> i & 1 ? 0 : 1u << class_of(entry[i]);
     match.begin(singly && most_left - 1 <= 2 * later ? 1 : 2, left, later);
@@ -203,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(32)
   for (; ends; ends &= ends - 1) {
     const i64 slot = destination[blockIdx.x * 32 + __ffs(ends) - 1] - (SPAN_TOKENS - 1);
     u8* head = codes + slot / P * code_page_stride + i64(blockIdx.y) * HEAD_BYTES;
-    if (blockIdx.z % 2) order_span<VALUE_SPARSITY, VALUE_SET, VALUE_STEP>(VALUE, head, u32(slot % P));
-    else order_span<KEY_SPARSITY, KEY_SET, KEY_STEP>(KEY, head, u32(slot % P));
+    if (blockIdx.z % 2) order_span<VALUE_SPARSITY, VALUE_SET>(VALUE, head, u32(slot % P));
+    else order_span<KEY_SPARSITY, KEY_SET>(KEY, head, u32(slot % P));
   }
 }

@@ -9,7 +9,6 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import lookup_launch
 from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 from lexico_kernels.sparse_decode import lookup
@@ -26,19 +25,16 @@ def supports(cache: LayerCache) -> bool:
 
 
 def sets(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
-    """Which lanes meet when `attend_codes` reads the cache: SET, STEP and SHIFT of keys and values for the kernel.
+    """Which lanes meet when `attend_codes` reads the cache: SET and SHIFT of keys and values for the kernel.
 
     Args:
         cache: a layer's.
         limit_bytes: shared memory that a block may have, by which query heads are dealt out to passes.
     """
     way = way_for(cache.group, cache.key.num_atoms, cache.value.num_atoms, limit_bytes)
-    queries, binned = (1, 1) if way is None else (divide_up(cache.group, way.passes), way.binned)
+    queries = 1 if way is None else divide_up(cache.group, way.passes)
     row_words = max(1, power_of_two(queries) // 2)  # of a key's atom, halves of all queries
-    beside = lookup_launch(queries).rotate and binned == power_of_two(binned)
-    step = binned if beside else 1
-    key = {"KEY_SET": BANKS // row_words, "KEY_STEP": 1, "KEY_SHIFT": int(queries == 1)}
-    return key | {"VALUE_SET": BANKS // step, "VALUE_STEP": step, "VALUE_SHIFT": 0}
+    return {"KEY_SET": BANKS // row_words, "KEY_SHIFT": int(queries == 1), "VALUE_SET": BANKS, "VALUE_SHIFT": 0}
 
 
 def macros(cache: LayerCache, limit_bytes: int) -> dict[str, int]:

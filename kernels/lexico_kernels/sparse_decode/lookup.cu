@@ -18,9 +18,6 @@
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //
-// ROTATE (for heads with bins that are a power of two): an atom's bins lie side by side, and at any time neighbouring lanes
-// add to bins of different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
-
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_PAGES = ROUNDS * THREADS / P + 2;
 constexpr int REDUCED = QUERIES + 1;
@@ -68,27 +65,18 @@ __device__ void lookup_sums(const Levels& levels, const Record<S>& record, Share
   for (int g = 0; g < QUERIES; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
 }
 
-// COUNT heads' bins. BESIDE: an atom's lie side by side, else a head's do.
-template <int COUNT>
-struct Bins {
-  static constexpr bool BESIDE = ROTATE && (COUNT & (COUNT - 1)) == 0;
-
-  __device__ static int of(int atom, int h) { return BESIDE ? atom * COUNT + h : h * VALUE_ATOMS + atom; }
-};
-
-// Add weight * level to the bin of each entry's atom, for COUNT heads of this lane. bins: where atom 0's bins are.
+// Add weight * level to the bin of each entry's atom, for COUNT heads. bins: [COUNT][VALUE_ATOMS].
 template <int S, int COUNT>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[COUNT],
-                            const int (&weight)[COUNT]) {
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, Shared bins, const int (&weight)[COUNT]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 offset = row_offset<4 * (Bins<COUNT>::BESIDE ? COUNT : 1), VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4, VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
     for (int h = 0; h < COUNT; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
-      add_shared(bins[h] + offset, amount);
+      add_shared(bins + offset + h * (4 * VALUE_ATOMS), amount);
     }
   }
 }
@@ -187,23 +175,10 @@ __device__ void make_weights(float* scores, char* weights, const Tokens& tokens,
   }
 }
 
-// Weight (h + lane) % COUNT goes to h.
-template <int COUNT>
-__device__ void rotate_heads(int (&value)[COUNT], int lane) {
-#pragma unroll
-  for (int by = 1; by < COUNT; by *= 2) {
-    int turned[COUNT];
-#pragma unroll
-    for (int h = 0; h < COUNT; h++) turned[h] = lane & by ? value[(h + by) % COUNT] : value[h];
-#pragma unroll
-    for (int h = 0; h < COUNT; h++) value[h] = turned[h];
-  }
-}
-
 // Add a token to the bins of COUNT heads from FIRST on. weight_row: its row of weights.
 template <int FIRST, int COUNT>
 __device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
-                          const float (&scale)[QUERIES], const Shared (&bins)[COUNT]) {
+                          const float (&scale)[QUERIES], Shared bins) {
   float weight[ROW];
   load_weights(weight_row, weight);
   int fixed[COUNT];
@@ -211,30 +186,10 @@ __device__ void add_token(const Levels& levels, const ValueRecord& record, const
   for (int h = 0; h < COUNT; h++) {
     fixed[h] = __float2int_rn(weight[FIRST + h] * scale[FIRST + h] * record.scale());
   }
-  if constexpr (Bins<COUNT>::BESIDE) rotate_heads(fixed, threadIdx.x % 32);
-  add_to_bins(levels, record, bins, fixed);
+  add_to_bins<VALUE_SPARSITY, COUNT>(levels, record, bins, fixed);
 }
 
 constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;  // atoms that a thread stores
-
-// The bins of AT_ONCE atoms.
-template <int COUNT>
-__device__ void load_bins(const int* bins, int atom, int (&out)[2][COUNT]) {
-  if constexpr (Bins<COUNT>::BESIDE && AT_ONCE == 2 && COUNT == 4) {  // whole rows: single words' lanes would wait
-    const bool later = threadIdx.x & 4;  // so that eight lanes read from all banks
-    const uint4* row = (const uint4*)(bins + atom * 4);
-    const uint4 one = row[later], other = row[!later];
-    const uint4 first = later ? other : one, second = later ? one : other;
-    out[0][0] = first.x, out[0][1] = first.y, out[0][2] = first.z, out[0][3] = first.w;
-    out[1][0] = second.x, out[1][1] = second.y, out[1][2] = second.z, out[1][3] = second.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-#pragma unroll
-      for (int h = 0; h < COUNT; h++) out[i][h] = bins[Bins<COUNT>::of(atom + i, h)];
-    }
-  }
-}
 
 // The bins of a split's COUNT heads from FIRST on as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null
 // atom's is left out: a record may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's
@@ -243,13 +198,15 @@ template <int FIRST, int COUNT>
 __device__ void store_bins(const int* bins, char* out) {
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    int bin[2][COUNT] = {};
-    load_bins(bins, atom, bin);
 #pragma unroll
     for (int h = 0; h < COUNT; h++) {
-      const u32 halves = floats_to_halves(atom ? bin[0][h] * BIN_TO_HALF : 0, bin[1][h] * BIN_TO_HALF);
-      if constexpr (AT_ONCE == 2) ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = halves;
-      else ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)halves;
+      const int* bin = bins + h * VALUE_ATOMS + atom;
+      const float first = atom ? bin[0] * BIN_TO_HALF : 0;
+      if constexpr (AT_ONCE == 2) {
+        ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = floats_to_halves(first, bin[1] * BIN_TO_HALF);
+      } else {
+        ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)floats_to_halves(first, 0);
+      }
     }
   }
 }
@@ -259,20 +216,15 @@ template <int FIRST>
 __device__ void add_values(const Levels& levels, const Tokens& tokens, ValueRecord value, const char* weights,
                            const float (&scale)[QUERIES], int* bins, char* out) {
   constexpr int COUNT = BINNED < QUERIES - FIRST ? BINNED : QUERIES - FIRST;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int thread = threadIdx.x;
   const Shared bins_at = shared_address(bins);
-  Shared own_bins[COUNT];
-#pragma unroll
-  for (int h = 0; h < COUNT; h++) {
-    own_bins[h] = bins_at + 4 * (Bins<COUNT>::BESIDE ? (h + lane) % COUNT : Bins<COUNT>::of(0, h));
-  }
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.end) break;
     const ValueRecord next = load_value(tokens, index + THREADS);
     if (index >= tokens.begin && index < tokens.end) {
-      add_token<FIRST, COUNT>(levels, value, weights + index * (2 * ROW), scale, own_bins);
+      add_token<FIRST, COUNT>(levels, value, weights + index * (2 * ROW), scale, bins_at);
     }
     value = next;
   }

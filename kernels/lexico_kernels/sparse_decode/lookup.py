@@ -34,7 +34,6 @@ from lexico_kernels.sparse_decode.lookup_sizes import (
     Shape,
     bins_constants,
     bins_shared_bytes,
-    bins_threads,
     bins_way,
     constants,
     power_of_two,
@@ -230,7 +229,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
     kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index, overlap)
     kernel.launch(
         (shape.chunks, shape.token_passes * blocks, 1),
-        bins_threads(way.columns),
+        way.threads,
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],

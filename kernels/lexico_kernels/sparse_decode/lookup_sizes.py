@@ -10,6 +10,7 @@ from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
     LOOKUP_BINS_AHEAD,
     LOOKUP_BINS_LOADS,
+    LOOKUP_BINS_TURNS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
@@ -191,7 +192,6 @@ def constants(
         "QUERIES": queries,
         "ROW": shape.row,
         "BINNED": shape.way.binned,
-        "ROTATE": launch.rotate,
         "THREADS": launch.threads,
         "ROUNDS": divide_up(shape.way.tokens, launch.threads),
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
@@ -208,11 +208,6 @@ def constants(
 BINS_TILE, BINS_PIECE = 64, 8  # atoms that `multiply_bins` multiplies together, and of which a thread merges the bins
 
 
-def bins_threads(columns: int) -> int:
-    """Of a block of `multiply_bins`."""
-    return columns * (BINS_TILE // BINS_PIECE)
-
-
 class BinsWay(NamedTuple):
     """How a block of `multiply_bins` goes through its share of the atoms.
 
@@ -220,11 +215,18 @@ class BinsWay(NamedTuple):
         columns: query heads of tokens.
         splits: whose bins a thread loads at once.
         ahead: tiles of atoms that are on their way while one is multiplied.
+        turns: pieces of each tile whose bins a thread merges.
     """
 
     columns: int
     splits: int
     ahead: int
+    turns: int
+
+    @property
+    def threads(self) -> int:
+        """Of the block."""
+        return self.columns * (BINS_TILE // BINS_PIECE) // self.turns
 
 
 def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
@@ -240,7 +242,8 @@ def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     """
     splits = min(LOOKUP_BINS_LOADS, power_of_two(shape.max_splits))
     columns = lookup_bins(num_tokens * shape.row).columns
-    way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits))
+    turns = LOOKUP_BINS_TURNS if shape.max_splits == 1 else 1
+    way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits), turns)
     while way.ahead > 1 and 2 * bins_shared_bytes(shape, way) > limit_bytes:
         way = way._replace(ahead=way.ahead - 1)
     while way.columns > 16 and bins_shared_bytes(shape, way) > limit_bytes:
@@ -262,6 +265,7 @@ def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OV
         "CHUNK": shape.chunk,
         "AT_ONCE": way.splits,
         "AHEAD": way.ahead,
+        "TURNS": way.turns,
         "ATOMS_ARE_HALF": int(half),
         **overlap.macros,
     }

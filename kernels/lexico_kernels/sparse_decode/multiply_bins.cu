@@ -6,10 +6,12 @@
 //
 // Macros: QUERIES heads of a pass, ROW (QUERIES up to a power of two), PASSES over a KV head's codes, ATOMS, DIM of a
 // head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a thread
-// merges the bins, AT_ONCE splits whose bins it loads, AHEAD tiles that are on their way, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
+// merges the bins, AT_ONCE splits whose bins it loads, AHEAD tiles that are on their way, TURNS pieces of
+// each tile for a thread, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
 
 constexpr int PIECES = TILE / PIECE;
-constexpr int THREADS = COLUMNS * PIECES, WARPS = THREADS / 32;
+constexpr int THREADS = COLUMNS * PIECES / TURNS, WARPS = THREADS / 32;
+constexpr int PARTS = THREADS / COLUMNS;  // threads that look up what a column's splits are worth
 constexpr int ATOM_BYTES = DIM * 2 + 16;  // of a row in shared memory, so that rows start in other banks
 constexpr int COLUMN_BYTES = TILE * 2 + 16;
 constexpr int ROW_TILES = DIM / 16, OWN_TILES = (ROW_TILES + WARPS - 1) / WARPS, COLUMN_TILES = COLUMNS / 8;
@@ -31,20 +33,20 @@ struct Merged {
 
 // The worth of each split's bins relative to the column's largest.
 __device__ void find_worth(const Merged& merged, const Column& own, const float* stats, long long stats_stride) {
-  const int column = threadIdx.x / PIECES, part = threadIdx.x % PIECES;  // all of a column are of one warp
+  const int column = threadIdx.x / PARTS, part = threadIdx.x % PARTS;  // all of a column are of one warp
   const float* at = stats + own.first_split * ROW + own.head;
   float top = -1e30f, unit = 0;
-  for (int s = part; s < own.splits; s += PIECES) top = fmaxf(top, at[s * ROW]);
+  for (int s = part; s < own.splits; s += PARTS) top = fmaxf(top, at[s * ROW]);
 #pragma unroll
-  for (int by = 1; by < PIECES; by *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
-  for (int s = part; s < own.splits; s += PIECES) {
+  for (int by = 1; by < PARTS; by *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
+  for (int s = part; s < own.splits; s += PARTS) {
     const float worth = at[2 * stats_stride + s * ROW] * power_of_two(at[s * ROW] - top);
     merged.worth[s * COLUMNS + column] = worth;
     unit = fmaxf(unit, worth);
   }
 #pragma unroll
-  for (int by = 1; by < PIECES; by *= 2) unit = fmaxf(unit, __shfl_xor_sync(~0u, unit, by));
-  for (int s = part; s < own.splits; s += PIECES) merged.worth[s * COLUMNS + column] *= SHRINK / (unit > 0 ? unit : 1);
+  for (int by = 1; by < PARTS; by *= 2) unit = fmaxf(unit, __shfl_xor_sync(~0u, unit, by));
+  for (int s = part; s < own.splits; s += PARTS) merged.worth[s * COLUMNS + column] *= SHRINK / (unit > 0 ? unit : 1);
   if (part == 0) merged.unit[column] = unit / SHRINK;
 }
 
@@ -77,33 +79,40 @@ __device__ void add_bins(float (&sum)[PIECE], const Bins (&loaded)[AT_ONCE], con
   }
 }
 
-// What a thread merges of each tile: eight atoms of its column.
+// What a thread merges of each tile: eight atoms of a column, TURNS times.
 struct Merger {
-  Column own;
-  Bins loaded[AHEAD][AT_ONCE];  // the first splits' of the next tiles
+  Column own[TURNS];
+  Bins loaded[AHEAD][TURNS][AT_ONCE];  // the first splits' of the next tiles
 
-  __device__ static int column() { return threadIdx.x / PIECES; }
+  __device__ static int column(int turn) { return (turn * THREADS + threadIdx.x) / PIECES; }
   __device__ static int atom(int first) { return first + threadIdx.x % PIECES * PIECE; }
 
   // Of the tile that begins at atom `first`, from split `split` on.
-  __device__ void load(Bins (&to)[AT_ONCE], const char* bins, int first, int end, int split = 0) const {
+  __device__ void load(Bins (&to)[AT_ONCE], const char* bins, int turn, int first, int end, int split = 0) const {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) to[i] = load_bins(bins, own, split + i, atom(first), end);
+    for (int i = 0; i < AT_ONCE; i++) to[i] = load_bins(bins, own[turn], split + i, atom(first), end);
+  }
+  __device__ void load_tile(int ahead, const char* bins, int first, int end) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) load(loaded[ahead][turn], bins, turn, first, end);
   }
 
   // What was loaded and all further splits, added up, as halves; columns: [COLUMNS] rows of COLUMN_BYTES.
-  __device__ void store(char* columns, Bins (&some)[AT_ONCE], const char* bins, int first, int end,
-                        const Merged& merged) const {
-    float sum[PIECE] = {};
-    add_bins(sum, some, merged, column(), 0, own.splits);
-#pragma unroll 1
-    for (int split = AT_ONCE; split < own.splits; split += AT_ONCE) {
-      load(some, bins, first, end, split);
-      add_bins(sum, some, merged, column(), split, own.splits);
-    }
-    u32* const to = (u32*)(columns + column() * COLUMN_BYTES + threadIdx.x % PIECES * (2 * PIECE));
+  __device__ void store_tile(char* columns, int ahead, const char* bins, int first, int end, const Merged& merged) {
 #pragma unroll
-    for (int e = 0; e < PIECE; e += 2) to[e / 2] = floats_to_halves(sum[e], sum[e + 1]);
+    for (int turn = 0; turn < TURNS; turn++) {
+      Bins(&some)[AT_ONCE] = loaded[ahead][turn];
+      float sum[PIECE] = {};
+      add_bins(sum, some, merged, column(turn), 0, own[turn].splits);
+#pragma unroll 1
+      for (int split = AT_ONCE; split < own[turn].splits; split += AT_ONCE) {
+        load(some, bins, turn, first, end, split);
+        add_bins(sum, some, merged, column(turn), split, own[turn].splits);
+      }
+      u32* const to = (u32*)(columns + column(turn) * COLUMN_BYTES + threadIdx.x % PIECES * (2 * PIECE));
+#pragma unroll
+      for (int e = 0; e < PIECE; e += 2) to[e / 2] = floats_to_halves(sum[e], sum[e + 1]);
+    }
   }
 };
 
@@ -190,12 +199,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
   wait_for_previous();  // atoms are the dictionaries', which no step writes
-  const int column = Merger::column(), token = (first_column + column) / ROW, head = column % ROW;
-  const bool there = token < tokens && head < QUERIES;
-  Merger merger{{((long long)token * heads + pass) * max_splits, head, there ? schedule[token].w : 0}, {}};
+  const auto column_of = [&](int column) {
+    const int token = (first_column + column) / ROW, head = column % ROW;
+    const bool there = token < tokens && head < QUERIES;
+    return Column{((long long)token * heads + pass) * max_splits, head, there ? schedule[token].w : 0};
+  };
+  Merger merger;
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) merger.load(merger.loaded[i], bins, begin + i * TILE, end);
-  find_worth(merged, merger.own, stats, stats_stride);
+  for (int turn = 0; turn < TURNS; turn++) merger.own[turn] = column_of(merger.column(turn));
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) merger.load_tile(i, bins, begin + i * TILE, end);
+  find_worth(merged, column_of(threadIdx.x / PARTS), stats, stats_stride);
   __syncthreads();
 
   float sums[OWN_TILES][COLUMN_TILES][4] = {};
@@ -207,12 +221,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const int first = group + i * TILE;
       if (first >= end) break;
       char* const own_columns = columns + (first / TILE & 1) * BINS_OF_TILE;
-      merger.store(own_columns, merger.loaded[i], bins, first, end, merged);
+      merger.store_tile(own_columns, i, bins, first, end, merged);
       wait_for_lots<AHEAD - 1>();
       __syncthreads();  // this tile is there, and nobody reads the one before any more, whose place the next one takes
       const int next = tile ? tile - 1 : AHEAD;
       start_atoms(atoms_at + next * ATOMS_OF_TILE, own_atoms, first + AHEAD * TILE, end);
-      merger.load(merger.loaded[i], bins, first + AHEAD * TILE, end);
+      merger.load_tile(i, bins, first + AHEAD * TILE, end);
       multiply_tile(sums, atoms_at + tile * ATOMS_OF_TILE, shared_address(own_columns));
       tile = tile == AHEAD ? 0 : tile + 1;
     }
