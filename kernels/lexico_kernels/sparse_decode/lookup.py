@@ -102,7 +102,7 @@ def sparse_decode(
 
 @once
 def _heads(shape: Shape) -> Heads:
-    return Heads(shape.token_passes, shape.way.passes, shape.queries, shape.row, shape.group)
+    return Heads(shape.way.passes, shape.queries, shape.row, shape.group)
 
 
 def _size(shape: Shape) -> int:
@@ -173,7 +173,8 @@ def prepare(
         Partial(scratch["tail_out"], scratch["tail_lse"]),
         factor,
         T,
-        SIZES=Sizes.of(cache),
+        shape.token_passes,
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
@@ -214,22 +215,16 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],
-        _stats_stride(shape, num_tokens),
         Book(*cache.value.tensors),
         scratch["chunk_out"],
         num_tokens,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_BINS_TILE.num_warps,
         num_stages=LOOKUP_BINS_TILE.num_stages if _size(shape) == 1 else 1,
     )
-
-
-def _stats_stride(shape: Shape, num_tokens: int) -> int:
-    """From one kind of `stats` to the next."""
-    return num_tokens * shape.token_passes * shape.row * shape.max_splits
 
 
 def merge(
@@ -240,7 +235,6 @@ def merge(
         scratch["chunk_out"],
         scratch["schedule"],
         scratch["stats"],
-        _stats_stride(shape, out.shape[0]),
         scratch["offset"],
         Book(*cache.value.tensors),
         Partial(scratch["tail_out"], scratch["tail_lse"]),
@@ -248,7 +242,7 @@ def merge(
         Rows.of(out),
         lse,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=_merge_tiles(shape),
         num_warps=LOOKUP_TAIL.merge_warps,

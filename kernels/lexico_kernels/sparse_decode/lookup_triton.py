@@ -2,7 +2,8 @@
 
 A pass goes over a KV head's codes for G query heads, the last of a KV head for what is left of its GROUP; H passes
 serve a token, PASSES of them share a KV head. ROW is G up to a power of two. A column is a token's query head:
-COLUMNS // ROW tokens go through one program, in columns [token, head of the pass].
+COLUMNS // ROW tokens go through one program, in columns [token, head of the pass]. H is no constant: parts of a layer
+have other numbers of heads, and nothing but addresses depends on it.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,6 @@ SPAN_TOKENS = tl.constexpr(layout.SPAN_TOKENS)
 class Heads(NamedTuple):
     """Compile-time constants: which query heads go over the codes together."""
 
-    H: int  # passes of a token
     PASSES: int  # of a KV head
     G: int  # query heads of a pass
     ROW: int
@@ -126,6 +126,7 @@ def _make_lookups(
     lookups,
     factor,
     T,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
@@ -147,7 +148,7 @@ def _make_lookups(
     stretched = wide * load_of_head(book.stretch, kv_head, SIZES)[:, None]
     length = tl.sqrt(tl.sum(stretched * stretched, 0))
     unit = (stretched * tl.where(length > 0, 1 / length, 0.0)[None, :]).to(tl.float16)
-    row = token * HEADS.H + head
+    row = token * H + head
     target = lookups.lookup + (row * (OWN.N * ROW) + g)[None, :]
     for turn in range(TILES.TILES):
         atom = (tile * TILES.TILES + turn) * TILES.ATOMS + tl.arange(0, TILES.ATOMS)
@@ -175,6 +176,7 @@ def _attend_tail(
     seq_len_ptr,
     partial,
     factor,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
@@ -206,13 +208,13 @@ def _attend_tail(
     end = tl.minimum(start + size, seq_len)
     state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
     top, total, acc = state
-    out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
+    out_row = (token * H * G + head * G + heads) * SPLITS + split
     empty = total == 0
     tl.store(partial.out + out_row[:, None] * D + dims[None, :], acc / tl.where(empty, 1.0, total)[:, None], mask=mask)
     tl.store(partial.lse + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=heads < G)
 
 
-@triton.jit(do_not_specialize=["request_ptr", "seq_len_ptr", "T"])
+@triton.jit(do_not_specialize=["request_ptr", "seq_len_ptr", "T", "H"])
 def prepare(
     query,
     book,
@@ -224,20 +226,20 @@ def prepare(
     partial,
     factor,
     T,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """What needs nothing but the query, side by side: the first T * H * TAIL_SPLITS programs attend the raw context,
     the others make lookups of the keys' atoms."""
-    H: tl.constexpr = HEADS.H
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     program = tl.program_id(0)
     tails = T * (H * SPLITS)
     if program < tails:
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
-            token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
+            token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, H, SIZES, HEADS, TILES
         )
     else:
         PROGRAM_ATOMS: tl.constexpr = TILES.ATOMS * TILES.TILES
@@ -245,7 +247,7 @@ def prepare(
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
         _make_lookups(
-            tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, SIZES, HEADS, TILES
+            tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, H, SIZES, HEADS, TILES
         )
 
 
@@ -307,7 +309,6 @@ def multiply_bins(
     schedule_ptr,
     bins_ptr,
     stats_ptr,
-    stats_stride,
     book,
     chunk_out_ptr,
     T,
@@ -334,6 +335,7 @@ def multiply_bins(
     H = tl.num_programs(1)
     token, g, there = columns(block, T, HEADS, COLUMNS)
     dims = tl.arange(0, D_PAD)
+    stats_stride = T * H * max_splits * ROW  # from one kind to the next
     row = token * H + head
     splits = tl.load(schedule_ptr + token * 4 + 3, mask=there, other=0)
     top, unit = _top_and_unit(row, splits, g < G, g, stats_ptr, stats_stride, max_splits, TILES.SPLITS_PAD, ROW)
