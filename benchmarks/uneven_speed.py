@@ -40,9 +40,9 @@ CHECKED_TOKENS = 128  # of a layer's codes
 
 
 class Heads(NamedTuple):
-    """KV heads of a part, and their atoms per vector."""
+    """How many KV heads a part has, and their atoms per vector."""
 
-    count: int
+    number: int
     key: int
     value: int
 
@@ -86,10 +86,9 @@ class Case:
 
     def layouts(self, parts: Parts) -> list[CodeLayout]:
         """Of a layer's parts."""
-        own = {"raw_tokens": self.layout.tail_tokens}
+        even = replace(self.layout, raw_tokens=self.layout.tail_tokens)
         return [
-            replace(self.layout, num_kv_heads=part.count, key_sparsity=part.key, value_sparsity=part.value, **own)
-            for part in parts
+            replace(even, num_kv_heads=part.number, key_sparsity=part.key, value_sparsity=part.value) for part in parts
         ]
 
     @property
@@ -160,7 +159,7 @@ class DecodeLayer:
         """Random codes, as `decode.Step.random` makes them for each part; all in one run of bytes per block."""
         steps = []
         for part in parts:
-            sizes = part.count, part.count * case.group, case.head_dim, part.value, case.layout.tail_tokens
+            sizes = part.number, part.number * case.group, case.head_dim, part.value, case.layout.tail_tokens
             steps.append(decode.Step.random(PartCase(case.batch, case.context, part.key, *sizes), device))
         caches, order = [step.cache for step in steps], case.order(device)
         own = torch.cat([cache.code_pages for cache in caches], 1)
@@ -214,7 +213,7 @@ class CodedLayer:
         key, value = layer.vectors
         device, layouts, order = str(key.device), case.layouts(parts), case.order(str(key.device))
         heads = torch.arange(case.kv_heads, device=key.device) if order is None else order.kv_heads
-        captured = [_of_heads(layer, own) for own in heads.split([part.count for part in parts])]
+        captured = [_of_heads(layer, own) for own in heads.split([part.number for part in parts])]
         books = [
             (own.book("key", part.key), own.book("value", part.value))
             for own, part in zip(captured, parts, strict=True)
@@ -229,8 +228,8 @@ class CodedLayer:
             [(part.key, part.value) for part in parts],
             (key, value),
         )
-        slots = R + torch.arange(SPAN_TOKENS, device=device)
-        made.parts.write_tail(*(rows[:SPAN_TOKENS] for rows in made._in_order()), slots)
+        key, value = (rows[:SPAN_TOKENS] for rows in made._in_order())
+        made.parts.write_tail(key, value, R + torch.arange(SPAN_TOKENS, device=device))
         return made
 
     def _in_order(self) -> tuple[Tensor, Tensor]:

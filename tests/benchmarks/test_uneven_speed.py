@@ -29,7 +29,7 @@ def shrunk(case):
     """Four heads of 16 numbers; counts of heads are halved."""
     counts = (1, 3) if len(case.layers[0]) > 1 else (4,)
     layers = tuple(
-        tuple(part._replace(count=count) for part, count in zip(parts, counts, strict=True))
+        tuple(part._replace(number=count) for part, count in zip(parts, counts, strict=True))
         for parts in case.layers[:2]
     )
     sizes = {"batch": 2, "context": 700, "coded_tokens": 130, "kv_heads": 4, "heads": 8, "head_dim": 16}
