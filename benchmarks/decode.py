@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py                   # every case, one GPU with vLLM
     python benchmarks/decode.py --cases 0 1 --no-record
-    python benchmarks/decode.py --cases 0 4 --launches off end early fetch --layers 8
+    python benchmarks/decode.py --cases 0 4 --launches off on --layers 8
 
 First the results are checked: LEXICO's error against float64 must be no more than that of bf16 FlashAttention on the
 cache that the codes stand for. Then each is timed as a CUDA graph, everything included. Writes `decode_ms` of each case

@@ -1,6 +1,6 @@
 """Draw the pictures of the README and the docs: diagrams from `CodeLayout` and the serving code, curves from results.
 
-    python benchmarks/pictures.py                        # all six, into docs/pictures
+    python benchmarks/pictures.py                        # all seven, into docs/pictures
     python benchmarks/pictures.py frontier decode        # some
 
 Needs matplotlib and neither a GPU nor vLLM; takes a few seconds. A curve shows the newest row of each case and GPU.
@@ -31,6 +31,7 @@ PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Path], None]]] = {
     "decode": ((7.4, 4.6), curves.draw_decode),
     "answers": ((7.4, 4.6), curves.draw_answers),
     "frontier": ((11.6, 4.0), curves.draw_frontier),
+    "quality_frontier": ((11.6, 7.0), curves.draw_documents),
 }
 
 

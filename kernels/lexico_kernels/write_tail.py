@@ -48,7 +48,7 @@ def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping:
         Pages.tail(cache),
         tail_slot_mapping,
         T,
-        SIZES=Sizes.of(cache),
+        SIZES=Sizes.of(cache, records=False),
         TILE=WRITE_TAIL.tile,
         OVERLAP=overlap,
         num_warps=WRITE_TAIL.num_warps,

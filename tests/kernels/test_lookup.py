@@ -82,7 +82,7 @@ def kernels_on_cpu(tmp_path_factory):
         macros = lookup_sizes.bins_constants(shape, way, half)
         shared = lookup_sizes.bins_shared_bytes(shape, way)
         folder = tmp_path_factory.mktemp("bins")
-        return OnCpu(folder, "multiply_bins_on_cpu.cpp", lookup.BINS_FILES[1:], macros, shared, (6,))
+        return OnCpu(folder, "multiply_bins_on_cpu.cpp", lookup.BINS_FILES[1:], macros, shared, (5,))
 
     return functools.cache(attend_codes), functools.cache(multiply_bins)
 

@@ -10,7 +10,7 @@ from lexico_kernels import CodeLayout
 from lexico_kernels.device import launch, nvrtc
 from lexico_kernels.device.arguments import Sizes
 from lexico_kernels.device.launch import OVERLAPS, lookup_launch
-from lexico_kernels.device.overlap import atom_lines, overlap_on
+from lexico_kernels.device.overlap import overlap_on
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import poisoned_cache
 from triton.runtime.interpreter import InterpretedFunction
@@ -64,17 +64,16 @@ def test_codes_are_attended_by_a_kernel_that_waits_if_it_is_launched_so(name, ca
     lookup.kernel_for.cache_clear()
     lookup.attend_codes(shape, scratch, cache, tables, request)
     lookup.kernel_for.cache_clear()
-    waits = name != "off"
-    assert [called for called, _ in calls] == ["cuLaunchKernelEx" if waits else "cuLaunchKernel"]
-    assert (compiled[0]["WAITS"], compiled[0]["TRIGGERS"]) == (waits, name in ("early", "fetch"))
+    assert [called for called, _ in calls] == ["cuLaunchKernelEx" if name == "on" else "cuLaunchKernel"]
+    assert compiled[0]["OVERLAPS"] == (name == "on")
 
 
-@pytest.mark.parametrize("name", ["off", "end", "early"])
+@pytest.mark.parametrize("name", OVERLAPS)
 @pytest.mark.parametrize("arch", LIMITS)
 def test_attend_codes_compiles_and_waits_where_devices_can(arch, name, monkeypatch):
     bindings = pytest.importorskip("cuda.bindings.nvrtc")
     shape = lookup_sizes.shape_for(CodeLayout(128, 2, 15, 15), 8, 4096, 4096, 1 << 17, LIMITS[arch])
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), 16, LIMITS[arch], OVERLAPS[name])
+    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), LIMITS[arch], OVERLAPS[name])
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
     monkeypatch.setattr(bindings, "nvrtcGetCUBINSize", bindings.nvrtcGetPTXSize)
     monkeypatch.setattr(bindings, "nvrtcGetCUBIN", bindings.nvrtcGetPTX)
@@ -82,34 +81,12 @@ def test_attend_codes_compiles_and_waits_where_devices_can(arch, name, monkeypat
     options += [f"-D{macro}={value}" for macro, value in macros.items()]
     ptx = nvrtc.run_compiler(nvrtc.source_text(lookup.FILES), options).decode()
     can = arch != "sm_80"
-    assert ptx.count(WAIT) == (can and name != "off")
-    assert ptx.count(TRIGGER) == (can and name == "early")
-    if can and name != "off":  # only levels are read before, and by then nothing of what steps write
+    assert ptx.count(WAIT) == ptx.count(TRIGGER) == (can and name == "on")
+    if can and name == "on":  # only levels are read before, and by then nothing of what steps write
         before = ptx[: ptx.index(WAIT)]
         assert before.count("ld.global") == 2 and "st.global" not in before
 
 
 def test_what_may_overlap():
     assert overlap_on(torch.zeros(1)) == OVERLAPS["off"] and OVERLAPS["off"].options == {}
-    assert launch.OVERLAP in OVERLAPS and all(way.options for name, way in OVERLAPS.items() if name != "off")
-    assert not any(way.triggers or way.fetches for way in OVERLAPS.values() if not way.waits)
-
-
-# Compiled or interpreted as the package's kernels are, though conftest.py has switched the interpreter off by now.
-@triton.jit if torch.cuda.is_available() else InterpretedFunction
-def _store_lines(out_ptr, first, COUNT: tl.constexpr, KV: tl.constexpr, SIZES: tl.constexpr):
-    lines = atom_lines(first, COUNT, 64, KV, SIZES)
-    tl.store(out_ptr + tl.arange(0, lines.shape[0]), lines)
-
-
-@pytest.mark.parametrize(("head_dim", "atoms"), [(128, 256), (96, 100), (64, 40)])
-def test_every_line_of_atoms_is_fetched_and_none_beyond(head_dim, atoms, device):
-    """Of numbers of two bytes; by the programs that go through the atoms, 32 at a time."""
-    cache = poisoned_cache(CodeLayout(head_dim, 1, 5, 5), 2, atoms=atoms, dtype=torch.float16, device=device)
-    found = []
-    for first in range(0, atoms, 32):
-        out = torch.full((32 * 128 // 64,), -1, device=device)
-        _store_lines[(1,)](out, first, COUNT=32, KV=1, SIZES=Sizes.of(cache))
-        found.append(out[out >= 0])
-        assert found[-1].max() < min(first + 32, atoms) * head_dim
-    assert torch.equal((torch.cat(found) // 64).unique(), torch.arange(atoms * head_dim // 64, device=device))
+    assert launch.OVERLAP in OVERLAPS and OVERLAPS["on"].options

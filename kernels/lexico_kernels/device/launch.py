@@ -43,19 +43,17 @@ class LayersLaunch(NamedTuple):
 class Overlap(NamedTuple):
     """How kernels of a decode step follow one another on a stream; see `overlap.py`."""
 
-    waits: bool  # starts when all blocks of the kernel before have ended or trigger it, and waits for what they wrote
-    triggers: bool = False  # the next one, before its own last phase
-    fetches: bool = False  # the atoms that it will read, from memory to L2, before it waits
+    on: bool  # a kernel waits for what those before have written, and lets the next one start before its last phase
 
     @property
     def macros(self) -> dict[str, int]:
         """For a kernel in CUDA C++."""
-        return {"WAITS": int(self.waits), "TRIGGERS": int(self.triggers)}
+        return {"OVERLAPS": int(self.on)}
 
     @property
     def options(self) -> dict[str, bool]:
         """For a launch in Triton; none where it is an ordinary one, since not every backend knows them."""
-        return {"launch_pdl": True} if self.waits else {}
+        return {"launch_pdl": True} if self.on else {}
 
 
 class PlanLaunch(NamedTuple):
@@ -69,13 +67,8 @@ class PlanLaunch(NamedTuple):
 UNLIMITED = 1 << 62
 
 # Ways for kernels to follow one another, and the one that is used on GPUs that know more than "off".
-OVERLAPS = {
-    "off": Overlap(waits=False),
-    "end": Overlap(waits=True),
-    "early": Overlap(waits=True, triggers=True),
-    "fetch": Overlap(waits=True, triggers=True, fetches=True),
-}
-OVERLAP = "end"
+OVERLAPS = {"off": Overlap(on=False), "on": Overlap(on=True)}
+OVERLAP = "on"
 OVERLAP_CAPABILITY = (9, 0)
 
 PURSUIT = (

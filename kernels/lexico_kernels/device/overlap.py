@@ -22,47 +22,21 @@ from triton.runtime.jit import JITFunction
 from lexico_kernels.device import launch
 from lexico_kernels.device.launch import OVERLAP_CAPABILITY, OVERLAPS, Overlap
 
-LINE_BYTES = tl.constexpr(128)
-
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
     """Wait until all kernels before have ended and what they wrote can be read, where this one starts before."""
-    WAITS: tl.constexpr = OVERLAP.waits
-    if WAITS:
+    ON: tl.constexpr = OVERLAP.on
+    if ON:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def trigger_next(OVERLAP: tl.constexpr):
     """Let the next kernel start as soon as all programs of this one have come here or ended."""
-    TRIGGERS: tl.constexpr = OVERLAP.triggers
-    if TRIGGERS:
+    ON: tl.constexpr = OVERLAP.on
+    if ON:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def atom_lines(first, COUNT: tl.constexpr, NUMBERS: tl.constexpr, KV: tl.constexpr, SIZES: tl.constexpr):
-    """A number in each line of NUMBERS numbers of a head's atoms from `first` on, COUNT (a power of two) at most."""
-    OWN: tl.constexpr = SIZES.kv[KV]
-    D: tl.constexpr = SIZES.D
-    line = tl.arange(0, COUNT * SIZES.D_PAD // NUMBERS)
-    return tl.minimum(first * D + line * NUMBERS, tl.minimum(first + COUNT, OWN.N) * D - 1)
-
-
-@triton.jit
-def fetch_atoms(
-    book, kv_head, first, COUNT: tl.constexpr, KV: tl.constexpr, SIZES: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """Have a head's atoms from `first` on, COUNT or what is left of them, brought to L2; nothing waits for them."""
-    FETCHES: tl.constexpr = OVERLAP.fetches
-    if FETCHES:
-        NUMBERS: tl.constexpr = LINE_BYTES // (book.atoms.dtype.element_ty.primitive_bitwidth // 8)
-        own = book.atoms + kv_head * SIZES.kv[KV].HEAD_STRIDE
-        address = (own + atom_lines(first, COUNT, NUMBERS, KV, SIZES)).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @once

@@ -11,10 +11,10 @@
 // A warp's lanes have the tokens of a span, whose records lie word by word: what a warp loads is 128 bytes in a row.
 //
 // Macros: those of `records.cu` and `lookup_records.cu`, which come before; QUERIES heads of a pass (1 to 8), ROW of the
-// lookup (QUERIES up to a power of two), BINNED of them that have bins at a time (below), ROTATE (below), THREADS, ROUNDS of
+// lookup (QUERIES up to a power of two), BINNED of them that have bins at a time (below), THREADS, ROUNDS of
 // tokens per thread, MIN_BLOCKS per multiprocessor, PASSES over a KV head's codes, KEY_ATOMS, VALUE_ATOMS.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
-// WAITS and TRIGGERS are in `lookup_primitives.cu`.
+// OVERLAPS is in `lookup_primitives.cu`.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //

@@ -125,7 +125,7 @@ def sparse_decode(
 
 @once
 def _heads(shape: Shape) -> Heads:
-    return Heads(shape.token_passes, shape.way.passes, shape.queries, shape.row, shape.group)
+    return Heads(shape.way.passes, shape.queries, shape.row, shape.group)
 
 
 def _size(shape: Shape) -> int:
@@ -187,7 +187,8 @@ def prepare(
         Partial(scratch["tail_out"], scratch["tail_lse"]),
         factor,
         T,
-        SIZES=Sizes.of(cache),
+        shape.token_passes,
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
@@ -217,7 +218,7 @@ def attend_codes(
         scratch["stats"],
         shape.token_passes,
         *([scratch["offset"]] if shape.cap else []),
-        overlaps=overlap.waits,
+        overlaps=overlap.on,
     )
 
 
@@ -233,20 +234,14 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],
-        nvrtc.Int64(_stats_stride(shape, num_tokens)),
         atoms,
         nvrtc.Int64(cache.value.head_stride),
         scratch["chunk_out"],
         num_tokens,
         shape.max_splits,
         shape.token_passes,
-        overlaps=overlap.waits,
+        overlaps=overlap.on,
     )
-
-
-def _stats_stride(shape: Shape, num_tokens: int) -> int:
-    """From one kind of `stats` to the next."""
-    return num_tokens * shape.token_passes * shape.row * shape.max_splits
 
 
 def merge(
@@ -258,7 +253,6 @@ def merge(
         scratch["chunk_out"],
         scratch["schedule"],
         scratch["stats"],
-        _stats_stride(shape, out.shape[0]),
         scratch["offset"],
         Book(*cache.value.tensors),
         Partial(scratch["tail_out"], scratch["tail_lse"]),
@@ -266,7 +260,7 @@ def merge(
         Rows.of(out),
         lse,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=_merge_tiles(shape, overlap),
         num_warps=LOOKUP_TAIL.merge_warps,

@@ -1,8 +1,8 @@
 // What `lookup.cu` and `multiply_bins.cu` ask of the device, in PTX; each comes behind this in a translation unit. Tests
 // that run them on a CPU bring the same functions (tests/kernels/lookup_on_cpu.h).
 //
-// Macros: WAITS and TRIGGERS, whether the kernel starts before the one before it has ended, and lets the next one start
-// before it has itself (`device/overlap.py`); devices before sm_90 cannot.
+// Macro OVERLAPS: 1 if the kernel starts before the one before it has ended, and lets the next one start before it has
+// itself (`device/overlap.py`); devices before sm_90 cannot.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -67,14 +67,14 @@ __device__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"
 
 // Wait until the kernels before have ended; what they wrote can be read then.
 __device__ void wait_for_previous() {
-#if WAITS && __CUDA_ARCH__ >= 900
+#if OVERLAPS && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // Let the next kernel start as soon as all blocks have come here or ended.
 __device__ void trigger_next() {
-#if TRIGGERS && __CUDA_ARCH__ >= 900
+#if OVERLAPS && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

@@ -2,7 +2,8 @@
 
 A pass goes over a KV head's codes for G query heads, the last of a KV head for what is left of its GROUP; H passes
 serve a token, PASSES of them share a KV head. ROW is G up to a power of two. A column is a token's query head:
-COLUMNS // ROW tokens go through one program, in columns [token, head of the pass].
+COLUMNS // ROW tokens go through one program, in columns [token, head of the pass]. H is no constant: parts of a layer
+have other numbers of heads, and nothing but addresses depends on it.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lexico_kernels.device.launch import Overlap
-from lexico_kernels.device.overlap import fetch_atoms, trigger_next, wait_for_previous
+from lexico_kernels.device.overlap import trigger_next, wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.memory import layout
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
@@ -23,7 +24,6 @@ SPAN_TOKENS = tl.constexpr(layout.SPAN_TOKENS)
 class Heads(NamedTuple):
     """Compile-time constants: which query heads go over the codes together."""
 
-    H: int  # passes of a token
     PASSES: int  # of a KV head
     G: int  # query heads of a pass
     ROW: int
@@ -117,6 +117,7 @@ def _make_lookups(
     lookups,
     factor,
     T,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
@@ -139,7 +140,7 @@ def _make_lookups(
     stretched = wide * load_of_head(book.stretch, kv_head, SIZES)[:, None]
     length = tl.sqrt(tl.sum(stretched * stretched, 0))
     unit = (stretched * tl.where(length > 0, 1 / length, 0.0)[None, :]).to(tl.float16)
-    row = token * HEADS.H + head
+    row = token * H + head
     target = lookups.lookup + (row * (OWN.N * ROW) + g)[None, :]
     for turn in range(TILES.TILES):
         atom = (tile * TILES.TILES + turn) * TILES.ATOMS + tl.arange(0, TILES.ATOMS)
@@ -168,6 +169,7 @@ def _attend_tail(
     seq_len_ptr,
     partial,
     factor,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
@@ -201,13 +203,13 @@ def _attend_tail(
     state = attend_raw(q, state, start, end, tail, tails, kv_head, factor, SIZES, TILE, CAP)
     trigger_next(OVERLAP)
     top, total, acc = state
-    out_row = (token * HEADS.H * G + head * G + heads) * SPLITS + split
+    out_row = (token * H * G + head * G + heads) * SPLITS + split
     empty = total == 0
     tl.store(partial.out + out_row[:, None] * D + dims[None, :], acc / tl.where(empty, 1.0, total)[:, None], mask=mask)
     tl.store(partial.lse + out_row, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=heads < G)
 
 
-@triton.jit(do_not_specialize=["request_ptr", "seq_len_ptr", "T"])
+@triton.jit(do_not_specialize=["request_ptr", "seq_len_ptr", "T", "H"])
 def prepare(
     query,
     book,
@@ -219,13 +221,13 @@ def prepare(
     partial,
     factor,
     T,
+    H,
     SIZES: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """What needs nothing but the query, side by side: the first T * H * TAIL_SPLITS programs attend the raw context,
     the others make lookups of the keys' atoms."""
-    H: tl.constexpr = HEADS.H
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     OVERLAP: tl.constexpr = TILES.OVERLAP
     program = tl.program_id(0)
@@ -234,16 +236,14 @@ def prepare(
         wait_for_previous(OVERLAP)
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
-            token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, SIZES, HEADS, TILES
+            token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, H, SIZES, HEADS, TILES
         )
     else:
         PROGRAM_ATOMS: tl.constexpr = TILES.ATOMS * TILES.TILES
         ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + PROGRAM_ATOMS - 1) // PROGRAM_ATOMS
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
-        if block == 0:
-            fetch_atoms(book, head // HEADS.PASSES, tile * PROGRAM_ATOMS, PROGRAM_ATOMS, 0, SIZES, OVERLAP)
         wait_for_previous(OVERLAP)
         _make_lookups(
-            tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, SIZES, HEADS, TILES
+            tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, H, SIZES, HEADS, TILES
         )

@@ -32,15 +32,15 @@ struct Merged {
 };
 
 // The worth of each split's bins relative to the column's largest.
-__device__ void find_worth(const Merged& merged, const Column& own, const float* stats, long long stats_stride) {
+__device__ void find_worth(const Merged& merged, const Column& own, const float* tops, const float* units) {
   const int column = threadIdx.x / PARTS, part = threadIdx.x % PARTS;  // all of a column are of one warp
-  const float* at = stats + own.first_split * ROW + own.head;
+  const long long at = own.first_split * ROW + own.head;
   float top = -1e30f, unit = 0;
-  for (int s = part; s < own.splits; s += PARTS) top = fmaxf(top, at[s * ROW]);
+  for (int s = part; s < own.splits; s += PARTS) top = fmaxf(top, tops[at + s * ROW]);
 #pragma unroll
   for (int by = 1; by < PARTS; by *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, by));
   for (int s = part; s < own.splits; s += PARTS) {
-    const float worth = at[2 * stats_stride + s * ROW] * power_of_two(at[s * ROW] - top);
+    const float worth = units[at + s * ROW] * power_of_two(tops[at + s * ROW] - top);
     merged.worth[s * COLUMNS + column] = worth;
     unit = fmaxf(unit, worth);
   }
@@ -185,8 +185,8 @@ __device__ void store_sums(float* out, const float (&sums)[OWN_TILES][COLUMN_TIL
 // numbers from one KV head's to the next's. chunk_out float [chunks][tokens][heads * QUERIES][DIM], to be added up and
 // divided by the sum of weights.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    multiply_bins(const int4* schedule, const char* bins, const float* stats, long long stats_stride, const u16* atoms,
-                  long long head_stride, float* chunk_out, int tokens, int max_splits, int heads) {
+    multiply_bins(const int4* schedule, const char* bins, const float* stats, const u16* atoms, long long head_stride,
+                  float* chunk_out, int tokens, int max_splits, int heads) {
   SHARED_MEMORY(memory);
   constexpr int ATOMS_OF_TILE = TILE * ATOM_BYTES, BINS_OF_TILE = COLUMNS * COLUMN_BYTES;
   char* const columns = memory + (AHEAD + 1) * ATOMS_OF_TILE;
@@ -209,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int turn = 0; turn < TURNS; turn++) merger.own[turn] = column_of(merger.column(turn));
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) merger.load_tile(i, bins, begin + i * TILE, end);
-  find_worth(merged, column_of(threadIdx.x / PARTS), stats, stats_stride);
+  const long long statistics = (long long)tokens * heads * max_splits * ROW;  // of a kind
+  find_worth(merged, column_of(threadIdx.x / PARTS), stats, stats + 2 * statistics);
   __syncthreads();
 
   float sums[OWN_TILES][COLUMN_TILES][4] = {};
