@@ -165,7 +165,8 @@ class DecodeLayer:
         own = torch.cat([cache.code_pages for cache in caches], 1)
         tail = torch.cat([cache.tail_pages for cache in caches], 1)
         books, given = [(cache.key, cache.value) for cache in caches], own.new_empty(1, case.layout.page_bytes)
-        layer = LayerParts.cut(given, own, tail, books, case.layout, case.layouts(parts), order)
+        layouts = case.layouts(parts)
+        layer = LayerParts.cut(given, own, tail, books, case.layout, layouts, order, case.group)
         query = torch.cat([step.query for step in steps], 1)
         if order is not None:
             query = torch.empty_like(query).index_copy_(1, order.heads, query)
@@ -223,7 +224,7 @@ class CodedLayer:
         shape = 1 + -(-SPAN_TOKENS // R), case.kv_heads, R, 2, case.head_dim
         tail, given = torch.zeros(shape, dtype=key.dtype, device=device), own.new_empty(1, case.layout.page_bytes)
         made = cls(
-            LayerParts.cut(given, own, tail, books, case.layout, layouts, order),
+            LayerParts.cut(given, own, tail, books, case.layout, layouts, order, case.group),
             captured,
             [(part.key, part.value) for part in parts],
             (key, value),

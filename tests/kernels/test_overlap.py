@@ -4,16 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from lexico_kernels import CodeLayout
 from lexico_kernels.device import launch, nvrtc
-from lexico_kernels.device.arguments import Sizes
 from lexico_kernels.device.launch import OVERLAPS, lookup_launch
 from lexico_kernels.device.overlap import overlap_on
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import poisoned_cache
-from triton.runtime.interpreter import InterpretedFunction
 
 LIMITS = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100a": 227 << 10, "sm_120a": 99 << 10}  # bytes of a block
 WAIT, TRIGGER = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
