@@ -75,9 +75,6 @@ inline void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1)
   multiply(out, a, b0, b1, sums);
   std::memcpy(sums, out, sizeof out);
 }
-inline void close_lot() {}
-template <int LATER>
-void wait_for_lots() {}
 template <bool TURNED>
 void load_matrices(u32 (&out)[4], Shared row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) cpu::fail("a row is not aligned");

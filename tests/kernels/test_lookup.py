@@ -132,10 +132,10 @@ def test_lengths(group, device, on_any_device):
     check(problem, range(6), lengths, 2 * group, device)
 
 
-@pytest.mark.parametrize("loads", [2, 16])
-def test_several_splits(loads, device, on_any_device, monkeypatch):
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_several_splits(at_once, device, on_any_device, monkeypatch):
     """More than are loaded at once, and fewer."""
-    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_LOADS", loads)
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_SPLITS", at_once)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
     lengths = [333, 40, 90]

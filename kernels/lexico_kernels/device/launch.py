@@ -204,8 +204,7 @@ LOOKUP_BINS = (
     LookupBins(max_columns=128, columns=32),
     LookupBins(max_columns=UNLIMITED, columns=64),
 )
-LOOKUP_BINS_LOADS = 16  # of bins that a thread has on their way at most, of so many splits and
-LOOKUP_BINS_AHEAD = 3  # so many tiles of atoms at most
+LOOKUP_BINS_SPLITS = 16  # whose bins a thread has on their way at once, at most
 LOOKUP_BINS_TURNS = 2  # pieces of a tile for a thread where contexts have one split, so that all blocks run at once
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))

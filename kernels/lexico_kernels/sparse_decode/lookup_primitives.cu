@@ -117,13 +117,6 @@ __device__ void start_copy_or_clear(Shared to, const char* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// What was started since the last call is waited for together; all but the newest LATER such lots are there after the wait.
-__device__ void close_lot() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>
-__device__ void wait_for_lots() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
-
 // sums += a . b of 16 x 16 and 16 x 8 halves, as mma.m16n8k16 deals them out to a warp.
 __device__ void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -8,8 +8,7 @@ import torch
 
 from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
-    LOOKUP_BINS_AHEAD,
-    LOOKUP_BINS_LOADS,
+    LOOKUP_BINS_SPLITS,
     LOOKUP_BINS_TURNS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
@@ -214,13 +213,11 @@ class BinsWay(NamedTuple):
     Attributes:
         columns: query heads of tokens.
         splits: whose bins a thread loads at once.
-        ahead: tiles of atoms that are on their way while one is multiplied.
         turns: pieces of each tile whose bins a thread merges.
     """
 
     columns: int
     splits: int
-    ahead: int
     turns: int
 
     @property
@@ -232,20 +229,18 @@ class BinsWay(NamedTuple):
 def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
     """Shared memory of a block of `multiply_bins`: tiles of atoms, two of bins, and the worth of each split."""
     atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), way.columns * (2 * BINS_TILE + 16)
-    return (way.ahead + 1) * atoms + 2 * bins + 4 * way.columns * (1 + shape.max_splits)
+    return 2 * (atoms + bins) + 4 * way.columns * (1 + shape.max_splits)
 
 
 def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
-    """For a step of that many tokens; two blocks share `limit_bytes` where they can.
+    """For a step of that many tokens, where a block may have `limit_bytes` of shared memory.
 
     Very long contexts have so many splits that only fewer columns fit. The columns change no bits.
     """
-    splits = min(LOOKUP_BINS_LOADS, power_of_two(shape.max_splits))
-    columns = lookup_bins(num_tokens * shape.row).columns
-    turns = LOOKUP_BINS_TURNS if shape.max_splits == 1 else 1
-    way = BinsWay(columns, splits, min(LOOKUP_BINS_AHEAD, LOOKUP_BINS_LOADS // splits), turns)
-    while way.ahead > 1 and 2 * bins_shared_bytes(shape, way) > limit_bytes:
-        way = way._replace(ahead=way.ahead - 1)
+    splits, turns = min(LOOKUP_BINS_SPLITS, power_of_two(shape.max_splits)), 1
+    if shape.max_splits == 1:
+        turns = LOOKUP_BINS_TURNS
+    way = BinsWay(lookup_bins(num_tokens * shape.row).columns, splits, turns)
     while way.columns > 16 and bins_shared_bytes(shape, way) > limit_bytes:
         way = way._replace(columns=way.columns // 2)
     return way
@@ -264,7 +259,6 @@ def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OV
         "PIECE": BINS_PIECE,
         "CHUNK": shape.chunk,
         "AT_ONCE": way.splits,
-        "AHEAD": way.ahead,
         "TURNS": way.turns,
         "ATOMS_ARE_HALF": int(half),
         **overlap.macros,

@@ -1,12 +1,12 @@
 // Merges the bins of a context's splits and multiplies them with the atoms, a share of the atoms at a time.
 //
 // Nothing here is much work, so what counts is how much is on its way from memory at once: a thread loads eight atoms'
-// bins of AT_ONCE splits before it adds up any, and of the next AHEAD tiles of atoms while this one is multiplied. A
+// bins of AT_ONCE splits before it adds up any, and those of the next tile of atoms while this one is multiplied. A
 // column is a query head of a token. Columns do not meet, so a token's result is the same in every batch.
 //
 // Macros: QUERIES heads of a pass, ROW (QUERIES up to a power of two), PASSES over a KV head's codes, ATOMS, DIM of a
 // head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a thread
-// merges the bins, AT_ONCE splits whose bins it loads, AHEAD tiles that are on their way, TURNS pieces of
+// merges the bins, AT_ONCE splits whose bins it loads, TURNS pieces of
 // each tile for a thread, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
 
 constexpr int PIECES = TILE / PIECE;
@@ -82,7 +82,7 @@ __device__ void add_bins(float (&sum)[PIECE], const Bins (&loaded)[AT_ONCE], con
 // What a thread merges of each tile: eight atoms of a column, TURNS times.
 struct Merger {
   Column own[TURNS];
-  Bins loaded[AHEAD][TURNS][AT_ONCE];  // the first splits' of the next tiles
+  Bins loaded[TURNS][AT_ONCE];  // the first splits' of the next tile
 
   __device__ static int column(int turn) { return (turn * THREADS + threadIdx.x) / PIECES; }
   __device__ static int atom(int first) { return first + threadIdx.x % PIECES * PIECE; }
@@ -92,16 +92,16 @@ struct Merger {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) to[i] = load_bins(bins, own[turn], split + i, atom(first), end);
   }
-  __device__ void load_tile(int ahead, const char* bins, int first, int end) {
+  __device__ void load_tile(const char* bins, int first, int end) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) load(loaded[ahead][turn], bins, turn, first, end);
+    for (int turn = 0; turn < TURNS; turn++) load(loaded[turn], bins, turn, first, end);
   }
 
   // What was loaded and all further splits, added up, as halves; columns: [COLUMNS] rows of COLUMN_BYTES.
-  __device__ void store_tile(char* columns, int ahead, const char* bins, int first, int end, const Merged& merged) {
+  __device__ void store_tile(char* columns, const char* bins, int first, int end, const Merged& merged) {
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-      Bins(&some)[AT_ONCE] = loaded[ahead][turn];
+      Bins(&some)[AT_ONCE] = loaded[turn];
       float sum[PIECE] = {};
       add_bins(sum, some, merged, column(turn), 0, own[turn].splits);
 #pragma unroll 1
@@ -116,7 +116,7 @@ struct Merger {
   }
 };
 
-// Start copying a tile of atoms to shared memory, as a lot; those from `end` on are zeros.
+// Start copying a tile of atoms to shared memory; those from `end` on are zeros.
 __device__ void start_atoms(Shared to, const u16* atoms, int first, int end) {
   constexpr int IN_ROW = DIM / 8;
   for (int i = threadIdx.x; i < TILE * IN_ROW; i += THREADS) {
@@ -125,7 +125,6 @@ __device__ void start_atoms(Shared to, const u16* atoms, int first, int end) {
     const char* from = (const char*)(atoms + (long long)(there ? first + atom : 0) * DIM) + at * 16;
     start_copy_or_clear(to + atom * ATOM_BYTES + at * 16, from, there);
   }
-  close_lot();
 }
 
 // Two numbers of the model's dtype as halves.
@@ -189,15 +188,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                   float* chunk_out, int tokens, int max_splits, int heads) {
   SHARED_MEMORY(memory);
   constexpr int ATOMS_OF_TILE = TILE * ATOM_BYTES, BINS_OF_TILE = COLUMNS * COLUMN_BYTES;
-  char* const columns = memory + (AHEAD + 1) * ATOMS_OF_TILE;
+  char* const columns = memory + 2 * ATOMS_OF_TILE;
   float* const units = (float*)(columns + 2 * BINS_OF_TILE);
   const Merged merged{units + COLUMNS, units};
   const int pass = blockIdx.y % heads, first_column = blockIdx.y / heads * COLUMNS;
   const u16* const own_atoms = atoms + pass / PASSES * head_stride;
   const int begin = blockIdx.x * CHUNK, end = min(begin + CHUNK, ATOMS);
   const Shared atoms_at = shared_address(memory);
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) start_atoms(atoms_at + i * ATOMS_OF_TILE, own_atoms, begin + i * TILE, end);
+  start_atoms(atoms_at, own_atoms, begin, end);
   wait_for_previous();  // atoms are the dictionaries', which no step writes
   const auto column_of = [&](int column) {
     const int token = (first_column + column) / ROW, head = column % ROW;
@@ -207,30 +205,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Merger merger;
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) merger.own[turn] = column_of(merger.column(turn));
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) merger.load_tile(i, bins, begin + i * TILE, end);
+  merger.load_tile(bins, begin, end);
   const long long statistics = (long long)tokens * heads * max_splits * ROW;  // of a kind
   find_worth(merged, column_of(threadIdx.x / PARTS), stats, stats + 2 * statistics);
   __syncthreads();
 
   float sums[OWN_TILES][COLUMN_TILES][4] = {};
-  int tile = 0;  // counted modulo AHEAD + 1
 #pragma unroll 1
-  for (int group = begin; group < end; group += AHEAD * TILE) {
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int first = group + i * TILE;
-      if (first >= end) break;
-      char* const own_columns = columns + (first / TILE & 1) * BINS_OF_TILE;
-      merger.store_tile(own_columns, i, bins, first, end, merged);
-      wait_for_lots<AHEAD - 1>();
-      __syncthreads();  // this tile is there, and nobody reads the one before any more, whose place the next one takes
-      const int next = tile ? tile - 1 : AHEAD;
-      start_atoms(atoms_at + next * ATOMS_OF_TILE, own_atoms, first + AHEAD * TILE, end);
-      merger.load_tile(i, bins, first + AHEAD * TILE, end);
-      multiply_tile(sums, atoms_at + tile * ATOMS_OF_TILE, shared_address(own_columns));
-      tile = tile == AHEAD ? 0 : tile + 1;
+  for (int first = begin, turned = 0; first < end; first += TILE, turned ^= 1) {
+    char* const own_columns = columns + turned * BINS_OF_TILE;
+    merger.store_tile(own_columns, bins, first, end, merged);
+    finish_copies();
+    __syncthreads();  // this tile is there, and nobody reads the one before any more
+    if (first + TILE < end) {
+      start_atoms(atoms_at + (turned ^ 1) * ATOMS_OF_TILE, own_atoms, first + TILE, end);
+      merger.load_tile(bins, first + TILE, end);
     }
+    multiply_tile(sums, atoms_at + turned * ATOMS_OF_TILE, shared_address(own_columns));
   }
   trigger_next();
   float* const out = chunk_out + (long long)blockIdx.x * tokens * heads * QUERIES * DIM;
