@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 import torch
 from bench.letters_model import write_letters_model
 from bench.omp_vectors import load_vectors
-from lexico_kernels import CodeLayout, LayerCache, LayerStack, reference
-from lexico_kernels.testing import fp8_cache, poisoned_cache, raised_cache, random_problem
+from lexico_kernels import KV, CodeLayout, LayerCache, LayerStack, reference
+from lexico_kernels.testing import fp8_cache, poisoned_cache, raised_cache, random_problem, records_at
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -106,7 +106,14 @@ def encode_lines(
     destination[5::11] = -1
     yield f"{name} inputs", digest(*tokens, cache.key.atoms, cache.value.atoms, cache.value.mean, source, destination)
     encode(*tokens, cache, source.to(device), destination.to(device))
-    yield name, digest(cache.code_pages)
+    yield name, digest(*coded(cache))
+
+
+def coded(cache: LayerCache) -> list[Tensor]:
+    """What the code pages hold, wherever records lie in them: those of all slots, and what lies behind them."""
+    pages, layout = cache.code_pages, cache.layout
+    slots = torch.arange(len(pages) * layout.block_tokens, device=pages.device)
+    return [*(records_at(cache, slots, kv) for kv in KV), pages[:, layout.page_bytes :]]
 
 
 def twin_lines(tokens: int = TWIN_TOKENS) -> Iterator[Line]:
@@ -136,7 +143,7 @@ def read_lines(
         request = torch.arange(4, dtype=torch.int32, device=device)
         query = torch.randn(4, 2 * group, D, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         case, seen = f"{codec} D {D} S {S} group {group}", torch.tensor(lengths, dtype=torch.int32, device=device)
-        yield f"{name} {case} inputs", digest(query, problem.cache.code_pages, problem.cache.key.atoms)
+        yield f"{name} {case} inputs", digest(query, *coded(problem.cache), problem.cache.key.atoms)
         for which, decode in decodes.items():
             if codec == "exact" and which == "lookup":
                 continue
@@ -235,7 +242,7 @@ def layer_lines(layout: CodeLayout, device: str, dtype: torch.dtype, sizes: Size
         destination[-3:] = -1
         encode(stack, source, destination)
         case = f"kernel {name} {layout.codec} D {layout.head_dim} S {layout.key_sparsity, layout.value_sparsity}"
-        yield case, digest(*(cache.code_pages for cache in caches))
+        yield case, digest(*(tensor for cache in caches for tensor in coded(cache)))
 
 
 def cluster_lines() -> Iterator[Line]:

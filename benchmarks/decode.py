@@ -2,17 +2,25 @@
 
     python benchmarks/decode.py                   # every case, one GPU with vLLM
     python benchmarks/decode.py --cases 0 1 --no-record
+    python benchmarks/decode.py --cases 0 4 --launches off on --layers 8
 
 First the results are checked: LEXICO's error against float64 must be no more than that of bf16 FlashAttention on the
 cache that the codes stand for. Then each is timed as a CUDA graph, everything included. Writes `decode_ms` of each case
 and `speedup` over each peer to benchmarks/results/decode.jsonl.
+
+--launches measures ways for kernels to follow one another (`lexico_kernels/device/overlap.py`), whose answers must be
+those of ordinary launches, bit for bit; speedups are those of the way that is used in serving. With --layers a graph
+has so many layers, each with pages and dictionaries of its own, and the time is a layer's: then dictionaries come from
+memory, as in an engine, and not from what the last call left in L2. Peers have one layer, whose history is larger than
+L2 in every case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +32,12 @@ from bench import decode_peers as peers
 from bench.record import record
 from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
 from lexico_kernels import ops as kernels
+from lexico_kernels.device import launch, overlap
+from lexico_kernels.device.launch import OVERLAPS
+from lexico_kernels.memory.records import scale_view
 from lexico_kernels.omp_encode import entry_order as order
 from lexico_kernels.testing import random_codebook
-from lexico_kernels.timing import graph_milliseconds
+from lexico_kernels.timing import captured, graph_milliseconds
 from torch import Tensor
 
 ATOMS, BLOCK_TOKENS, DTYPE = 4096, 128, torch.bfloat16
@@ -48,11 +59,13 @@ class Case:
     kv_heads: int = 8
     heads: int = 32
     head_dim: int = 128
+    value_sparsity: int | None = None  # where it is not that of keys
 
     @property
     def layout(self) -> CodeLayout:
         """Of the pages."""
-        return CodeLayout(self.head_dim, self.kv_heads, self.sparsity, self.sparsity, block_tokens=BLOCK_TOKENS)
+        sparsities = self.sparsity, self.value_sparsity or self.sparsity
+        return CodeLayout(self.head_dim, self.kv_heads, *sparsities, block_tokens=BLOCK_TOKENS)
 
 
 CASES = [
@@ -81,6 +94,8 @@ CASES = [
     Case(16, 32768, 15, 4, 28),  # Qwen2.5-7B
     Case(16, 32768, 15, 8, 64),  # Qwen3-32B
     Case(16, 32768, 15, 8, 96),  # GLM-4.5
+    Case(16, 32768, 16, value_sparsity=14),
+    Case(16, 8192, 16, value_sparsity=14),
 ]
 
 
@@ -95,16 +110,16 @@ class Step:
     lengths: Tensor
 
     @classmethod
-    def random(cls, case: Case, device: str = "cuda") -> Step:
+    def random(cls, case: Case, device: str = "cuda", seed: int = 0) -> Step:
         """Codes with any atom and level, scales alike, atoms of each head's own; sinks of a page, a raw window."""
         layout, batch, context = case.layout, case.batch, case.context
-        generator = torch.Generator().manual_seed(0)
-        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         pages, tails, R = -(-context // BLOCK_TOKENS), -(-context // layout.tail_tokens), layout.tail_tokens
         codes = torch.randint(-(1 << 62), 1 << 62, (1 + batch * pages, layout.page_bytes // 8), device=device)
         codes = codes.view(torch.uint8)
         for part, size in (("key", KEY_SCALE), ("value", 1.0)):
-            (_, scales), _ = reference.field_views(codes, layout, part)
+            scales = scale_view(codes, layout, part)
             values = size * (0.5 + 0.5 * torch.rand(scales.shape[:-1], device=device))
             scales.copy_(values.bfloat16()[..., None].view(torch.uint8))
         raw_start = max(R, (context - RAW_TOKENS) // R * R)
@@ -116,7 +131,7 @@ class Step:
         key, value = (random_codebook(ATOMS, layout, generator, torch.device(device), DTYPE) for _ in range(2))
         for book in (key, value):
             book.mean.zero_()  # bf16 keys with large means, as some models have, would make the peer's error larger
-        cache = LayerCache(codes, tail, key, value, layout)
+        cache = LayerCache(codes, tail, key, value, layout, case.heads // case.kv_heads)
         if order.supports(cache):  # as `omp_encode` leaves them
             order.order_entries(cache, torch.arange(BLOCK_TOKENS, len(codes) * BLOCK_TOKENS, device=device))
         tables = RequestTables(
@@ -203,47 +218,104 @@ def measure_peers(dense: peers.Dense, step: Step) -> dict[str, tuple[float, floa
     return measured
 
 
-def run(case: Case, *, keep: bool) -> bool:
+@contextlib.contextmanager
+def launched(name: str) -> Iterator[None]:
+    """Meanwhile kernels follow one another in this way."""
+    before = launch.OVERLAP
+    launch.OVERLAP = name
+    try:
+        yield
+    finally:
+        launch.OVERLAP = before
+
+
+def attend_all(steps: Sequence[Step]) -> list[Tensor]:
+    """A step of each layer."""
+    return [step.attend() for step in steps]
+
+
+def measure(steps: Sequence[Step], launches: Sequence[str]) -> dict[str, float]:
+    """Time of a layer in ms in each way for its kernels to follow one another; infinite where answers are others."""
+    with launched("off"):
+        want = attend_all(steps)
+    took = {}
+    for name in launches:
+        with launched(name):
+            graph, given = captured(lambda: attend_all(steps))
+            same = True
+            for _ in range(REPEATS):
+                graph.replay()
+                same &= all(map(torch.equal, given, want))
+            took[name] = graph_ms(lambda: attend_all(steps)) / len(steps) if same else float("inf")
+    return took
+
+
+def run(case: Case, *, launches: Sequence[str], layers: int, keep: bool) -> bool:
     """Check and time one case against every peer; False, and no rows, where it is less exact than FlashAttention."""
-    step = Step.random(case)
-    wrong = error(step.attend(), step)
-    took = graph_ms(step.attend)
+    steps = [Step.random(case, seed=layer) for layer in range(layers)]
+    wrong = error(steps[0].attend(), steps[0])
+    took = measure(steps, launches)
     layout = case.layout
     vectors = case.batch * case.context * case.kv_heads
-    share = vectors * layout.token_bytes / (took * 1e-3) / PEAK_BYTES_S
-    print(
-        f"{case}: {took * 1e3:.1f} us, {vectors / took / 1e6:.1f} G token-heads/s, its codes at {share:.1%} of the "
-        f"memory's peak, error {wrong:.2e}",
-        flush=True,
-    )
-    measured = measure_peers(step.dense(), step)
-    for name, (peer_ms, peer_error) in measured.items():
+    print(f"{case}: error {wrong:.2e}", flush=True)
+    for name, ms in took.items():
+        share = vectors * layout.token_bytes / (ms * 1e-3) / PEAK_BYTES_S
         print(
-            f"  {name}: {peer_ms * 1e3:.1f} us, error {peer_error:.2e}: {peer_ms / took:.2f} times as long", flush=True
+            f"  launches {name}: {ms * 1e3:.1f} us, {vectors / ms / 1e6:.1f} G token-heads/s, its codes at {share:.1%} "
+            "of the memory's peak",
+            flush=True,
         )
+    measured = measure_peers(steps[0].dense(), steps[0])
+    for peer, (peer_ms, peer_error) in measured.items():
+        ratios = ", ".join(f"{peer_ms / ms:.2f} ({name})" for name, ms in took.items())
+        print(f"  {peer}: {peer_ms * 1e3:.1f} us, error {peer_error:.2e}: {ratios} times as long", flush=True)
     flash_error = measured["FLASH_ATTN"][1]
     if wrong > flash_error:
         print(f"  NOT RIGHT: error {wrong:.2e} is more than bf16 FlashAttention's {flash_error:.2e}", flush=True)
+    others = [name for name, ms in took.items() if ms == float("inf")]
+    if others:
+        print(f"  NOT RIGHT: launches {', '.join(others)} do not give the bits of ordinary launches", flush=True)
+    if wrong > flash_error or others:
         return False
     if keep:
         described = asdict(case) | {"bytes_percent": 100 * layout.ratio, "atoms": ATOMS, "error": wrong}
-        record("decode", described, "decode_ms", took)
-        for name, (peer_ms, peer_error) in measured.items():
-            row = described | {"peer_error": peer_error, "peer_ms": peer_ms}
-            record("decode", row, "speedup", peer_ms / took, peer=name, peer_value=1.0)
+        keep_rows(described | {"layers": layers}, took, measured)
     return True
+
+
+def keep_rows(described: dict[str, object], took: dict[str, float], measured: dict[str, tuple[float, float]]) -> None:
+    """Record a case: each way's time, and the speedup of that which serves."""
+    for name, ms in took.items():
+        record("decode", described | {"launches": name}, "decode_ms", ms)
+    if (own := served()) not in took:
+        return
+    for peer, (peer_ms, peer_error) in measured.items():
+        row = described | {"launches": own, "peer_error": peer_error, "peer_ms": peer_ms}
+        record("decode", row, "speedup", peer_ms / took[own], peer=peer, peer_value=1.0)
+
+
+def served() -> str:
+    """The way in which kernels follow one another in serving on this GPU."""
+    return launch.OVERLAP if overlap.supports(torch.cuda.current_device()) else "off"
 
 
 def main() -> None:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))], help="by number (default: all)")
+    parser.add_argument("--launches", nargs="+", choices=OVERLAPS, help="by name (default: as in serving)")
+    parser.add_argument("--layers", type=int, default=1, help="with pages and dictionaries of their own (default: 1)")
     parser.add_argument("--no-record", action="store_true", help="only print")
     args = parser.parse_args()
+    launches = args.launches or [served()]
+    if launches != ["off"] and not overlap.supports(torch.cuda.current_device()):
+        parser.error(
+            "on this GPU kernels start one after another: it needs sm_90 or newer for more than --launches off"
+        )
     print(torch.cuda.get_device_name())
     right = True
     for index in args.cases:
-        right &= run(CASES[index], keep=not args.no_record)
+        right &= run(CASES[index], launches=launches, layers=args.layers, keep=not args.no_record)
         torch.cuda.empty_cache()
     sys.exit(0 if right else "decode.py: not every case was right, see above")
 

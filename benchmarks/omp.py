@@ -58,7 +58,7 @@ def encoding(layer: CapturedLayer, sparsity: int, encode: Encode = omp_encode) -
 def stored_energy(layer: CapturedLayer, cache: LayerCache, kv: str) -> float:
     """Residual energy of a part's records in the pages, stretch taken off."""
     vectors, lost = layer.vectors[KV.index(kv)], 0.0
-    for tokens in torch.arange(len(vectors), device="cuda").split(DECODED_TOKENS):
+    for tokens in torch.arange(len(vectors), device=vectors.device).split(DECODED_TOKENS):
         slots = tokens + cache.layout.block_tokens
         lost += float(residual_energy(cache, slots, vectors[tokens], kv).sum())
     return lost

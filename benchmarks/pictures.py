@@ -1,6 +1,6 @@
 """Draw the pictures of the README and the docs: diagrams from `CodeLayout` and the serving code, curves from results.
 
-    python benchmarks/pictures.py                        # all six, into docs/pictures
+    python benchmarks/pictures.py                        # all seven, into docs/pictures
     python benchmarks/pictures.py frontier decode        # some
 
 Needs matplotlib and neither a GPU nor vLLM; takes a few seconds. A curve shows the newest row of each case and GPU.
@@ -25,12 +25,13 @@ from vllm_lexico.dictionary.picture import DOTS_PER_INCH, LOOKS
 COLOURS = 64  # of a picture's palette
 # By name: the figure's size in inches and what draws it.
 PICTURES: dict[str, tuple[tuple[float, float], Callable[[Any, Path], None]]] = {
-    "pages": ((11.0, 4.4), diagrams.draw_pages),
+    "pages": ((11.0, 5.6), diagrams.draw_pages),
     "journey": ((11.0, 3.4), diagrams.draw_journey),
     "step": ((11.0, 4.6), diagrams.draw_step),
     "decode": ((7.4, 4.6), curves.draw_decode),
     "answers": ((7.4, 4.6), curves.draw_answers),
     "frontier": ((11.6, 4.0), curves.draw_frontier),
+    "quality_frontier": ((11.6, 7.0), curves.draw_documents),
 }
 
 

@@ -15,6 +15,15 @@ COLOURS = {12.5: "#D55E00", 6.25: "#CC79A7", "fp8": "#0072B2"}
 SHORT_ANSWER = 128  # tokens, where a starved row does not say them
 MODEL = "Qwen2.5-Coder-1.5B-Instruct"
 PANELS = {"gsm8k": "GSM8K", "wikitext": "1 / perplexity, WikiText-2", "needle": "needles of 4k to 32k"}
+DOCUMENT_PANELS = {
+    "qa": "answers in passages",
+    "pairs": "values of random keys",
+    "code": "programs after long code",
+    "needle": "needles",
+    "wikitext": "1 / perplexity, WikiText-2",
+}
+SIZES = {"length", "kind", "passages", "pairs"}  # a row that has one of these is of a part of its task
+APART = 1.045  # of marks at the same bytes
 
 
 def newest(path: Path, key: Callable[[Row], Any]) -> dict[Any, Row]:
@@ -33,8 +42,9 @@ def draw_decode(figure: Any, results: Path) -> None:
 
     def key(row: Row) -> Any:
         case = row["case"]
-        shape = case.get("head_dim"), case.get("kv_heads")
-        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or shape != (128, 8):
+        shape = tuple(case.get(name) for name in ("head_dim", "kv_heads", "heads", "value_sparsity", "layers"))
+        plain = shape[:4] == (128, 8, 32, None) and shape[4] in (None, 1)
+        if row["metric"] != "speedup" or row["peer"] != "FLASH_ATTN" or not plain:
             return None
         return _gpu(row), case["bytes_percent"], case["batch"], case["context"]
 
@@ -95,30 +105,81 @@ def draw_frontier(figure: Any, results: Path) -> None:
 
     def key(row: Row) -> Any:
         case = row["case"]
-        whole = case.get("model") == MODEL and row["metric"] in PANELS and not {"length", "kind"} & {*case}
+        whole = case.get("model") == MODEL and row["metric"] in PANELS and not SIZES & {*case}
         return (row["metric"], case["cache"]) if whole and "cache" in case else None
 
     rows = newest(results / "quality.jsonl", key)
-    for axes, (metric, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    _draw_panels(figure.subplots(1, len(PANELS)), PANELS, rows)
+    gpus = sorted({_gpu(row) for row in rows.values()})
+    words = f"{MODEL} in vLLM on one {' and '.join(gpus)}; red: LEXICO by atoms per vector; bars: 95 %"
+    figure.suptitle(words, fontsize=10)
+
+
+def draw_documents(figure: Any, results: Path) -> None:
+    """What is left of long documents, in the rows of one commit: the last that has asked about passages."""
+    path = results / "quality.jsonl"
+    (last,) = newest(path, lambda row: True if row["metric"] == "qa" else None).values()
+
+    def key(row: Row) -> Any:
+        case = row["case"]
+        same = row["commit"] == last["commit"] and case.get("model") == last["case"]["model"]
+        whole = row["metric"] in DOCUMENT_PANELS and not SIZES & {*case}
+        return (row["metric"], case["cache"]) if same and whole and "cache" in case else None
+
+    rows = newest(path, key)
+    *places, words = figure.subplots(2, 3).flatten()
+    panels = {metric: title for metric, title in DOCUMENT_PANELS.items() if any(metric == found for found, _ in rows)}
+    _draw_panels(places[: len(panels)], panels, rows)
+    for place in (*places[len(panels) :], words):
+        place.set_axis_off()
+    sizes = [f"{metric}: {_sizes(row)}" for metric in panels if (row := rows.get((metric, "bf16")))]
+    about = f"{last['case']['model']}\nin vLLM {last['vllm']} on one {_gpu(last)},\ncommit {last['commit'][:7]}\n\n"
+    about += "LEXICO in red, by atoms per vector;\na + has atoms dealt out unevenly;\nbars: 95 %\n\n" + "\n".join(sizes)
+    words.text(0.05, 0.95, about, va="top", fontsize=9)
+
+
+def _sizes(row: Row) -> str:
+    """How much was asked, and of what sizes."""
+    given = row["case"]["settings"]
+    sizes = given.get("passages") or given.get("pairs") or given.get("lengths")
+    return f"{row['case']['count']}" + (f", of {' and '.join(f'{size:,}' for size in sizes)}" if sizes else "")
+
+
+def _draw_panels(places: Any, panels: dict[str, str], rows: dict[Any, Row]) -> None:
+    """A panel per task. rows: by metric and cache."""
+    for axes, (metric, title) in zip(places, panels.items(), strict=True):
         families: dict[str, list[Row]] = {}
         for (found, cache), row in rows.items():
             if found == metric and cache != "bf16" and row["case"].get("count", 0) > 1:
                 families.setdefault(cache.partition(":")[0].partition("_")[0], []).append(_point(cache, row, metric))
         for family, points in families.items():
             colour, marker = LOOKS_OF[family]
-            mark(axes, points, "-", colour, marker)
+            plain = [point for point in points if not {*"+/"} & {*point["name"]}]
+            others = [point for point in points if point not in plain]
+            _set_apart(plain, others)
+            mark(axes, plain, "-", colour, marker)
+            mark(axes, others, "", colour, marker)
             for point in points:
                 words = point["name"].removeprefix("lexico:").removeprefix("turboquant_").removesuffix("_nc")
+                words = "+" + words.partition("=")[2] if "uneven=" in words else words
                 axes.annotate(
                     words, (point["x"], point["y"]), (4, 6), textcoords="offset points", fontsize=8, color=colour
                 )
         axes.axhline(1, color="0.25", linewidth=0.9, linestyle=":")
-        scale_bytes(axes, [point["x"] for points in families.values() for point in points] + [100.0])
-        axes.set(title=f"{title}, times bf16's", xlabel="bytes per token, % of bf16", ylim=(0, 1.15))
+        drawn = [point for points in families.values() for point in points]
+        scale_bytes(axes, [point["x"] for point in drawn] + [100.0])
+        top = max([1.15, *(1.02 * point["bars"][1] for point in drawn)])
+        axes.set(title=f"{title}, times bf16's", xlabel="bytes per token, % of bf16", ylim=(0, top))
         axes.margins(x=0.12)
-    gpus = sorted({_gpu(row) for row in rows.values()})
-    words = f"{MODEL} in vLLM on one {' and '.join(gpus)}; red: LEXICO by atoms per vector; bars: 95 %"
-    figure.suptitle(words, fontsize=10)
+
+
+def _set_apart(plain: list[Row], others: list[Row]) -> None:
+    """Move marks that would hide one at the same bytes to its right, one after another."""
+    taken = [point["x"] for point in plain]
+    for point in others:
+        while any(abs(point["x"] / x - 1) < 0.5 * (APART - 1) for x in taken):
+            point["x"] *= APART
+        taken.append(point["x"])
 
 
 def _point(cache: str, row: Row, metric: str) -> Row:

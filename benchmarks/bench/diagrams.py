@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lexico_kernels import KV, CodeLayout
-from lexico_kernels.memory.layout import SPAN_TOKENS
+from lexico_kernels.memory.layout import ENTRY_BYTES, SCALE_BYTES, SPAN_TOKENS
 
 KEY, VALUE, SCALE, PAD = "#0072B2", "#D55E00", "#F0E442", "0.88"
 RAW, CODES, WAITING, NEW = "#009E73", "#56B4E9", "#E69F00", "0.25"
@@ -14,11 +14,21 @@ LAYOUT = CodeLayout(128, 8, 15, 15)
 WINDOW, SINKS, LENGTH = 128, 16, 512
 
 
-def _box(axes: Any, x: float, y: float, width: float, height: float, colour: str, words: str = "", **text: Any) -> None:
+def _box(
+    axes: Any,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    colour: str,
+    words: str = "",
+    edge: float = 1.0,
+    **text: Any,
+) -> None:
     """A filled rectangle with words in its middle."""
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1.0))
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=edge))
     style = {"ha": "center", "va": "center", "fontsize": 8.5} | text
     axes.text(x + width / 2, y + height / 2, words, **style)
 
@@ -30,9 +40,9 @@ def _bare(axes: Any, right: float, top: float, title: str) -> None:
 
 
 def draw_pages(figure: Any, _: Path) -> None:
-    """The bytes of a code page and of a tail page, and of one token's record in it, to scale within each line."""
+    """The bytes of a code page and of a tail page, and of the records of a span in it, to scale within each line."""
     layout = LAYOUT
-    pages, record = figure.subplots(2, 1, height_ratios=(3, 2))
+    pages, record, span = figure.subplots(3, 1, height_ratios=(6, 3, 3))
     heads, width = layout.num_kv_heads, layout.page_bytes
     for head in range(heads):
         for kv, colour in zip(KV, (KEY, VALUE), strict=True):
@@ -50,16 +60,37 @@ def draw_pages(figure: Any, _: Path) -> None:
     words = f"tail page: {kib:g} KiB, {layout.tail_tokens} tokens in full precision, [Hk, R, 2, D]"
     pages.text(0, 1.35, words, fontsize=9.5)
     _bare(pages, width, 4.0, f"Pages of one layer: D = {layout.head_dim}, sparsity {layout.key_sparsity}, packed16")
-    fields = layout.fields("key")
-    scale, entries = fields["scale"], fields["entries"]
-    _box(record, scale.offset_bytes, 0.5, scale.width_bytes, 0.8, SCALE, "scale\nbf16")
-    entry = entries.width_bytes / layout.key_sparsity
+    _draw_record(record)
+    _draw_span(span)
+
+
+def _draw_record(axes: Any) -> None:
+    """A key's record, in the order in which it is listed."""
+    layout = LAYOUT
+    _box(axes, 0, 0.5, SCALE_BYTES, 0.8, SCALE, "scale\nbf16")
     for index in range(layout.key_sparsity):
-        _box(record, entries.offset_bytes + index * entry, 0.5, entry, 0.8, KEY, "atom 12\nlevel 4", color="white",
-             fontsize=7)  # fmt: skip
-    bf16 = layout.head_dim * 2
-    total = layout.vector_bytes("key")
-    _bare(record, total, 1.6, f"One key of one head: {total} bytes instead of {bf16} in bf16 ({total / bf16:.1%})")
+        at = SCALE_BYTES + index * ENTRY_BYTES
+        _box(axes, at, 0.5, ENTRY_BYTES, 0.8, KEY, "atom 12\nlevel 4", color="white", fontsize=7)
+    bf16, total = layout.head_dim * 2, layout.vector_bytes("key")
+    _bare(axes, total, 1.6, f"One key of one head: {total} bytes instead of {bf16} in bf16 ({total / bf16:.1%})")
+
+
+def _draw_span(axes: Any) -> None:
+    """The same bytes of a span's keys, as they lie in the page."""
+    (field,) = LAYOUT.fields("key").values()
+    size, width = field.width_bytes, field.span_tokens * field.width_bytes
+    for piece in range(field.pieces):
+        start, scale = piece * width, 0 if piece else SCALE_BYTES
+        for token in range(field.span_tokens):
+            _box(axes, start + token * size, 0.5, scale, 0.8, SCALE, edge=0)
+            _box(axes, start + token * size + scale, 0.5, size - scale, 0.8, KEY, edge=0)
+        axes.plot([start + width] * 2, [0.5, 1.3], color="white", linewidth=2.0)
+        words = f"bytes {piece * size} to {(piece + 1) * size - 1} of each"
+        axes.text(start + width / 2, 0.2, words, ha="center", va="center", fontsize=8)
+    total = SPAN_TOKENS * LAYOUT.vector_bytes("key")
+    _bare(
+        axes, total, 1.6, f"Keys of a span of {SPAN_TOKENS} tokens as they lie in the page: {total} bytes, word by word"
+    )
 
 
 def draw_journey(figure: Any, _: Path) -> None:

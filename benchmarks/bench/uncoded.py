@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lexico_kernels import KV, LayerCache, LayerStack, ops, reference
+from lexico_kernels import KV, LayerCache, LayerStack, ops
+from lexico_kernels.memory.records import field_views, scale_view
 
 RANDOM_PAGES = 256  # that differ from each other
 _filled: set[tuple[int, int]] = set()  # address and number of pages
@@ -22,11 +23,12 @@ class Uncoded:
 def _fill(cache: LayerCache) -> None:
     pages = cache.code_pages
     for kv in KV:
-        scales, entries = (view for _, view in reference.field_views(pages, cache.layout, kv))
-        scales.copy_(torch.ones(1, dtype=torch.bfloat16, device=pages.device).view(torch.uint8))
-        random = torch.randint(256, entries[:RANDOM_PAGES].shape, dtype=torch.uint8, device=pages.device)
-        for block in entries.split(RANDOM_PAGES):
-            block.copy_(random[: len(block)])
+        for field in field_views(pages, cache.layout, kv):
+            random = torch.randint(256, field[:RANDOM_PAGES].shape, dtype=torch.uint8, device=pages.device)
+            for block in field.split(RANDOM_PAGES):
+                block.copy_(random[: len(block)])
+        one = torch.ones(1, dtype=torch.bfloat16, device=pages.device)
+        scale_view(pages, cache.layout, kv).copy_(one.view(torch.uint8))
 
 
 def _fill_once(cache: LayerCache) -> None:

@@ -15,6 +15,7 @@ from lexico_kernels import ops
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import ENTRY_BYTES, KV, LEVEL_BITS, SCALE_BYTES, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, RequestTables
+from lexico_kernels.memory.records import load_records
 from torch import Tensor
 
 from vllm_lexico.dictionary.file import GAINS, Dictionary
@@ -176,11 +177,9 @@ class CountingCodec(DictionaryCodec):
 
     def _entries(self, pages: _Pages, tokens: int) -> Tensor:
         """int16 [tokens, Hk, 2, S]: entries of the pages' first tokens, in both places of the page."""
-        layout = pages.layout
-        records = pages.code_pages.view(torch.int16)[1:, : layout.num_kv_heads * layout.head_bytes // ENTRY_BYTES]
-        width = layout.key_bytes // ENTRY_BYTES
-        by_token = records.unflatten(1, (layout.num_kv_heads, 2, layout.block_tokens, width)).movedim(3, 1)
-        return by_token.flatten(0, 1)[:tokens, ..., width - layout.key_sparsity :]
+        slots = torch.arange(tokens, device=self.device) + pages.layout.block_tokens
+        records = [load_records(pages.code_pages, pages.layout, kv, slots) for kv in KV]
+        return torch.stack(records, 2)[..., SCALE_BYTES:].contiguous().view(torch.int16)
 
 
 class ByLayer(VectorCodec):

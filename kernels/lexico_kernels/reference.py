@@ -11,6 +11,7 @@ from torch.nn.functional import embedding_bag
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack, RequestTables
+from lexico_kernels.memory.records import load_records, store_records
 
 CHUNK_FLOATS = 1 << 24  # correlations held at once by `omp`, as a bound on its memory
 MIN_FRESH = 1e-2  # an atom this close to the span of those chosen (length of its remainder) is of no use
@@ -58,10 +59,7 @@ def omp_encode(
         vectors[~raw] = tokens[source[~raw]].to(vectors.dtype)
         vectors[raw] = cache.tail_pages[slots // R, :, slots % R, index]
         records = encode_heads(vectors, cache.codebook(kv), layout, kv, relative_error)
-        at = 0
-        for field, view in field_views(cache.code_pages, layout, kv):
-            view[destination // P, :, destination % P] = records[..., at : at + field.width_bytes]
-            at += field.width_bytes
+        store_records(cache.code_pages, layout, kv, destination, records)
 
 
 def omp_encode_layers(layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0) -> None:
@@ -160,33 +158,16 @@ def history(cache: LayerCache, tables: RequestTables, request: int, positions: T
     raw = (positions < tables.sink_end[request]) | (positions >= tables.raw_start[request])
     coded, raw = (~raw).nonzero().squeeze(1), raw.nonzero().squeeze(1)
     at = positions[coded]
-    pages, tail = tables.block_table[request][at // P].long(), positions[raw]
+    slots, tail = tables.block_table[request][at // P].long() * P + at % P, positions[raw]
     raw_tokens = cache.tail_pages[tables.tail_block_table[request][tail // R].long(), :, tail % R].float()
     dense = []
     for index, kv in enumerate(KV):
-        fields = [view[pages, :, at % P] for _, view in field_views(cache.code_pages, layout, kv)]
+        records = load_records(cache.code_pages, layout, kv, slots)
         tokens = raw_tokens.new_empty(len(positions), layout.num_kv_heads, layout.head_dim)
-        tokens[coded] = decode_heads(torch.cat(fields, -1), cache.codebook(kv), layout, kv, cache.tail_pages.dtype)
+        tokens[coded] = decode_heads(records, cache.codebook(kv), layout, kv, cache.tail_pages.dtype)
         tokens[raw] = raw_tokens[:, :, index]
         dense.append(tokens)
     return dense[0], dense[1]
-
-
-def field_views(code_pages: Tensor, layout: CodeLayout, kv: str) -> list:
-    """The fields of the records of K or V as (Field, uint8 view [num_pages, Hk, P, width_bytes] of the pages)."""
-    base = code_pages.storage_offset() + layout.kv_offset_bytes(kv)
-    pages, Hk, P = code_pages.shape[0], layout.num_kv_heads, layout.block_tokens
-    return [
-        (
-            field,
-            code_pages.as_strided(
-                (pages, Hk, P, field.width_bytes),
-                (code_pages.stride(0), layout.head_bytes, field.stride_bytes, 1),
-                base + field.offset_bytes,
-            ),
-        )
-        for field in layout.fields(kv).values()
-    ]
 
 
 def encode_heads(vectors: Tensor, book: Codebook, layout: CodeLayout, kv: str, relative_error: float = 0.0) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import KV, LEVEL_BITS, NUM_LEVELS, CodeLayout
+from lexico_kernels.memory.layout import ENTRY_BYTES, KV, LEVEL_BITS, NUM_LEVELS, SCALE_BYTES, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, RequestTables
-from lexico_kernels.reference import decode_heads, field_views, gain_factor, omp, omp_encode, write_tail
+from lexico_kernels.memory.records import load_records, store_records
+from lexico_kernels.reference import decode_heads, gain_factor, omp, omp_encode, write_tail
 
 # (largest, root mean square) error allowed, as a share of the expected values' root mean square; "lse" in absolute
 # terms. Attention: inputs and weights are rounded once to the dtype, as in dense FlashAttention. Dense: one rounding
@@ -209,13 +210,10 @@ def _fill_codes(
     cache: LayerCache, table: Tensor, positions: Tensor, atoms: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     layout, P, device = cache.layout, cache.layout.block_tokens, cache.code_pages.device
-    pages, slots = table[positions // P].long().to(device), (positions % P).to(device)
+    slots = (table[positions // P].long() * P + positions % P).to(device)
     for kv in KV:
         records = random_records(len(positions), layout, kv, atoms, dtype, generator).to(device)
-        at = 0
-        for field, view in field_views(cache.code_pages, layout, kv):
-            view[pages, :, slots] = records[..., at : at + field.width_bytes]
-            at += field.width_bytes
+        store_records(cache.code_pages, layout, kv, slots, records)
 
 
 def _fill_tail(
@@ -252,9 +250,20 @@ def vectors_like_the_dictionary(count: int, cache: LayerCache, seed: int = 0) ->
 
 def records_at(cache: LayerCache, slots: Tensor, kv: str) -> Tensor:
     """Records uint8 [M, Hk, vector_bytes] at slots int64 [M]."""
-    pages, slots_in_page = slots // cache.layout.block_tokens, slots % cache.layout.block_tokens
-    views = field_views(cache.code_pages, cache.layout, kv)
-    return torch.cat([view[pages, :, slots_in_page] for _, view in views], -1)
+    return load_records(cache.code_pages, cache.layout, kv, slots)
+
+
+def entries_at(cache: LayerCache, slots: Tensor, kv: str) -> Tensor:
+    """Entries int16 [M, Hk, S] of the "packed16" records at slots int64 [M]."""
+    return records_at(cache, slots, kv)[..., SCALE_BYTES:].contiguous().view(torch.int16)
+
+
+def clear_entries(cache: LayerCache, kv: str, first: int) -> None:
+    """Let the entries from `first` on of all "packed16" records name the null atom at the lowest level."""
+    slots = torch.arange(cache.code_pages.shape[0] * cache.layout.block_tokens, device=cache.code_pages.device)
+    records = records_at(cache, slots, kv)
+    records[..., SCALE_BYTES + ENTRY_BYTES * first :] = 0
+    store_records(cache.code_pages, cache.layout, kv, slots, records)
 
 
 def residual_energy(cache: LayerCache, slots: Tensor, vectors: Tensor, kv: str) -> Tensor:

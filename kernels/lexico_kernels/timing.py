@@ -26,8 +26,8 @@ def milliseconds(call, repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
-def graph_milliseconds(call, calls: int, repeats: int) -> float:
-    """Median time of one call of `calls` in a replayed CUDA graph, as a decode step runs it."""
+def captured(call, calls: int = 1):
+    """A CUDA graph of so many calls, after two to warm up, and what the last of them returned."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -37,7 +37,13 @@ def graph_milliseconds(call, calls: int, repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
-            call()
+            result = call()
+    return graph, result
+
+
+def graph_milliseconds(call, calls: int, repeats: int) -> float:
+    """Median time of one call of `calls` in a replayed CUDA graph, as a decode step runs it."""
+    graph, _ = captured(call, calls)
     return milliseconds(graph.replay, repeats) / calls
 
 

@@ -31,10 +31,11 @@ def test_every_command_says_how_it_is_run_and_finds_its_neighbours(commands):
 def test_a_command_runs_with_and_without_the_safe_path(root: Path, tmp_path, safe_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     environment |= {"PYTHONSAFEPATH": safe_path} if safe_path else {}
-    command = [sys.executable, root / "benchmarks" / "pictures.py", "pages", "frontier", "--out", tmp_path]
+    drawn = ("pages", "frontier", "quality_frontier")
+    command = [sys.executable, root / "benchmarks" / "pictures.py", *drawn, "--out", tmp_path]
     result = subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"pages.png", "frontier.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in drawn}
 
 
 def test_pictures_of_the_docs_are_those_that_are_drawn(root: Path, import_benchmark):

@@ -7,8 +7,9 @@ import types
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, LayerStack, reference
-from lexico_kernels.testing import poisoned_cache
+from lexico_kernels import CodeLayout, LayerStack
+from lexico_kernels.memory.records import scale_view
+from lexico_kernels.testing import entries_at, poisoned_cache
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +148,9 @@ def test_pages_without_coding_hold_codes_of_many_atoms(load_benchmark, monkeypat
     cache = poisoned_cache(layout, 3, atoms=64, dtype=torch.float16)
     uncoded._omp_encode_layers(LayerStack.of([cache]), None, None)
     for kv in ("key", "value"):
-        scales, entries = (view for _, view in reference.field_views(cache.code_pages, layout, kv))
+        scales = scale_view(cache.code_pages, layout, kv)
         assert (scales.contiguous().view(torch.bfloat16) == 1).all()
-        assert len(entries.contiguous().view(torch.int16).unique()) > 100
+        assert len(entries_at(cache, torch.arange(3 * 32), kv).unique()) > 100
     assert (cache.code_pages[:, layout.page_bytes :] == 0xFF).all()
     before = cache.code_pages.clone()
     uncoded._omp_encode(torch.empty(0), None, cache)

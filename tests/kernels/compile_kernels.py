@@ -2,7 +2,8 @@
 
 The interpreter accepts much that the compiler refuses. Here Triton sees a driver that only names its target, and each
 launch stops after compilation. Prints registers, stack and shared memory of each kernel as ptxas reports them, and
-fails if one needs more shared memory than the device has.
+fails if one needs more shared memory than the device has. What starts before its predecessor has ended is compiled for
+other GPUs too, in each way that they can (`device/overlap.py`).
 """
 
 import re
@@ -15,7 +16,7 @@ import triton
 from lexico_kernels import CodeLayout, LayerStack, plan_decode
 from lexico_kernels import reconstruct as history
 from lexico_kernels import write_tail as tail
-from lexico_kernels.device.launch import fp8_fits
+from lexico_kernels.device.launch import OVERLAPS, Overlap, fp8_fits
 from lexico_kernels.memory.pages import DecodePlan
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
@@ -27,6 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 SHARED_BYTES = 232448  # of a thread block on sm_90
+GPUS = {  # by capability: the same, and ways for kernels to follow one another
+    80: (166912, ("off",)),
+    90: (SHARED_BYTES, tuple(OVERLAPS)),
+    100: (SHARED_BYTES, tuple(OVERLAPS)),
+    120: (101376, tuple(OVERLAPS)),
+}
 CASES = [  # head_dim, sparsity, codec, dtype, atoms, tokens of a launch: few and many
     (128, 15, "packed16", torch.bfloat16, 4096, (32, 4096)),
     (128, 7, "packed16", torch.float16, 4096, (4096,)),
@@ -39,16 +46,19 @@ CASES = [  # head_dim, sparsity, codec, dtype, atoms, tokens of a launch: few an
 
 
 class NamesTheTarget:
-    """The parts of a Triton driver that compilation asks for."""
+    """The parts of a Triton driver that compilation asks for, of a GPU of such a capability."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # what is compiled is kept by device
 
     def get_current_stream(self, _: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 def ptxas_report(cubin: bytes) -> str:
@@ -77,6 +87,38 @@ def compile_only(kernel: JITFunction, grid: object):
     return launch
 
 
+def follow_ptx(kernel: JITFunction, overlap: Overlap, shared_bytes: int):
+    """What stands in for `kernel[grid]`: sees that a kernel waits and triggers in this way, and no other."""
+
+    def launch(*args: object, **kwargs: object) -> None:
+        compiled = kernel.warmup(*args, grid=(1,), **kwargs)
+        ptx, name = compiled.asm["ptx"], kernel.__name__
+        assert compiled.metadata.launch_pdl == overlap.on, name
+        assert ("griddepcontrol.wait" in ptx) == overlap.on, name
+        before = ptx.split("griddepcontrol.wait")[0] if overlap.on else ""
+        assert "ld.global" not in before and "st.global" not in before, f"{name} does not wait first"
+        assert ("griddepcontrol.launch_dependents" in ptx) == (overlap.on and name != "merge"), name
+        assert compiled.metadata.shared <= shared_bytes, name
+
+    return launch
+
+
+def follow_one_another() -> None:
+    """Compile a step of decode for each GPU in each way."""
+    problem = random_problem(CodeLayout(128, 8, 15, 15), [40], atoms=4096, dtype=torch.bfloat16)
+    key, slots = torch.zeros(32, 8, 128, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
+    query, step = key.new_zeros(1, 32, 128), torch.zeros(2, 1, dtype=torch.int32)
+    for capability, (shared_bytes, ways) in GPUS.items():
+        triton.runtime.driver.set_active(NamesTheTarget(capability))
+        for name in ways:
+            overlap = OVERLAPS[name]
+            print(f"sm_{capability} {name}", flush=True)
+            tail.overlap_on = lookup.overlap_on = lambda _, way=overlap: way
+            JITFunction.__getitem__ = lambda kernel, _, way=overlap, most=shared_bytes: follow_ptx(kernel, way, most)
+            tail.write_tail(key, key, problem.cache, slots)
+            lookup.sparse_decode(query, problem.cache, problem.tables, *step, scale=0.1)
+
+
 def plan_a_step() -> None:
     """Compile what builders launch."""
     numbers, table = torch.zeros(64, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.int32)
@@ -91,8 +133,8 @@ def main() -> None:
     """Compile all kernels for all cases."""
     triton.runtime.driver.set_active(NamesTheTarget())
     JITFunction.__getitem__ = compile_only
-    # Its step in CUDA C++ is not Triton's to compile; test_lookup.py does that.
-    lookup.attend_codes = lambda *_: None
+    # Its steps in CUDA C++ are not Triton's to compile; test_lookup.py does that.
+    lookup.attend_codes = lookup.multiply_bins = lambda *_: None
     lookup.shared_limit_bytes = lambda _: SHARED_BYTES
     print("triton", triton.__version__)
     plan_a_step()
@@ -127,6 +169,7 @@ def main() -> None:
         if head_dim == 256:  # Gemma 2's
             decode.sparse_decode(query, *step, scale=0.1, soft_cap=50.0)
             lookup.sparse_decode(query, *step, scale=0.1, soft_cap=50.0)
+    follow_one_another()
 
 
 if __name__ == "__main__":

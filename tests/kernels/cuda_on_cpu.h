@@ -139,6 +139,7 @@ inline uint32_t float_bits(float x) {
 #define __uint_as_float bits_float
 #define __float_as_uint float_bits
 #define __popc __builtin_popcount
+#define __ffs __builtin_ffs
 
 template <class T>
 T shuffle(T value, unsigned from, int kind) {
@@ -176,6 +177,19 @@ inline uint32_t __ballot_sync(unsigned, bool value) {
   for (int lane = 0; lane < 32; ++lane) votes |= warp.in[lane][0] << lane;
   cpu::done(warp);
   return votes;
+}
+inline uint32_t __reduce_or_sync(unsigned, uint32_t value) {
+  cpu::Warp& warp = cpu::exchange(value, 12);
+  for (auto& lane : warp.in) value |= lane[0];
+  cpu::done(warp);
+  return value;
+}
+inline uint32_t __match_any_sync(unsigned, uint32_t value) {
+  cpu::Warp& warp = cpu::exchange(value, 13);
+  uint32_t alike = 0;
+  for (int lane = 0; lane < 32; ++lane) alike |= uint32_t(warp.in[lane][0] == value) << lane;
+  cpu::done(warp);
+  return alike;
 }
 inline void __syncwarp() { cpu::meet(cpu::own_warp().meeting, 6); }
 inline void __syncthreads() { cpu::meet(cpu::blocks[cpu::current->block], 7); }

@@ -5,6 +5,7 @@ import torch
 from lexico_kernels import CodeLayout, ops, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import fp8_fits
+from lexico_kernels.memory.records import scale_view
 from lexico_kernels.omp_encode import clusters as cluster
 from lexico_kernels.omp_encode import tiles as omp
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
@@ -13,9 +14,11 @@ from lexico_kernels.testing import (
     OMP_ENERGY_RATIO,
     assert_close,
     check_gain,
+    clear_entries,
     fp8_cache,
     poisoned_cache,
     random_problem,
+    records_at,
     residual_energy,
     vectors_like_the_dictionary,
 )
@@ -64,8 +67,7 @@ def test_omp_encode(encode, codec, S, count):
         got += torch.tensor(energies(caches[1], destination, key, value))
     assert (got <= OMP_ENERGY_RATIO["many"] * want).all(), (got, want)
     beyond = torch.arange(P + count, 8 * P, device="cuda")
-    for _, view in reference.field_views(caches[1].code_pages, it, "key"):
-        assert (view[beyond // P, :, beyond % P] == 0xFF).all()
+    assert (records_at(caches[1], beyond, "key") == 0xFF).all()
 
 
 @pytest.mark.parametrize(
@@ -178,8 +180,8 @@ def test_sparse_decode(codec, S, dtype):
         (1, 128, (15, 7), 1024, 64),
         (2, 64, (11, 11), 4096, 128),
         (4, 128, (15, 15), 4096, 128),
-        (4, 96, (10, 9), 1000, 128),  # records that only 2-byte loads can read
-        (3, 64, (5, 6), 333, 16),
+        (4, 96, (16, 14), 1000, 128),  # records with a last halfword
+        (3, 64, (5, 6), 333, 32),
         (6, 128, (7, 7), 4096, 128),
         (7, 64, (15, 15), 4096, 128),
         (8, 128, (23, 31), 4096, 256),
@@ -244,9 +246,8 @@ def test_decode_through_lookups_in_slices(monkeypatch):
 def test_decode_through_lookups_of_any_scale(peak):
     """Fixed point adapts to the values, and one token that takes all the weight is as exact as many that share it."""
     problem = random_problem(layout(), [6000], atoms=N, dtype=torch.bfloat16, device="cuda", raw_tokens=64)
-    views = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")]
-    values = (peak * torch.rand(views[0].shape[:-1], device="cuda")).bfloat16()
-    views[0].copy_(values[..., None].view(torch.uint8))
+    scales = scale_view(problem.cache.code_pages, problem.cache.layout, "value")
+    scales.copy_((peak * torch.rand(*scales.shape[:-1], 1, device="cuda")).bfloat16().view(torch.uint8))
     generator = torch.Generator("cuda").manual_seed(0)
     query = torch.randn(1, HQ, D, generator=generator, device="cuda").bfloat16()
     args = (problem.cache, problem.tables, cuda([0]), cuda([6000]))
@@ -266,8 +267,7 @@ def test_decode_through_lookups_of_short_codes(group):
     problem = random_problem(
         layout(Hk=2), [1500], atoms=N, dtype=torch.bfloat16, device="cuda", sink_pages=0, raw_tokens=0
     )
-    entries = [view for _, view in reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")][1]
-    entries.view(torch.int16)[..., 4:] = 0  # the null atom at the lowest level
+    clear_entries(problem.cache, "value", 4)
     count = 4096  # each head of each token has one chance in 4,000 to meet a bin that a half cannot hold
     query = torch.randn(count, 2 * group, D, device="cuda", dtype=torch.bfloat16)
     args = (query, problem.cache, problem.tables, cuda([0] * count), cuda([1500] * count))

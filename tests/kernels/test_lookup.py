@@ -13,9 +13,9 @@ from lexico_kernels import CodeLayout, reference
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import LOOKUP_BINS, LOOKUP_MATMUL, LOOKUP_SPLITS, lookup_launch
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
-from lexico_kernels.testing import assert_close, random_problem
+from lexico_kernels.testing import assert_close, clear_entries, random_problem
 
-P = 32
+P = 64
 SHARED_BYTES = 232448  # of a thread block on sm_90
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on inf and NaN
@@ -34,51 +34,57 @@ def forget_shapes():
         lookup_sizes.way_for,
         lookup_sizes.shape_for,
         lookup._lookup_tiles,
-        lookup._bin_tiles,
         lookup._merge_tiles,
     ):
         cached.cache_clear()
 
 
 class OnCpu:
-    """`attend_codes` as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before."""
+    """A kernel as `cuda_on_cpu.h` runs its source, thread by thread; what it should write is NaN before.
 
-    def __init__(self, shape, page_alignment, folder):
-        launch = lookup.lookup_launch(shape.queries)
-        self.shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-        macros = lookup_sizes.constants(shape, launch, page_alignment, SHARED_BYTES)
+    written: which of its arguments it writes.
+    """
+
+    def __init__(self, folder, cpp, files, macros, shared_bytes, written):
+        self.shared_bytes, self.written = shared_bytes, written
         source, path = folder / "source.cu", folder / "kernel.so"
-        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in lookup.FILES[1:]))
+        source.write_text("\n".join((nvrtc.SOURCES / file).read_text() for file in files))
         flags = [f"-D{name}={value}" for name, value in macros.items()]
-        flags += [
-            f'-DSOURCE="{source}"',
-            "-DHALF=1",
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-U_FORTIFY_SOURCE",
-            "-shared",
-            "-fPIC",
-        ]
-        subprocess.run(["g++", *flags, Path(__file__).parent / "lookup_on_cpu.cpp", "-o", path], check=True)
+        flags += [f'-DSOURCE="{source}"', "-DHALF=1", "-std=c++17", "-O1", "-w"]
+        flags += ["-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+        subprocess.run(["g++", *flags, Path(__file__).parent / cpp, "-o", path], check=True)
         self.library = ctypes.CDLL(str(path))
 
-    def launch(self, grid, threads, *arguments):
-        bins, stats = arguments[10:12]
-        bins.fill_(torch.nan)
-        stats.fill_(torch.nan)
+    def launch(self, grid, threads, *arguments, overlaps):
+        assert not overlaps
+        for at in self.written:
+            arguments[at].fill_(torch.nan)
         kinds = {
             torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
             nvrtc.Int64: ctypes.c_longlong,
             int: ctypes.c_int,
         }
-        self.library.launch(*grid[:2], self.shared, *(kinds[type(each)](each) for each in arguments))
+        self.library.launch(*grid[:2], self.shared_bytes, *(kinds[type(each)](each) for each in arguments))
 
 
 @pytest.fixture(scope="module")
 def kernels_on_cpu(tmp_path_factory):
-    """A kernel for each shape, built once."""
-    return functools.cache(lambda shape, alignment, _: OnCpu(shape, alignment, tmp_path_factory.mktemp("lookup")))
+    """Both kernels for each shape, built once."""
+
+    def attend_codes(shape, *_):
+        launch = lookup.lookup_launch(shape.queries)
+        shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
+        macros = lookup_sizes.constants(shape, launch, SHARED_BYTES)
+        folder = tmp_path_factory.mktemp("lookup")
+        return OnCpu(folder, "lookup_on_cpu.cpp", lookup.FILES[1:], macros, shared, (10, 11))
+
+    def multiply_bins(shape, way, half, *_):
+        macros = lookup_sizes.bins_constants(shape, way, half)
+        shared = lookup_sizes.bins_shared_bytes(shape, way)
+        folder = tmp_path_factory.mktemp("bins")
+        return OnCpu(folder, "multiply_bins_on_cpu.cpp", lookup.BINS_FILES[1:], macros, shared, (5,))
+
+    return functools.cache(attend_codes), functools.cache(multiply_bins)
 
 
 @pytest.fixture
@@ -92,7 +98,8 @@ def on_any_device(monkeypatch, device, kernels_on_cpu):
     for module in (lookup_sizes, lookup):
         monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
     cut_contexts(monkeypatch, 256)
-    monkeypatch.setattr(lookup, "kernel_for", kernels_on_cpu)
+    for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
+        monkeypatch.setattr(lookup, name, kernel)
     monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
     yield
     forget_shapes()
@@ -125,7 +132,10 @@ def test_lengths(group, device, on_any_device):
     check(problem, range(6), lengths, 2 * group, device)
 
 
-def test_several_splits(device, on_any_device, monkeypatch):
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_several_splits(at_once, device, on_any_device, monkeypatch):
+    """More than are loaded at once, and fewer."""
+    monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_SPLITS", at_once)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
     lengths = [333, 40, 90]
@@ -136,8 +146,7 @@ def test_several_splits(device, on_any_device, monkeypatch):
 def test_unused_entries_have_no_bin(device, on_any_device, monkeypatch):
     """They all name the null atom, whose bin could overflow and come out as infinity."""
     problem = random_problem(layout(S=(5, 15)), [63, 40], atoms=64, device=device, sink_pages=0, raw_tokens=0)
-    views = reference.field_views(problem.cache.code_pages, problem.cache.layout, "value")
-    views[1][1].view(torch.int16)[..., 2:] = 0
+    clear_entries(problem.cache, "value", 2)
     bins, multiply = [], lookup.multiply_bins
 
     def watched(shape, scratch, *rest):
@@ -247,18 +256,19 @@ def test_query_heads_of_a_pass_fit_shared_memory(limit, passes):
             assert limit < 200 << 10 or way == (way.passes, queries, LOOKUP_SPLITS.tokens)  # Hopper needs no other way
 
 
-CASES = [  # query heads per KV head, D, sparsities, atoms, page alignment
-    (1, 128, (15, 15), (4096, 4096), 16),
-    (2, 128, (15, 7), (4096, 4096), 16),
-    (3, 128, (11, 11), (4096, 4096), 16),
-    (4, 128, (15, 15), (4096, 4096), 16),
-    (4, 128, (7, 7), (4096, 1024), 16),
-    (4, 64, (10, 9), (1000, 333), 2),
-    (5, 128, (23, 31), (4096, 4096), 16),
-    (6, 128, (15, 15), (4096, 4096), 16),
-    (7, 64, (15, 15), (4096, 4096), 16),
-    (8, 128, (3, 1), (1, 40), 4),
-    (8, 256, (31, 31), (4096, 4096), 16),  # Qwen3-Next at an eighth of its bytes
+CASES = [  # query heads per KV head, D, sparsities, atoms
+    (1, 128, (15, 15), (4096, 4096)),
+    (2, 128, (15, 7), (4096, 4096)),
+    (3, 128, (11, 11), (4096, 4096)),
+    (4, 128, (15, 15), (4096, 4096)),
+    (4, 128, (16, 14), (4096, 4096)),
+    (4, 128, (7, 7), (4096, 1024)),
+    (4, 64, (10, 9), (1000, 333)),
+    (5, 128, (23, 31), (4096, 4096)),
+    (6, 128, (15, 15), (4096, 4096)),
+    (7, 64, (15, 15), (4096, 4096)),
+    (8, 128, (3, 1), (1, 40)),
+    (8, 256, (31, 31), (4096, 4096)),  # Qwen3-Next at an eighth of its bytes
 ]
 
 
@@ -273,12 +283,26 @@ COMPILED += [("sm_89", case) for case in CASES if case[:2] in ((4, 128), (5, 128
 def test_the_kernel_compiles(arch, case):
     """To machine code, without a GPU."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    group, D, S, atoms, alignment = case
+    group, D, S, atoms = case
     it = CodeLayout(D, 2, *S)
     limit = LIMITS[arch]
     shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), alignment, limit)
+    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 256])
+@pytest.mark.parametrize(("arch", "case"), COMPILED, ids=str)
+def test_products_with_the_atoms_compile(arch, case, tokens):
+    """To machine code, without a GPU; and fit shared memory whatever the context."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    group, D, S, atoms = case
+    for context in (1 << 17, 1 << 20):
+        shape = lookup_sizes.shape_for(CodeLayout(D, 2, *S), 2 * group, *atoms, context, LIMITS[arch])
+        way = lookup_sizes.bins_way(shape, tokens, LIMITS[arch])
+        assert lookup_sizes.bins_shared_bytes(shape, way) <= LIMITS[arch] and way.columns % shape.row == 0
+    macros = lookup_sizes.bins_constants(shape, way, half=tokens == 1)
+    assert nvrtc.compile_source(nvrtc.source_text(lookup.BINS_FILES), arch, macros).startswith(b"\x7fELF")
 
 
 def test_the_kernel_compiles_with_a_soft_cap():
@@ -286,7 +310,7 @@ def test_the_kernel_compiles_with_a_soft_cap():
     pytest.importorskip("cuda.bindings.nvrtc")
     it = CodeLayout(256, 2, 31, 31)
     shape = lookup_sizes.shape_for(it, 4, 4096, 4096, 1 << 17, SHARED_BYTES, 50 * lookup.LOG2_E)
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), 16, SHARED_BYTES)
+    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), SHARED_BYTES)
     assert macros["CAP_BITS"] == nvrtc.float_bits(72.13475)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), "sm_90a", macros).startswith(b"\x7fELF")
 

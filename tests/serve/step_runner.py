@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lexico_kernels import ops
+from lexico_kernels import ops, write_tail
 from lexico_kernels.device import nvrtc
+from lexico_kernels.device.launch import OVERLAP, OVERLAPS
 from lexico_kernels.memory.layout import KV
 from lexico_kernels.omp_encode import clusters, entry_order
 from lexico_kernels.sparse_decode import lookup
@@ -263,13 +264,13 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
 
     def compiled(files: Any, name: str, device: int, shared_bytes: int = 0, **macros: int) -> Any:
         found.add((name, f"{files} {shared_bytes} {macros}"))
-        return SimpleNamespace(launch=lambda *_: None)
+        return SimpleNamespace(launch=lambda *_, **__: None)
 
     def attended(query: Tensor, *_: Any, out: Tensor | None = None, **__: Any) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(query) if out is None else out
         return out, query.new_empty(query.shape[1::-1], dtype=torch.float32)
 
-    caches = (lookup.kernel_for, clusters._kernel, entry_order._kernel)
+    caches = (lookup.kernel_for, lookup.bins_kernel_for, clusters._kernel, entry_order._kernel)
     with pytest.MonkeyPatch.context() as patch:
         for kind in (JITFunction, InterpretedFunction):
             patch.setattr(kind, "run", run)
@@ -278,6 +279,8 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
         patch.setattr(nvrtc, "available", lambda _: shape.cuda_cpp)
         patch.setattr(clusters, "_on_device", lambda _: shape.clusters and shape.cuda_cpp)
         patch.setattr(lookup, "shared_limit_bytes", lambda _: 232448)
+        for module in (lookup, write_tail):
+            patch.setattr(module, "overlap_on", lambda _: OVERLAPS[OVERLAP])
         for module in (impl, block_attention):
             patch.setattr(module, "dense_attention", attended)
             patch.setattr(module, "merge_into", lambda *_: None)

@@ -16,9 +16,6 @@ def uneven_sparsities(
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Atoms per vector of each KV head of a rank, in bytes at most `mean` on average over the rank's heads.
 
-    Kernels are compiled for how many heads of a kind a layer has. So that these numbers are few, a layer has 1, 2, 4,
-    ... or all of its heads in `high`, or none.
-
     Args:
         dictionary: of the model, with the share of each head's tokens that are asked.
         layers: indices of a rank's layers; those that are not coded are passed over.
@@ -51,19 +48,9 @@ def uneven_sparsities(
             f"{count} KV heads with {high}; allowed: pairs that give it to one at least; "
             f"choose a smaller high or a larger sparsity, or leave uneven out"
         )
-    ranked = {index: sorted(own, reverse=True) for index, own in coded.items()}
-    counts = dict.fromkeys(coded, 0)  # of heads in `high`
-    while True:
-        steps = {index: own[counts[index] : max(1, 2 * counts[index])] for index, own in ranked.items()}
-        fitting = {index: sum(step) / len(step) for index, step in steps.items() if 0 < len(step) <= left}
-        if not fitting:
-            break
-        index = max(fitting, key=lambda each: fitting[each])
-        counts[index], left = counts[index] + len(steps[index]), left - len(steps[index])
-    return tuple((index, _atoms(own, counts[index], low, high)) for index, own in coded.items())
-
-
-def _atoms(shares: Sequence[float], count: int, low: int, high: int) -> tuple[int, ...]:
-    """`high` for the `count` heads with the largest shares, `low` for the others."""
-    chosen = sorted(range(len(shares)), key=lambda head: -shares[head])[:count]
-    return tuple(high if head in chosen else low for head in range(len(shares)))
+    ranked = sorted((-share, index, head) for index, own in coded.items() for head, share in enumerate(own))
+    chosen = {(index, head) for _, index, head in ranked[:left]}
+    return tuple(
+        (index, tuple(high if (index, head) in chosen else low for head in range(len(own))))
+        for index, own in coded.items()
+    )

@@ -371,9 +371,11 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
                 assert self.layer_index is not None
                 own = own_pages(given, self._layers_of_block(layout), self.layer_index)
                 layouts = self.setup.part_layouts(layout, self.layer_index)
-                self._cache = LayerParts.cut(given, own, tail, books.pairs(), layout, layouts, books.order())
+                pairs, group = books.pairs(), self.num_heads // self.num_kv_heads
+                self._cache = LayerParts.cut(given, own, tail, pairs, layout, layouts, books.order(), group)
             else:
-                self._cache = LayerParts.of(LayerCache(given, tail, books.book("key"), books.book("value"), layout))
+                pair, group = (books.book("key"), books.book("value")), self.num_heads // self.num_kv_heads
+                self._cache = LayerParts.of(LayerCache(given, tail, *pair, layout, group))
             self._bound_to = pages
         return self._cache
 

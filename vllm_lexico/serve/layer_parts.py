@@ -85,6 +85,7 @@ class LayerParts:
         layout: CodeLayout,
         layouts: Sequence[CodeLayout],
         order: HeadOrder | None,
+        group: int,
     ) -> LayerParts:
         """Of a layer of an engine in which sparsities differ.
 
@@ -96,15 +97,16 @@ class LayerParts:
             layout: of a layer with the mean sparsity.
             layouts: of the parts, whose heads follow one another.
             order: of the heads.
+            group: query heads per KV head.
         """
         parts: list[Part] = []
         head = byte = 0
         for pair, of_part in zip(books, layouts, strict=True):
             heads = slice(head, head + of_part.num_kv_heads)
             codes = own[:, byte : byte + of_part.page_bytes]
-            parts.append(Part(heads, LayerCache(codes, tail[:, heads], *pair, of_part)))
+            parts.append(Part(heads, LayerCache(codes, tail[:, heads], *pair, of_part, group)))
             head, byte = heads.stop, byte + of_part.page_bytes
-        return cls(LayerCache(given, tail, *books[0], layout), tuple(parts), order, by_head=True)
+        return cls(LayerCache(given, tail, *books[0], layout, group), tuple(parts), order, by_head=True)
 
     def caches_to_stack(self) -> list[LayerCache]:
         """What `stacked` takes of this layer."""

@@ -31,14 +31,9 @@ from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_pre
 if TYPE_CHECKING:
     from vllm_lexico.serve.impl import LexicoImpl
 
-# Triton compiles apart for integers that are 1 and for those that 16 divides. The products of a count of tokens and of
-# a layer's sizes that kernels take as arguments have all such forms with these multiples.
-MULTIPLES = (1, 2, 4, 8, 16)
 # Tokens of a step from which on `sparse_decode` is launched in another way, whatever power of two its rows are of.
-FIRST_TOKENS = {bins.max_columns // row + 1 for bins in LOOKUP_BINS[:-1] for row in MULTIPLES if row <= MAX_QUERIES} | {
-    1
-}
-DECODED_TOKENS = sorted({cdiv(first, multiple) * multiple for first in FIRST_TOKENS for multiple in MULTIPLES})
+ROWS = [1 << bit for bit in range(MAX_QUERIES.bit_length())]
+DECODED_TOKENS = sorted({1} | {bins.max_columns // row + 1 for bins in LOOKUP_BINS[:-1] for row in ROWS})
 
 
 class Layer(NamedTuple):

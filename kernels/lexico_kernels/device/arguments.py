@@ -83,7 +83,7 @@ class Book(NamedTuple):
 class KvSizes(NamedTuple):
     """Compile-time constants of keys or values."""
 
-    ADDRESS: RecordAddress
+    ADDRESS: RecordAddress | None  # None for kernels that read no records
     N: int  # atoms
     HEAD_STRIDE: int  # numbers from one head's atoms to the next head's, 0 where heads share them
 
@@ -92,7 +92,7 @@ class Sizes(NamedTuple):
     """Compile-time constants of a layer's cache; letters as in docs/design/memory.md."""
 
     kv: tuple[KvSizes, KvSizes]
-    HEAD_BYTES: int  # of one head in a code page
+    HEAD_BYTES: int  # of one head in a code page; 0 for kernels that read no records
     CODEC: str
     P: int
     R: int
@@ -100,9 +100,12 @@ class Sizes(NamedTuple):
     D_PAD: int  # D up to a power of two
 
     @classmethod
-    def of(cls, cache: LayerCache) -> "Sizes":
-        """Those of a layer's cache; made once per layout and codebooks' shape."""
-        return _sizes(cache.layout, *_book_sizes(cache.key), *_book_sizes(cache.value))
+    def of(cls, cache: LayerCache, *, records: bool = True) -> "Sizes":
+        """Those of a layer's cache; made once per layout and codebooks' shape.
+
+        records: whether the kernel reads or writes them. One that does not is then compiled once for all sparsities.
+        """
+        return _sizes(cache.layout, records, *_book_sizes(cache.key), *_book_sizes(cache.value))
 
 
 def _book_sizes(book: Codebook) -> tuple[int, int]:
@@ -110,10 +113,10 @@ def _book_sizes(book: Codebook) -> tuple[int, int]:
 
 
 @cache
-def _sizes(layout: CodeLayout, *sizes: int) -> Sizes:
+def _sizes(layout: CodeLayout, records: bool, *sizes: int) -> Sizes:
     pairs = zip(KV, (sizes[:2], sizes[2:]), strict=True)
-    key, value = (KvSizes(layout.address(kv), *of_book) for kv, of_book in pairs)
-    padded = 1 << (layout.head_dim - 1).bit_length()
+    key, value = (KvSizes(layout.address(kv) if records else None, *of_book) for kv, of_book in pairs)
+    head_bytes, padded = layout.head_bytes if records else 0, 1 << (layout.head_dim - 1).bit_length()
     return Sizes(
-        (key, value), layout.head_bytes, layout.codec, layout.block_tokens, layout.tail_tokens, layout.head_dim, padded
+        (key, value), head_bytes, layout.codec, layout.block_tokens, layout.tail_tokens, layout.head_dim, padded
     )

@@ -40,6 +40,22 @@ class LayersLaunch(NamedTuple):
     num_stages: int
 
 
+class Overlap(NamedTuple):
+    """How kernels of a decode step follow one another on a stream; see `overlap.py`."""
+
+    on: bool  # a kernel waits for what those before have written, and lets the next one start before its last phase
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """For a kernel in CUDA C++."""
+        return {"OVERLAPS": int(self.on)}
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """For a launch in Triton; none where it is an ordinary one, since not every backend knows them."""
+        return {"launch_pdl": True} if self.on else {}
+
+
 class PlanLaunch(NamedTuple):
     """How a step's coding is planned."""
 
@@ -49,6 +65,11 @@ class PlanLaunch(NamedTuple):
 
 
 UNLIMITED = 1 << 62
+
+# Ways for kernels to follow one another, and the one that is used on GPUs that know more than "off".
+OVERLAPS = {"off": Overlap(on=False), "on": Overlap(on=True)}
+OVERLAP = "on"
+OVERLAP_CAPABILITY = (9, 0)
 
 PURSUIT = (
     PursuitLaunch(4096, 16, 128, 4, 3),
@@ -130,7 +151,6 @@ class LookupLaunch(NamedTuple):
     threads: int
     levels_from: int  # 0 shared memory, 1 bytes in registers
     max_blocks: int  # per multiprocessor, for the compiler's budget of registers
-    rotate: int = 0  # 1: an atom's bins side by side, where the heads are a power of two
 
 
 class LookupMatmul(NamedTuple):
@@ -149,11 +169,11 @@ class LookupBins(NamedTuple):
     """
 
     max_columns: int
-    columns: int  # in a program
+    columns: int  # of a block
 
 
 class LookupChunk(NamedTuple):
-    """Atoms that a program multiplies bins with, where contexts may have up to `max_splits` splits."""
+    """Atoms that a block multiplies bins with, where contexts may have up to `max_splits` splits."""
 
     max_splits: int
     atoms: int
@@ -172,7 +192,7 @@ LOOKUP_SPLITS = LookupSplits(
     tokens=4096, fewer_tokens=(3072, 2048), short_context=8192, short_tokens=2048, static_bytes=6144
 )
 LOOKUP_ATTEND = (
-    LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2, rotate=1),
+    LookupLaunch(max_queries=4, threads=384, levels_from=1, max_blocks=2),
     LookupLaunch(max_queries=8, threads=512, levels_from=0, max_blocks=1),
 )
 # Query heads of a KV head that go in one pass where they fit; more go in passes of 4, of which two blocks share a
@@ -184,8 +204,8 @@ LOOKUP_BINS = (
     LookupBins(max_columns=128, columns=32),
     LookupBins(max_columns=UNLIMITED, columns=64),
 )
-LOOKUP_BINS_TILE = Launch(tile=64, num_warps=4, num_stages=3)  # atoms
-LOOKUP_BINS_SPLITS = 4  # whose bins are on their way at once
+LOOKUP_BINS_SPLITS = 16  # whose bins a thread has on their way at once, at most
+LOOKUP_BINS_TURNS = 2  # pieces of a tile for a thread where contexts have one split, so that all blocks run at once
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
 LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)

@@ -7,9 +7,10 @@ source is a `.cu` file of `lexico_kernels` without includes; its `extern "C"` ke
 import ctypes
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,16 @@ class Kernel:
     device: int
     shared_bytes: int
 
-    def launch(self, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int | float) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int | float, overlaps: bool = False
+    ) -> None:
         """Start it on torch's current stream.
 
         Args:
             grid: blocks.
             threads: per block.
             arguments: tensors are passed as pointers, integers as int, `Int64` as long long, floats as float.
+            overlaps: it may start before the kernel before it has ended, and waits itself (`overlap.py`).
         """
         from cuda.bindings import driver
 
@@ -110,12 +114,41 @@ class Kernel:
         base = ctypes.addressof(memory)
         pointers = (ctypes.c_void_p * len(offsets))(*[base + offset for offset in offsets])
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        call = (self.function, *grid, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers), 0)
-        result = driver.cuLaunchKernel(*call)
+        start: Callable[[], tuple[Any, ...]]
+        if overlaps:
+            config = _overlapping(grid, threads, self.shared_bytes, stream)
+            start = partial(driver.cuLaunchKernelEx, config, self.function, ctypes.addressof(pointers), 0)
+        else:
+            sizes = (*grid, threads, 1, 1, self.shared_bytes, stream)
+            start = partial(driver.cuLaunchKernel, self.function, *sizes, ctypes.addressof(pointers), 0)
+        result = start()
         if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the device yet
             check(driver.cuCtxSetCurrent(_context(self.device)))
-            result = driver.cuLaunchKernel(*call)
+            result = start()
         check(result)
+
+
+def _overlapping(grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int) -> Any:
+    """The CUlaunchConfig of a launch that may start before the kernel before it has ended."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [_overlap_attribute()], 1
+    return config
+
+
+@once
+def _overlap_attribute() -> Any:
+    """The CUlaunchAttribute of such a launch."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def _code(value: Tensor | int | float) -> str:

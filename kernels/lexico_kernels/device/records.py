@@ -12,6 +12,8 @@ from lexico_kernels.memory import layout
 
 LEVEL_BITS = tl.constexpr(layout.LEVEL_BITS)
 NUM_LEVELS = tl.constexpr(layout.NUM_LEVELS)
+SPAN_TOKENS = tl.constexpr(layout.SPAN_TOKENS)
+WORD_BYTES = tl.constexpr(layout.WORD_BYTES)
 UNROLL = tl.constexpr(launch.GATHER_UNROLL)
 
 
@@ -43,6 +45,19 @@ def load_atoms(atoms_ptr, indices, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def halfword_offset(slots, halfword, ADDRESS: tl.constexpr):
+    """Where a halfword of the "packed16" records at these slots lies in a head: 0 is the scale, i + 1 entry i.
+
+    The last one alone can be no half of a word; then the tokens of a span have it in a row of halfwords.
+    """
+    RECORD_BYTES: tl.constexpr = ADDRESS.record_bytes
+    word = halfword // 2
+    token_bytes = tl.where(word < RECORD_BYTES // WORD_BYTES, WORD_BYTES, 2)
+    in_span = word * (SPAN_TOKENS * WORD_BYTES) + halfword % 2 * 2 + slots % SPAN_TOKENS * token_bytes
+    return ADDRESS.offset + slots // SPAN_TOKENS * (SPAN_TOKENS * RECORD_BYTES) + in_span
+
+
+@triton.jit
 def decode_tile(heads, slots, valid, head, books, KV: tl.constexpr, DTYPE: tl.constexpr, SIZES: tl.constexpr):
     """float32 [TILE, D_PAD]: K or V of a tile of records without their head's mean; 0 where not valid.
 
@@ -52,23 +67,20 @@ def decode_tile(heads, slots, valid, head, books, KV: tl.constexpr, DTYPE: tl.co
     ADDRESS: tl.constexpr = OWN.ADDRESS
     D: tl.constexpr = SIZES.D
     D_PAD: tl.constexpr = SIZES.D_PAD
-    index_ptr = heads + ADDRESS.index_offset + slots * ADDRESS.index_stride
     if SIZES.CODEC == "exact":
         dims = tl.arange(0, D_PAD)
-        rows = index_ptr.to(tl.pointer_type(DTYPE), bitcast=True)
+        rows = (heads + ADDRESS.offset + slots * ADDRESS.record_bytes).to(tl.pointer_type(DTYPE), bitcast=True)
         mask = valid[:, None] & (dims < D)[None, :]
         vectors = tl.load(rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     else:
         atoms_ptr = books[KV].atoms + head * OWN.HEAD_STRIDE
-        scale_ptr = (heads + ADDRESS.scale_offset + slots * ADDRESS.scale_stride).to(
-            tl.pointer_type(tl.bfloat16), bitcast=True
-        )
+        scale_ptr = (heads + halfword_offset(slots, 0, ADDRESS)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
         scale = tl.load(scale_ptr, mask=valid, other=0.0).to(tl.float32)
-        entry_ptr = index_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
         vectors = tl.zeros([heads.shape[0], D_PAD], tl.float32)
         SPARSITY: tl.constexpr = ADDRESS.sparsity
         for s in tl.range(SPARSITY, loop_unroll_factor=UNROLL):
-            entry = tl.load(entry_ptr + s, mask=valid, other=0).to(tl.int32)
+            entry_ptr = (heads + halfword_offset(slots, s + 1, ADDRESS)).to(tl.pointer_type(tl.uint16), bitcast=True)
+            entry = tl.load(entry_ptr, mask=valid, other=0).to(tl.int32)
             coefficient = tl.load(books[KV].levels + (entry & (NUM_LEVELS - 1)))
             index = tl.minimum(entry >> LEVEL_BITS, OWN.N - 1)  # whatever the bytes are, stay within the dictionary
             vectors += (coefficient * scale)[:, None] * load_atoms(atoms_ptr, index, D, D_PAD)

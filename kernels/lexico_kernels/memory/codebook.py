@@ -123,8 +123,11 @@ class Codebook:
 
     @cached_property
     def head_stride(self) -> int:
-        """Numbers from one head's atoms to the next head's: 0 where heads share them."""
-        return self.atoms.stride(0) if self.atoms.shape[0] > 1 else 0
+        """Numbers from one head's atoms to the next head's: 0 where heads share them.
+
+        A head that is alone has atoms of its own, so that kernels are the same for any number of such heads.
+        """
+        return self.num_atoms * self.atoms.shape[2] if len(self.atoms) == len(self.mean) else 0
 
     def head(self, index: int) -> "Codebook":
         """The codebook of one head alone, within the same memory."""

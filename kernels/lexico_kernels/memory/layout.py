@@ -1,10 +1,11 @@
 """CodeLayout: the only home of the sizes and offsets of coded and raw tokens in memory.
 
 A code page holds P = `block_tokens` tokens of one layer. KV head h starts at byte h * head_bytes: first the K records
-of all P tokens, then the V records. A record is made of fields, each an array over the tokens of the page with its
-own stride:
+of all P tokens, then the V records. A record is made of fields, arrays over the tokens (`Field`):
 
-- "packed16": bf16 scale, then S uint16 entries = atom << 4 | level. A token's record is contiguous, 2(S + 1) bytes.
+- "packed16": bf16 scale, then S uint16 entries = atom << 4 | level: 2(S + 1) bytes. The records of a span of 32 tokens
+  lie side by side, word by word: scale and entry 0 of all 32, then entries 1 and 2 of all 32, ...; where S is even the
+  last entry of all 32 follows. So a warp that loads a word of each token's record loads 128 consecutive bytes.
 - "paper" (Lexico, section 3.3): int16 atoms and fp8 e4m3 coefficients, plus a bf16 scale: 3S + 2 bytes. Each field is
   an array of its own over the page, which keeps 2-byte loads aligned when S is odd.
 - "exact": the vector itself, for tests.
@@ -18,13 +19,15 @@ from typing import NamedTuple
 
 CODECS = ("packed16", "paper", "exact")
 KERNEL_CODECS = ("packed16", "exact")  # that kernels on CUDA know; the other is for studies with the twins
+# Of what the bytes of a page mean; a change of them gets the next number, so that engines that share pages agree on it.
+LAYOUT_VERSION = 2
 KV = ("key", "value")
 MAX_ATOMS = 4096
 MAX_SPARSITY = 31
 NUM_LEVELS = 16
 LEVEL_BITS = 4
 # Tokens coded at a time: aligned spans of this many, so that in decode a launch has enough vectors to fill the device
-# while no step has to code a whole block. Divides every block size. A span's records are ordered together.
+# while no step has to code a whole block. Divides every block size. A span's records lie, and are ordered, together.
 SPAN_TOKENS = 32
 # A span's delay (docs/design/write.md) is a hash of its page's id: two products of DELAY_BITS bits, a shift between.
 DELAY_FACTORS = (1640531527, 1812433253)
@@ -36,28 +39,34 @@ BF16_MAX = (2 - 2**-7) * 2.0**127
 
 SCALE_BYTES = 2
 ENTRY_BYTES = 2  # packed16: atom and level
+WORD_BYTES = 4  # packed16: of a record that the tokens of a span have side by side
 INDEX_BYTES = 2  # paper
 FP8_BYTES = 1  # paper
 
 
 class Field(NamedTuple):
-    """One array of the records of K or V within a page: token t's bytes are [offset + t * stride, ... + width)."""
+    """One array of the records of K or V within a page, [span][piece][token of the span][byte].
+
+    Piece i of token t starts at offset + t // span_tokens * span_bytes + (i * span_tokens + t % span_tokens) * width.
+    """
 
     offset_bytes: int  # from the start of these records of a head
-    stride_bytes: int  # from one token to the next
-    width_bytes: int
+    width_bytes: int  # of a piece
+    pieces: int  # that a token has of this field, one after another in its record
+    span_tokens: int  # that have each piece side by side
+    span_bytes: int  # from one span to the next
 
 
 class RecordAddress(NamedTuple):
-    """Plain numbers that a kernel needs to find records of K or V; all offsets count from the start of a head."""
+    """Plain numbers that a kernel needs to find records of K or V.
+
+    "exact": the vector of a slot starts at offset + slot * record_bytes. "packed16": the kernels' own `halfword_offset`
+    (device/records.py, memory/records.cu) finds the scale and each entry as `CodeLayout.fields` lays them out.
+    """
 
     sparsity: int
-    scale_offset: int
-    scale_stride: int
-    index_offset: int  # packed16: the entries; exact: the vector
-    index_stride: int
-    coefficient_offset: int  # paper only
-    coefficient_stride: int
+    offset: int  # of the first record, from the start of a head
+    record_bytes: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class CodeLayout:
         key_sparsity: S of keys, atoms per vector, 1 to 31. "exact" ignores both sparsities.
         value_sparsity: S of values.
         codec: "packed16", "paper" or "exact".
-        block_tokens: P, tokens per code page; a power of two, at least 16.
+        block_tokens: P, tokens per code page; a power of two, at least 32 (a span).
         element_bytes: of a number in the model's dtype: 2, or 4 for float32.
         raw_tokens: R, where tail pages are as large as other layers' code pages; 0: as large as this layer's.
 
@@ -103,9 +112,10 @@ class CodeLayout:
                 raise ValueError(
                     f"{kv}_sparsity is {sparsity}; allowed: 1 to {MAX_SPARSITY}; 15 codes 128 numbers in 32 bytes"
                 )
-        if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
+        if self.block_tokens < SPAN_TOKENS or self.block_tokens & (self.block_tokens - 1):
             raise ValueError(
-                f"block_tokens is {self.block_tokens}; allowed: powers of two from 16; 128 is the usual choice"
+                f"block_tokens is {self.block_tokens}; allowed: powers of two from {SPAN_TOKENS}; "
+                "128 is the usual choice"
             )
         if self.element_bytes not in (2, 4):
             raise ValueError(
@@ -125,25 +135,29 @@ class CodeLayout:
 
     def vector_bytes(self, kv: str) -> int:
         """Bytes of the code of one vector."""
-        return sum(field.width_bytes for field in self.fields(kv).values())
+        S = self.sparsity(kv)
+        if self.codec == "exact":
+            return self.head_dim * self.element_bytes
+        return SCALE_BYTES + S * (ENTRY_BYTES if self.codec == "packed16" else INDEX_BYTES + FP8_BYTES)
 
     def fields(self, kv: str) -> dict[str, Field]:
         """The arrays that make up the records of K or V, by name, in the order in which a record lists them."""
-        S, P = self.sparsity(kv), self.block_tokens
+        S, P, size = self.sparsity(kv), self.block_tokens, self.vector_bytes(kv)
+        if self.codec == "packed16":  # halfword 0 is the scale, halfword i + 1 entry i
+            words, odd_bytes = divmod(size, WORD_BYTES)
+            span = SPAN_TOKENS, SPAN_TOKENS * size
+            found = {"words": Field(0, WORD_BYTES, words, *span)}
+            if odd_bytes:
+                found["last entry"] = Field(SPAN_TOKENS * words * WORD_BYTES, ENTRY_BYTES, 1, *span)
+            return found
+        page = P, P * size
         if self.codec == "exact":
-            width = self.head_dim * self.element_bytes
-            return {"vector": Field(0, width, width)}
-        if self.codec == "packed16":
-            stride = SCALE_BYTES + ENTRY_BYTES * S
-            return {
-                "scale": Field(0, stride, SCALE_BYTES),
-                "entries": Field(SCALE_BYTES, stride, ENTRY_BYTES * S),
-            }
+            return {"vector": Field(0, size, 1, *page)}
         index_bytes, coefficient_bytes = INDEX_BYTES * S, FP8_BYTES * S
         return {
-            "scale": Field(0, SCALE_BYTES, SCALE_BYTES),
-            "indices": Field(P * SCALE_BYTES, index_bytes, index_bytes),
-            "coefficients": Field(P * (SCALE_BYTES + index_bytes), coefficient_bytes, coefficient_bytes),
+            "scale": Field(0, SCALE_BYTES, 1, *page),
+            "indices": Field(P * SCALE_BYTES, index_bytes, 1, *page),
+            "coefficients": Field(P * (SCALE_BYTES + index_bytes), coefficient_bytes, 1, *page),
         }
 
     def kv_offset_bytes(self, kv: str) -> int:
@@ -151,12 +165,8 @@ class CodeLayout:
         return 0 if kv == "key" else self.block_tokens * self.key_bytes
 
     def address(self, kv: str) -> RecordAddress:
-        """What a kernel needs to find the records of "key" or "value", counted from the start of a head."""
-        base, fields = self.kv_offset_bytes(kv), self.fields(kv)
-        index = fields.get("entries") or fields.get("indices") or fields["vector"]
-        scale, coefficient = fields.get("scale", index), fields.get("coefficients", index)
-        numbers = [number for field in (scale, index, coefficient) for number in (base + field[0], field[1])]
-        return RecordAddress(self.sparsity(kv), *numbers)
+        """What a kernel needs to find the records of "key" or "value"."""
+        return RecordAddress(self.sparsity(kv), self.kv_offset_bytes(kv), self.vector_bytes(kv))
 
     @property
     def key_bytes(self) -> int:

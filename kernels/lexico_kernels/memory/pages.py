@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, int64, tensor, uint8
 
 from lexico_kernels.memory.codebook import Codebook
-from lexico_kernels.memory.layout import KV, CodeLayout
+from lexico_kernels.memory.layout import KV, WORD_BYTES, CodeLayout
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,13 @@ class LayerCache:
     """One layer's pages of both kinds and what decodes them.
 
     Attributes:
-        code_pages: uint8 [num_pages, at least page_bytes], stride(1) is 1, stride(0) is free.
+        code_pages: uint8 [num_pages, at least page_bytes], stride(1) is 1, pages start at multiples of 4 bytes.
         tail_pages: model dtype [num_pages, Hk, R, 2, D], contiguous within a page, stride(0) is free; may share
             storage with code_pages. K is at index 0 of the fourth axis, V at 1.
         key, value: the codebooks.
         layout: sizes and offsets of both.
+        group: G, query heads per KV head, for which the entries of records are ordered; others read them as well, but
+            not as fast.
 
     Raises:
         ValueError: pages that are not as the layout says.
@@ -30,6 +32,7 @@ class LayerCache:
     key: Codebook
     value: Codebook
     layout: CodeLayout
+    group: int = 4
 
     def __post_init__(self) -> None:
         layout, codes, tail = self.layout, self.code_pages, self.tail_pages
@@ -37,6 +40,11 @@ class LayerCache:
             raise ValueError(
                 f"code_pages are {codes.dtype} {list(codes.shape)} with strides {codes.stride()}; allowed: uint8 "
                 f"[num_pages, {layout.page_bytes} or more] with dense rows; view the cache as bytes"
+            )
+        if codes.data_ptr() % WORD_BYTES or codes.stride(0) % WORD_BYTES:
+            raise ValueError(
+                f"code_pages start at address {codes.data_ptr()}, {codes.stride(0)} bytes apart; allowed: multiples of "
+                f"{WORD_BYTES} for both, in which kernels load; pad the pages"
             )
         R, D = layout.tail_tokens, layout.head_dim
         strides = (R * 2 * D, 2 * D, D, 1)
@@ -63,7 +71,7 @@ class LayerCache:
         layout = replace(self.layout, num_kv_heads=1, raw_tokens=self.layout.tail_tokens)
         codes = self.code_pages[:, index * layout.head_bytes : (index + 1) * layout.head_bytes]
         tail = self.tail_pages[:, index : index + 1]
-        return LayerCache(codes, tail, self.key.head(index), self.value.head(index), layout)
+        return LayerCache(codes, tail, self.key.head(index), self.value.head(index), layout, self.group)
 
 
 BOOK_FIELDS = ("atoms", "levels", "mean", "stretch", "stream_atoms", "integers", "lengths")
@@ -121,7 +129,7 @@ def _kind(cache: LayerCache) -> tuple:
     strides = [pages.stride(0) for pages in (cache.tail_pages, cache.code_pages)]
     gains = [cache.codebook(kv).gain for kv in KV]
     kinds = [None if each is None else (each.dtype, each.device, each.shape) for each in tensors]
-    return cache.layout, *strides, *gains, *kinds
+    return cache.layout, cache.group, *strides, *gains, *kinds
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@
 // Coordinate descent runs on inner products of the chosen atoms, held in shared memory: lane j has atom j's correlation
 // with the residual, and a visit costs a shuffle and a multiply-add. It visits what `pursuit.py`'s does.
 //
-// Macros, from `clusters.macros`: D, HALF (1: float16, 0: bfloat16), CLUSTER, OWNED (vectors of a tile that a block
-// solves), MAX_S, P, R, HEAD_BYTES, SHARED_BYTES; WARPS, BLOCK_ATOMS, WINDOW (jobs looked through at a time), UNIT (vectors
-// that are correlated at a time), DEALT; MAX_ATOMS, NUM_LEVELS, LEVEL_BITS, and as bits of floats MOST_LOST_BITS and
-// BF16_MAX_BITS; columns of addresses (LayerStack.macros); and of keys and values, KEY_ and VALUE_: SPARSITY, ATOMS, STRIDE
-// (from head to head), SCALE_OFFSET, SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE (layout.RecordAddress).
+// Macros, from `clusters.macros`: those of `records.cu`, which comes before; D, HALF (1: float16, 0: bfloat16), CLUSTER,
+// OWNED (vectors of a tile that a block solves), MAX_S, R, SHARED_BYTES; WARPS, BLOCK_ATOMS, WINDOW (jobs looked through at
+// a time), UNIT (vectors that are correlated at a time), DEALT; MAX_ATOMS, and as bits of floats MOST_LOST_BITS and
+// BF16_MAX_BITS; columns of addresses (LayerStack.macros); and of keys and values, KEY_ and VALUE_: ATOMS, STRIDE (from
+// head to head).
 
 constexpr u32 EVERY_LANE = 0xFFFFFFFFu;
 constexpr int THREADS = 32 * WARPS, WARP_ATOMS = BLOCK_ATOMS / WARPS, ROUNDS = WINDOW / THREADS;
@@ -34,12 +34,11 @@ constexpr u32 BESTS_BYTES = CLUSTER * WARPS * 4;  // of one vector
 constexpr u32 INDEX_BITS = MAX_ATOMS - 1, VALUE_BITS = 0x7FFFFFFF ^ INDEX_BITS;
 
 struct Kv {
-  int sparsity, atoms, stride, scale_offset, scale_stride, index_offset, index_stride;
+  int sparsity, atoms, stride;
+  RecordAddress address;
 };
-constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_STRIDE, KEY_SCALE_OFFSET,
-                    KEY_SCALE_STRIDE, KEY_INDEX_OFFSET, KEY_INDEX_STRIDE};
-constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_STRIDE, VALUE_SCALE_OFFSET,
-                      VALUE_SCALE_STRIDE, VALUE_INDEX_OFFSET, VALUE_INDEX_STRIDE};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_STRIDE, KEY_ADDRESS};
+constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_STRIDE, VALUE_ADDRESS};
 
 struct alignas(16) Shared {
   u8 residuals[TILE * ROW_BYTES];              // of the whole tile, in the dictionary's precision
@@ -411,9 +410,9 @@ __device__ __forceinline__ void write_record(const Shared& s, int owned, const K
   const bool kept = usable && index > 0 && fabsf(ratio - value) < fabsf(ratio);
   const bool any = __ballot_sync(EVERY_LANE, kept) != 0;
   if (lane < kv.sparsity)
-    *reinterpret_cast<u16*>(head + kv.index_offset + slot * kv.index_stride + 2 * lane) =
+    *reinterpret_cast<u16*>(head + halfword_offset(kv.address, slot, lane + 1)) =
         kept ? u16(index << LEVEL_BITS | level) : u16(0);
   if (lane == 0)
-    *reinterpret_cast<u16*>(head + kv.scale_offset + slot * kv.scale_stride) =
+    *reinterpret_cast<u16*>(head + halfword_offset(kv.address, slot, 0)) =
         any ? bfloat16_bits(fminf(peak * gain_factor, __uint_as_float(BF16_MAX_BITS))) : u16(0);
 }

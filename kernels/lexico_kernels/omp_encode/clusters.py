@@ -12,11 +12,17 @@ from torch import Tensor
 
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import CLUSTER, CLUSTER_BLOCKS, CLUSTER_VECTORS, LAYERS
+from lexico_kernels.memory import records
 from lexico_kernels.memory.layout import KV, MAX_ATOMS, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 from lexico_kernels.omp_encode.encoding import arguments, layers_arguments, record_macros
 
-FILES = ("omp_encode/cluster_primitives.cu", "omp_encode/cluster_omp.cu", "omp_encode/cluster_launch.cu")
+FILES = (
+    "omp_encode/cluster_primitives.cu",
+    records.FILE,
+    "omp_encode/cluster_omp.cu",
+    "omp_encode/cluster_launch.cu",
+)
 NAME, LAYERS_NAME = "cluster_omp", "cluster_omp_layers"
 MIN_CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)

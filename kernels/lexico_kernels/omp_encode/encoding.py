@@ -4,41 +4,28 @@ from torch import Tensor
 
 from lexico_kernels import reference
 from lexico_kernels.device import nvrtc
-from lexico_kernels.memory.layout import BF16_MAX, KV, LEVEL_BITS, MOST_LOST, NUM_LEVELS, CodeLayout
+from lexico_kernels.memory import records
+from lexico_kernels.memory.layout import BF16_MAX, MOST_LOST, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 
 
 def record_macros(layout: CodeLayout, atoms: tuple[int, int], half: bool) -> dict[str, int]:
-    """Macros of the tokens that are coded and of the records that are written, which both kernels list.
+    """Macros of the tokens that are coded and of the records that are written, which the kernels and `records.cu` list.
 
     Args:
         layout: of the pages, "packed16".
         atoms: N of keys and values.
         half: whether tokens are float16, not bfloat16.
     """
-    found = {
+    return records.macros(layout) | {
         "HALF": int(half),
         "MAX_S": max(layout.key_sparsity, layout.value_sparsity),
-        "P": layout.block_tokens,
         "R": layout.tail_tokens,
-        "HEAD_BYTES": layout.head_bytes,
-        "NUM_LEVELS": NUM_LEVELS,
-        "LEVEL_BITS": LEVEL_BITS,
         "MOST_LOST_BITS": nvrtc.float_bits(MOST_LOST),
         "BF16_MAX_BITS": nvrtc.float_bits(BF16_MAX),
+        "KEY_ATOMS": atoms[0],
+        "VALUE_ATOMS": atoms[1],
     }
-    for kv, count in zip(KV, atoms, strict=True):
-        address = layout.address(kv)
-        fields = {
-            "SPARSITY": address.sparsity,
-            "ATOMS": count,
-            "SCALE_OFFSET": address.scale_offset,
-            "SCALE_STRIDE": address.scale_stride,
-            "INDEX_OFFSET": address.index_offset,
-            "INDEX_STRIDE": address.index_stride,
-        }
-        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
-    return found
 
 
 def arguments(

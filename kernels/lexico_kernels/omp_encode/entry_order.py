@@ -9,43 +9,42 @@ from functools import cache as once
 from torch import Tensor
 
 from lexico_kernels.device import nvrtc
-from lexico_kernels.memory.layout import KV, LEVEL_BITS, SPAN_TOKENS, CodeLayout
+from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, LayerStack
+from lexico_kernels.sparse_decode import lookup
+from lexico_kernels.sparse_decode.lookup_sizes import divide_up, power_of_two, way_for
 
-FILES, NAME = ("omp_encode/entry_order.cu",), "order_entries"
-THREADS = 128
-LANES = 32  # jobs that a block goes through
+FILES, NAME = (records.FILE, "omp_encode/entry_order.cu"), "order_entries"
+LANES = 32  # of a warp, and jobs that a block goes through
+BANKS = 32
 
 
 def supports(cache: LayerCache) -> bool:
     """Whether such records gain by an order, and this device can give it to them."""
-    return supports_layout(cache.layout) and nvrtc.available(cache.code_pages.get_device())
+    return cache.layout.codec == "packed16" and nvrtc.available(cache.code_pages.get_device())
 
 
-def supports_layout(layout: CodeLayout) -> bool:
-    """Whether records have entries in any order, and pages whole spans."""
-    return layout.codec == "packed16" and layout.block_tokens % SPAN_TOKENS == 0
+def sets(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
+    """Which lanes meet when `attend_codes` reads the cache: SET and SHIFT of keys and values for the kernel.
+
+    Args:
+        cache: a layer's.
+        limit_bytes: shared memory that a block may have, by which query heads are dealt out to passes.
+    """
+    way = way_for(cache.group, cache.key.num_atoms, cache.value.num_atoms, limit_bytes)
+    queries = 1 if way is None else divide_up(cache.group, way.passes)
+    row_words = max(1, power_of_two(queries) // 2)  # of a key's atom, halves of all queries
+    return {"KEY_SET": BANKS // row_words, "KEY_SHIFT": int(queries == 1), "VALUE_SET": BANKS, "VALUE_SHIFT": 0}
 
 
-def macros(layout: CodeLayout) -> dict[str, int]:
+def macros(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
     """The kernel's macros, which `entry_order.cu` lists."""
-    found = {
-        "P": layout.block_tokens,
-        "HEAD_BYTES": layout.head_bytes,
-        "SPAN_TOKENS": SPAN_TOKENS,
-        "LEVEL_BITS": LEVEL_BITS,
-        "THREADS": THREADS,
-    }
-    for kv in KV:
-        address = layout.address(kv)
-        fields = {"SPARSITY": address.sparsity, "OFFSET": address.index_offset, "STRIDE": address.index_stride}
-        found |= {f"{kv.upper()}_{name}": number for name, number in fields.items()}
-    return found | LayerStack.macros()
+    return records.macros(cache.layout) | LayerStack.macros() | sets(cache, limit_bytes)
 
 
 @once
-def _kernel(device: int, layout: CodeLayout) -> nvrtc.Kernel:
-    return nvrtc.kernel(FILES, NAME, device, **macros(layout))
+def _kernel(device: int, **macros: int) -> nvrtc.Kernel:
+    return nvrtc.kernel(FILES, NAME, device, **macros)
 
 
 def order_entries(cache: LayerCache, destination: Tensor) -> None:
@@ -63,5 +62,6 @@ def _launch(cache: LayerCache, addresses: Tensor | nvrtc.Int64, layers: int, des
     if M == 0:
         return
     pages, grid = cache.code_pages, (-(-M // LANES), cache.layout.num_kv_heads, 2 * layers)
-    kernel = _kernel(pages.get_device(), cache.layout)
-    kernel.launch(grid, THREADS, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)
+    device = pages.get_device()
+    kernel = _kernel(device, **macros(cache, lookup.shared_limit_bytes(device)))
+    kernel.launch(grid, LANES, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)

@@ -9,10 +9,9 @@
 //              128 numbers each, four vectors after another; a vector's next atom is on its way while the others are done.
 // Residuals never leave registers but for their copies in e4m3; the code under way is in shared memory.
 //
-// Macros, from `streams.macros`: HALF (1: tokens are float16, 0: bfloat16), MAX_S, P, R, HEAD_BYTES, SHARED_BYTES, STAGES
-// (chunks in flight); NUM_LEVELS, LEVEL_BITS, and as bits of floats MOST_LOST_BITS and BF16_MAX_BITS; and of keys and
-// values, KEY_ and VALUE_: SPARSITY, ATOMS, SHARED (1: all heads have one dictionary), SCALE_OFFSET, SCALE_STRIDE, INDEX_OFFSET, INDEX_STRIDE
-// (layout.RecordAddress); and columns of addresses (LayerStack.macros).
+// Macros, from `streams.macros`: those of `records.cu`, which comes before; HALF (1: tokens are float16, 0: bfloat16),
+// MAX_S, R, SHARED_BYTES, STAGES (chunks in flight); as bits of floats MOST_LOST_BITS and BF16_MAX_BITS; of keys and
+// values, KEY_ and VALUE_: ATOMS, SHARED (1: all heads have one dictionary); and columns of addresses (LayerStack.macros).
 
 constexpr u32 EVERY_LANE = 0xFFFFFFFFu;
 constexpr int D = 128, GROUPS = 4, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
@@ -23,12 +22,11 @@ constexpr u32 VALUE_BITS = 0x7FF07FF0;      // of two halves: not the sign, and 
 constexpr float BYTE_ZERO = 8388736.0f;     // 2^23 + 128: a byte of an offset of 128 in the low bits of 2^23
 
 struct Kv {
-  int sparsity, atoms, shared, scale_offset, scale_stride, index_offset, index_stride;
+  int sparsity, atoms, shared;
+  RecordAddress address;
 };
-constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_SHARED, KEY_SCALE_OFFSET,
-                    KEY_SCALE_STRIDE, KEY_INDEX_OFFSET, KEY_INDEX_STRIDE};
-constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_SHARED, VALUE_SCALE_OFFSET,
-                      VALUE_SCALE_STRIDE, VALUE_INDEX_OFFSET, VALUE_INDEX_STRIDE};
+constexpr Kv KEY = {KEY_SPARSITY, KEY_ATOMS, KEY_SHARED, KEY_ADDRESS};
+constexpr Kv VALUE = {VALUE_SPARSITY, VALUE_ATOMS, VALUE_SHARED, VALUE_ADDRESS};
 
 struct Shared {
   u8 chunks[STAGES][CHUNK_BYTES];
@@ -273,10 +271,10 @@ __device__ __forceinline__ void write_records(const Shared& s, int vector, const
   u8* head = codes + slot / P * page_stride;
   const int row = slot % P;
   if (there)
-    *reinterpret_cast<u16*>(head + kv.index_offset + row * kv.index_stride + 2 * at) =
+    *reinterpret_cast<u16*>(head + halfword_offset(kv.address, row, at + 1)) =
         kept ? u16(index << LEVEL_BITS | level) : u16(0);
   if (at == 0)
-    *reinterpret_cast<u16*>(head + kv.scale_offset + row * kv.scale_stride) =
+    *reinterpret_cast<u16*>(head + halfword_offset(kv.address, row, 0)) =
         any ? bfloat16_bits(fminf(peak * gain_factor, __uint_as_float(BF16_MAX_BITS))) : u16(0);
 }
 

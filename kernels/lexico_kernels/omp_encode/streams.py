@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.launch import STREAM_CAPABILITY, STREAM_DIM, STREAM_SPARSITY, STREAM_VECTORS
+from lexico_kernels.memory import records
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.layout import KV, CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 from lexico_kernels.omp_encode.encoding import arguments, layers_arguments, record_macros
 
-FILES = ("omp_encode/stream_primitives.cu", "omp_encode/stream_omp.cu")
+FILES = ("omp_encode/stream_primitives.cu", records.FILE, "omp_encode/stream_omp.cu")
 NAME, LAYERS_NAME = "stream_omp", "stream_omp_layers"
 DTYPES = (torch.bfloat16, torch.float16)
 TILE, THREADS = 256, 512

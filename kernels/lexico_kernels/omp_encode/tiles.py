@@ -13,7 +13,7 @@ from torch import Tensor, empty, float32, int32
 from lexico_kernels import reference
 from lexico_kernels.device.arguments import Pages, Rows, Sizes
 from lexico_kernels.device.launch import WRITE_EXACT, pursuit_launch
-from lexico_kernels.device.records import LEVEL_BITS
+from lexico_kernels.device.records import LEVEL_BITS, halfword_offset
 from lexico_kernels.memory import layout as sizes
 from lexico_kernels.memory.codebook import Codebook
 from lexico_kernels.memory.pages import LayerCache
@@ -88,15 +88,11 @@ def _write_records(
     columns = tl.arange(0, chosen.shape[1])
     level, peak, kept, _ = quantize_tile(chosen, coefficients, levels_ptr)
     mask = coded[:, None] & (columns < ADDRESS.sparsity)[None, :]
-    entries = (head_start + ADDRESS.index_offset + slot * ADDRESS.index_stride).to(
-        tl.pointer_type(tl.uint16), bitcast=True
-    )
+    entries = head_start[:, None] + halfword_offset(slot[:, None], columns[None, :] + 1, ADDRESS)
     entry = tl.where(kept, (chosen << LEVEL_BITS) | level, 0)
-    tl.store(entries[:, None] + columns[None, :], entry.to(tl.uint16), mask=mask)
+    tl.store(entries.to(tl.pointer_type(tl.uint16), bitcast=True), entry.to(tl.uint16), mask=mask)
     any_kept = tl.max(kept.to(tl.int32), 1) > 0
-    scale_ptr = (head_start + ADDRESS.scale_offset + slot * ADDRESS.scale_stride).to(
-        tl.pointer_type(tl.bfloat16), bitcast=True
-    )
+    scale_ptr = (head_start + halfword_offset(slot, 0, ADDRESS)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     tl.store(scale_ptr, tl.where(any_kept, tl.minimum(peak * gain_factor, BF16_MAX), 0.0).to(tl.bfloat16), mask=coded)
 
 
@@ -182,7 +178,7 @@ def _copy_vectors(rows, tail, head_start, slot, source, head, coded, KV: tl.cons
     dims = tl.arange(0, SIZES.D_PAD)
     vectors = _load_vectors(rows, tail, source, head, coded, KV, SIZES)
     element: tl.constexpr = tl.pointer_type(tail.data.dtype.element_ty)
-    record = (head_start + ADDRESS.index_offset + slot * ADDRESS.index_stride).to(element, bitcast=True)
+    record = (head_start + ADDRESS.offset + slot * ADDRESS.record_bytes).to(element, bitcast=True)
     tl.store(record[:, None] + dims[None, :], vectors, mask=coded[:, None] & (dims < SIZES.D)[None, :])
 
 

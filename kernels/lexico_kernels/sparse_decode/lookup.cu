@@ -8,19 +8,18 @@
 //
 // Shared memory is used twice: scores lie where the bins will be, and weights where the lookup was.
 //
-// Macros: QUERIES heads of a pass (1 to 8), ROW of the lookup (QUERIES up to a power of two), BINNED of them that have
-// bins at a time (below), ROTATE (below), THREADS, ROUNDS of tokens per thread, MIN_BLOCKS per multiprocessor, LEVELS_FROM (`lookup_records.cu`, which comes before),
-// PAGE_TOKENS, HEAD_BYTES, SPAN_TOKENS, PASSES over a KV head's codes, and for keys KEY_, for values VALUE_: SPARSITY,
-// ATOMS, OFFSET of the records in a head, STRIDE from one to the next, ENTRIES in a record, ALIGN bytes of any record.
+// A warp's lanes have the tokens of a span, whose records lie word by word: what a warp loads is 128 bytes in a row.
+//
+// Macros: those of `records.cu` and `lookup_records.cu`, which come before; QUERIES heads of a pass (1 to 8), ROW of the
+// lookup (QUERIES up to a power of two), BINNED of them that have bins at a time (below), THREADS, ROUNDS of
+// tokens per thread, MIN_BLOCKS per multiprocessor, PASSES over a KV head's codes, KEY_ATOMS, VALUE_ATOMS.
 // CAP_BITS, a float's: scores in base 2 are drawn below it; 0: as they are, and `merge` adds the keys' mean to them.
+// OVERLAPS is in `lookup_primitives.cu`.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
 //
-// ROTATE (for heads with bins that are a power of two): an atom's bins lie side by side, and at any time neighbouring lanes add to bins of
-// different heads. Fewer lanes then meet in a bank, as each can meet those of its own head only.
-
 constexpr int WARPS = THREADS / 32;
-constexpr int MAX_PAGES = ROUNDS * THREADS / PAGE_TOKENS + 2;
+constexpr int MAX_PAGES = ROUNDS * THREADS / P + 2;
 constexpr int REDUCED = QUERIES + 1;
 constexpr int MAX_TOKENS = ROUNDS * THREADS;
 constexpr int BINS = BINNED * VALUE_ATOMS;
@@ -66,27 +65,18 @@ __device__ void lookup_sums(const Levels& levels, const Record<S>& record, Share
   for (int g = 0; g < QUERIES; g++) sum[g] = half_to_float(acc[0][g / 2], g & 1) + half_to_float(acc[1][g / 2], g & 1);
 }
 
-// COUNT heads' bins. BESIDE: an atom's lie side by side, else a head's do.
-template <int COUNT>
-struct Bins {
-  static constexpr bool BESIDE = ROTATE && (COUNT & (COUNT - 1)) == 0;
-
-  __device__ static int of(int atom, int h) { return BESIDE ? atom * COUNT + h : h * VALUE_ATOMS + atom; }
-};
-
-// Add weight * level to the bin of each entry's atom, for COUNT heads of this lane. bins: where atom 0's bins are.
+// Add weight * level to the bin of each entry's atom, for COUNT heads. bins: [COUNT][VALUE_ATOMS].
 template <int S, int COUNT>
-__device__ void add_to_bins(const Levels& levels, const Record<S>& record, const Shared (&bins)[COUNT],
-                            const int (&weight)[COUNT]) {
+__device__ void add_to_bins(const Levels& levels, const Record<S>& record, Shared bins, const int (&weight)[COUNT]) {
   u32 level[S];
   find_levels<S, false>(levels, record, level);
 #pragma unroll
   for (int i = 0; i < S; i++) {
-    const u32 offset = row_offset<4 * (Bins<COUNT>::BESIDE ? COUNT : 1), VALUE_ATOMS>(entry_of(record, i));
+    const u32 offset = row_offset<4, VALUE_ATOMS>(entry_of(record, i));
 #pragma unroll
     for (int h = 0; h < COUNT; h++) {
       const int amount = __mulhi(weight[h], (int)level[i]);
-      add_shared(bins[h] + offset, amount);
+      add_shared(bins + offset + h * (4 * VALUE_ATOMS), amount);
     }
   }
 }
@@ -120,28 +110,27 @@ struct Tokens {
   int first;                 // position of token 0, counted from the start of its page
   int begin, end;            // tokens of the split; lanes start at a multiple of 32, and those before `begin` idle
 
-  // Of a token; those before the first or behind the last have the first's or the last's.
-  __device__ const char* slot(int index, int offset, int bytes) const {
-    const u32 at = first + max(min(index, end - 1), begin);
-    return pages[at / PAGE_TOKENS] + (offset + at % PAGE_TOKENS * bytes);
-  }
+  // Counted as `first` is; tokens before the first or behind the last have the first's or the last's.
+  __device__ u32 position(int index) const { return first + max(min(index, end - 1), begin); }
 };
 
 using KeyRecord = Record<KEY_SPARSITY>;
 using ValueRecord = Record<VALUE_SPARSITY>;
-static_assert(KEY_STRIDE == KeyRecord::BYTES && VALUE_STRIDE == ValueRecord::BYTES, "a record is scale and entries");
-static_assert(KEY_ENTRIES == 2 && VALUE_ENTRIES == 2, "a record's entries follow its scale");
 
 __device__ KeyRecord load_key(const Tokens& tokens, int index) {
-  return load_record<KEY_ALIGN, KEY_SPARSITY>(tokens.slot(index, KEY_OFFSET, KEY_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_record<KEY_SPARSITY>(tokens.pages[at / P], KEY_ADDRESS, at % P);
 }
 
 __device__ ValueRecord load_value(const Tokens& tokens, int index) {
-  return load_record<VALUE_ALIGN, VALUE_SPARSITY>(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_record<VALUE_SPARSITY>(tokens.pages[at / P], VALUE_ADDRESS, at % P);
 }
 
+// The word with the scale, in its low half.
 __device__ u32 load_value_scale(const Tokens& tokens, int index) {
-  return load_half_once(tokens.slot(index, VALUE_OFFSET, VALUE_STRIDE));
+  const u32 at = tokens.position(index);
+  return load_word(tokens.pages[at / P], VALUE_ADDRESS, at % P, 0);
 }
 
 // A token's weights, as ROW halves.
@@ -186,23 +175,10 @@ __device__ void make_weights(float* scores, char* weights, const Tokens& tokens,
   }
 }
 
-// Weight (h + lane) % COUNT goes to h.
-template <int COUNT>
-__device__ void rotate_heads(int (&value)[COUNT], int lane) {
-#pragma unroll
-  for (int by = 1; by < COUNT; by *= 2) {
-    int turned[COUNT];
-#pragma unroll
-    for (int h = 0; h < COUNT; h++) turned[h] = lane & by ? value[(h + by) % COUNT] : value[h];
-#pragma unroll
-    for (int h = 0; h < COUNT; h++) value[h] = turned[h];
-  }
-}
-
 // Add a token to the bins of COUNT heads from FIRST on. weight_row: its row of weights.
 template <int FIRST, int COUNT>
 __device__ void add_token(const Levels& levels, const ValueRecord& record, const char* weight_row,
-                          const float (&scale)[QUERIES], const Shared (&bins)[COUNT]) {
+                          const float (&scale)[QUERIES], Shared bins) {
   float weight[ROW];
   load_weights(weight_row, weight);
   int fixed[COUNT];
@@ -210,30 +186,10 @@ __device__ void add_token(const Levels& levels, const ValueRecord& record, const
   for (int h = 0; h < COUNT; h++) {
     fixed[h] = __float2int_rn(weight[FIRST + h] * scale[FIRST + h] * record.scale());
   }
-  if constexpr (Bins<COUNT>::BESIDE) rotate_heads(fixed, threadIdx.x % 32);
-  add_to_bins(levels, record, bins, fixed);
+  add_to_bins<VALUE_SPARSITY, COUNT>(levels, record, bins, fixed);
 }
 
 constexpr int AT_ONCE = VALUE_ATOMS % 2 ? 1 : 2;  // atoms that a thread stores
-
-// The bins of AT_ONCE atoms.
-template <int COUNT>
-__device__ void load_bins(const int* bins, int atom, int (&out)[2][COUNT]) {
-  if constexpr (Bins<COUNT>::BESIDE && AT_ONCE == 2 && COUNT == 4) {  // whole rows: single words' lanes would wait
-    const bool later = threadIdx.x & 4;  // so that eight lanes read from all banks
-    const uint4* row = (const uint4*)(bins + atom * 4);
-    const uint4 one = row[later], other = row[!later];
-    const uint4 first = later ? other : one, second = later ? one : other;
-    out[0][0] = first.x, out[0][1] = first.y, out[0][2] = first.z, out[0][3] = first.w;
-    out[1][0] = second.x, out[1][1] = second.y, out[1][2] = second.z, out[1][3] = second.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-#pragma unroll
-      for (int h = 0; h < COUNT; h++) out[i][h] = bins[Bins<COUNT>::of(atom + i, h)];
-    }
-  }
-}
 
 // The bins of a split's COUNT heads from FIRST on as halves [QUERIES][VALUE_ATOMS], each worth 32768 units. The null
 // atom's is left out: a record may name it many times, so its bin can exceed what FULL_SCALE allows for, and half's
@@ -242,13 +198,15 @@ template <int FIRST, int COUNT>
 __device__ void store_bins(const int* bins, char* out) {
 #pragma unroll 2
   for (int atom = AT_ONCE * threadIdx.x; atom < VALUE_ATOMS; atom += AT_ONCE * THREADS) {
-    int bin[2][COUNT] = {};
-    load_bins(bins, atom, bin);
 #pragma unroll
     for (int h = 0; h < COUNT; h++) {
-      const u32 halves = floats_to_halves(atom ? bin[0][h] * BIN_TO_HALF : 0, bin[1][h] * BIN_TO_HALF);
-      if constexpr (AT_ONCE == 2) ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = halves;
-      else ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)halves;
+      const int* bin = bins + h * VALUE_ATOMS + atom;
+      const float first = atom ? bin[0] * BIN_TO_HALF : 0;
+      if constexpr (AT_ONCE == 2) {
+        ((u32*)out)[((FIRST + h) * VALUE_ATOMS + atom) / 2] = floats_to_halves(first, bin[1] * BIN_TO_HALF);
+      } else {
+        ((u16*)out)[(FIRST + h) * VALUE_ATOMS + atom] = (u16)floats_to_halves(first, 0);
+      }
     }
   }
 }
@@ -258,20 +216,15 @@ template <int FIRST>
 __device__ void add_values(const Levels& levels, const Tokens& tokens, ValueRecord value, const char* weights,
                            const float (&scale)[QUERIES], int* bins, char* out) {
   constexpr int COUNT = BINNED < QUERIES - FIRST ? BINNED : QUERIES - FIRST;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const int thread = threadIdx.x;
   const Shared bins_at = shared_address(bins);
-  Shared own_bins[COUNT];
-#pragma unroll
-  for (int h = 0; h < COUNT; h++) {
-    own_bins[h] = bins_at + 4 * (Bins<COUNT>::BESIDE ? (h + lane) % COUNT : Bins<COUNT>::of(0, h));
-  }
 #pragma unroll 1
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.end) break;
     const ValueRecord next = load_value(tokens, index + THREADS);
     if (index >= tokens.begin && index < tokens.end) {
-      add_token<FIRST, COUNT>(levels, value, weights + index * (2 * ROW), scale, own_bins);
+      add_token<FIRST, COUNT>(levels, value, weights + index * (2 * ROW), scale, bins_at);
     }
     value = next;
   }
@@ -320,6 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   const int split = blockIdx.x, row = blockIdx.y, token = row / passes_per_token;
   const int thread = threadIdx.x;
+  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
+  wait_for_previous();  // levels are the dictionaries', which no step writes
   const int4 own = schedule[token];
   const int own_request = request[token];
   if (split >= own.w) return;
@@ -327,7 +282,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   float factor[QUERIES], top[REDUCED];
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
-  const float key_level = key_levels[thread % NUM_LEVELS], value_level = value_levels[thread % NUM_LEVELS];
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
   for (int by = NUM_LEVELS / 2; by; by /= 2) {
@@ -336,10 +290,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   const int start = own.x / SPAN_TOKENS * SPAN_TOKENS + split * own.z;  // lanes of a warp have the tokens of a span
   const char* head = code_pages + (row % passes_per_token / PASSES) * (long long)HEAD_BYTES;
-  const Tokens tokens{pages, start % PAGE_TOKENS, max(own.x - start, 0), min(own.z, own.y - start)};
-  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / PAGE_TOKENS;
+  const Tokens tokens{pages, start % P, max(own.x - start, 0), min(own.z, own.y - start)};
+  const int* own_pages = block_table + own_request * (long long)block_table_stride + start / P;
 #pragma unroll 1
-  for (int i = thread; i <= (tokens.first + tokens.end - 1) / PAGE_TOKENS; i += THREADS) {
+  for (int i = thread; i <= (tokens.first + tokens.end - 1) / P; i += THREADS) {
     pages[i] = head + own_pages[i] * page_stride;
   }
   if (thread < NUM_LEVELS) {
@@ -391,6 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   keep_levels(levels, level_words[1]);
   const long long out_row = (long long)row * gridDim.x + split, statistics = (long long)gridDim.y * gridDim.x * ROW;
+  trigger_next();
   add_values<0>(levels, tokens, value, memory, scale, bins, bins_out + out_row * (VALUE_ATOMS * QUERIES * 2));
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {

@@ -1,15 +1,14 @@
 """sparse_decode of "packed16" codes through lookups: no vector is rebuilt.
 
 With q . atom of every atom at hand, a key's score is a few look-ups; values are added up atom by atom, in bins, and
-multiplied with the atoms once. Three steps, the second in CUDA C++ (`lookup.cu`), the others in Triton
-(`lookup_triton.py`): lookups and, beside them, the raw tail; codes, split by split; the bins times the atoms. Then all
-are merged by their log-sum-exp. Grids follow from shapes, and what is done for a token follows from its own context
-alone: a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many tokens are
-taken in slices.
+multiplied with the atoms once. Four steps: lookups and, beside them, the raw tail, in Triton (`lookup_triton.py`);
+codes, split by split, and the bins times the atoms, in CUDA C++ (`lookup.cu`, `multiply_bins.cu`); all of it merged by
+log-sum-exp, in Triton (`lookup_merge.py`). Grids follow from shapes, and what is done for a token follows from its own
+context alone: a CUDA graph can hold it, and a token's result is the same in every batch. Scratch is bounded: many
+tokens are taken in slices.
 """
 
 from functools import cache as once
-from math import gcd
 
 import torch
 import triton
@@ -18,24 +17,36 @@ from torch import Tensor
 from lexico_kernels.device import nvrtc
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
 from lexico_kernels.device.launch import (
-    LOOKUP_BINS_SPLITS,
-    LOOKUP_BINS_TILE,
     LOOKUP_MATMUL,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    Overlap,
     fitting_atoms,
-    lookup_bins,
     lookup_launch,
 )
+from lexico_kernels.device.overlap import overlap_on
+from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
 from lexico_kernels.sparse_decode.lookup_merge import MergeTiles
-from lexico_kernels.sparse_decode.lookup_sizes import Shape, constants, power_of_two, shape_for, shared_bytes
-from lexico_kernels.sparse_decode.lookup_triton import BinTiles, Heads, Lookups, LookupTiles, Partial
+from lexico_kernels.sparse_decode.lookup_sizes import (
+    BinsWay,
+    Shape,
+    bins_constants,
+    bins_shared_bytes,
+    bins_way,
+    constants,
+    power_of_two,
+    shape_for,
+    shared_bytes,
+)
+from lexico_kernels.sparse_decode.lookup_triton import Heads, Lookups, LookupTiles, Partial
 from lexico_kernels.sparse_decode.softmax import LOG2_E
 
-FILES = ("sparse_decode/lookup_primitives.cu", "sparse_decode/lookup_records.cu", "sparse_decode/lookup.cu")
-DTYPES = (torch.float16, torch.bfloat16)
+PRIMITIVES = "sparse_decode/lookup_primitives.cu"
+FILES = (PRIMITIVES, records.FILE, "sparse_decode/lookup_records.cu", "sparse_decode/lookup.cu")
+BINS_FILES = (PRIMITIVES, "sparse_decode/multiply_bins.cu")
+DTYPES = {torch.float16, torch.bfloat16}
 
 
 @once
@@ -53,18 +64,30 @@ def shape_of(query: Tensor, cache: LayerCache, tables: RequestTables, soft_cap: 
 
 def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
     """Whether this device, these types and this codec go through lookups."""
-    if cache.layout.codec != "packed16" or query.dtype not in DTYPES or not nvrtc.available(query.device.index):
+    if (
+        cache.layout.codec != "packed16"
+        or {query.dtype, cache.value.atoms.dtype} - set(DTYPES)
+        or not nvrtc.available(query.device.index)
+    ):
         return False
     return shape_of(query, cache, tables) is not None
 
 
 @once
-def kernel_for(shape: Shape, page_alignment: int, device: int) -> nvrtc.Kernel:
+def kernel_for(shape: Shape, device: int, overlap: Overlap) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
     launch = lookup_launch(shape.queries)
     shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, page_alignment, shared_limit_bytes(device))
+    macros = constants(shape, launch, shared_limit_bytes(device), overlap)
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
+
+
+@once
+def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int, overlap: Overlap) -> nvrtc.Kernel:
+    """`multiply_bins`, compiled for a shape; half: atoms are float16, not bfloat16."""
+    shared = bins_shared_bytes(shape, way)
+    macros = bins_constants(shape, way, half, overlap)
+    return nvrtc.kernel(BINS_FILES, "multiply_bins", device, shared, **macros)
 
 
 def sparse_decode(
@@ -102,7 +125,7 @@ def sparse_decode(
 
 @once
 def _heads(shape: Shape) -> Heads:
-    return Heads(shape.token_passes, shape.way.passes, shape.queries, shape.row, shape.group)
+    return Heads(shape.way.passes, shape.queries, shape.row, shape.group)
 
 
 def _size(shape: Shape) -> int:
@@ -111,7 +134,7 @@ def _size(shape: Shape) -> int:
 
 
 @once
-def _lookup_tiles(shape: Shape) -> LookupTiles:
+def _lookup_tiles(shape: Shape, overlap: Overlap) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
         ATOMS=fitting_atoms(LOOKUP_MATMUL.tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
@@ -123,29 +146,19 @@ def _lookup_tiles(shape: Shape) -> LookupTiles:
         TAIL=LOOKUP_TAIL.tile,
         G_PAD=16,
         CAP=shape.cap,
+        OVERLAP=overlap,
     )
 
 
 @once
-def _bin_tiles(shape: Shape, columns: int) -> BinTiles:
-    splits = triton.next_power_of_2(shape.max_splits)
-    return BinTiles(
-        COLUMNS=max(columns // _size(shape), shape.row, 16),
-        SPLITS_PAD=splits,
-        SPLITS_AT_ONCE=min(LOOKUP_BINS_SPLITS, splits),
-        CHUNK=shape.chunk,
-        ATOMS=LOOKUP_BINS_TILE.tile,
-    )
-
-
-@once
-def _merge_tiles(shape: Shape) -> MergeTiles:
+def _merge_tiles(shape: Shape, overlap: Overlap) -> MergeTiles:
     return MergeTiles(
         SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
         CHUNKS=shape.chunks,
         CHUNKS_PAD=triton.next_power_of_2(shape.chunks),
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         CAPPED=shape.cap > 0,
+        OVERLAP=overlap,
     )
 
 
@@ -160,7 +173,8 @@ def prepare(
     factor: float,
 ) -> None:
     """Lookups, scales and schedules of all tokens, and attention over sinks and window."""
-    T, tiles = query.shape[0], _lookup_tiles(shape)
+    T, overlap = query.shape[0], overlap_on(query)
+    tiles = _lookup_tiles(shape, overlap)
     programs = triton.cdiv(shape.key_atoms, tiles.ATOMS * tiles.TILES) * triton.cdiv(T * shape.row, tiles.COLUMNS)
     lookup_triton.prepare[(shape.token_passes * (programs + T * tiles.TAIL_SPLITS),)](
         Rows.of(query),
@@ -173,10 +187,12 @@ def prepare(
         Partial(scratch["tail_out"], scratch["tail_lse"]),
         factor,
         T,
-        SIZES=Sizes.of(cache),
+        shape.token_passes,
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
+        **overlap.options,
     )
 
 
@@ -184,9 +200,8 @@ def attend_codes(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, tables: RequestTables, token_request: Tensor
 ) -> None:
     """Bins and statistics of every split."""
-    pages = cache.code_pages
-    kernel = kernel_for(shape, gcd(pages.data_ptr(), pages.stride(0), 16), pages.device.index)
-    kernel.launch(
+    pages, overlap = cache.code_pages, overlap_on(cache.code_pages)
+    kernel_for(shape, pages.device.index, overlap).launch(
         (shape.max_splits, token_request.shape[0] * shape.token_passes, 1),
         lookup_launch(shape.queries).threads,
         scratch["schedule"],
@@ -203,44 +218,41 @@ def attend_codes(
         scratch["stats"],
         shape.token_passes,
         *([scratch["offset"]] if shape.cap else []),
+        overlaps=overlap.on,
     )
 
 
 def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, num_tokens: int) -> None:
     """Merged bins times atoms, a share of the atoms at a time."""
-    tiles = _bin_tiles(shape, lookup_bins(num_tokens * shape.row).columns)
-    grid = (shape.chunks, shape.token_passes, triton.cdiv(num_tokens * shape.row, tiles.COLUMNS))
-    lookup_triton.multiply_bins[grid](
+    atoms, overlap = cache.value.atoms, overlap_on(cache.code_pages)
+    way = bins_way(shape, num_tokens, shared_limit_bytes(atoms.device.index))
+    blocks = triton.cdiv(num_tokens * shape.row, way.columns)
+    kernel = bins_kernel_for(shape, way, atoms.dtype == torch.float16, atoms.device.index, overlap)
+    kernel.launch(
+        (shape.chunks, shape.token_passes * blocks, 1),
+        way.threads,
         scratch["schedule"],
         scratch["bins"],
         scratch["stats"],
-        _stats_stride(shape, num_tokens),
-        Book(*cache.value.tensors),
+        atoms,
+        nvrtc.Int64(cache.value.head_stride),
         scratch["chunk_out"],
         num_tokens,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
-        HEADS=_heads(shape),
-        TILES=tiles,
-        num_warps=LOOKUP_BINS_TILE.num_warps,
-        num_stages=LOOKUP_BINS_TILE.num_stages if _size(shape) == 1 else 1,
+        shape.token_passes,
+        overlaps=overlap.on,
     )
-
-
-def _stats_stride(shape: Shape, num_tokens: int) -> int:
-    """From one kind of `stats` to the next."""
-    return num_tokens * shape.token_passes * shape.row * shape.max_splits
 
 
 def merge(
     shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, out: Tensor, lse: Tensor, sinks: Tensor | None = None
 ) -> None:
     """Codes and tail into out and lse."""
+    overlap = overlap_on(out)
     lookup_merge.merge[(out.shape[0], shape.num_heads)](
         scratch["chunk_out"],
         scratch["schedule"],
         scratch["stats"],
-        _stats_stride(shape, out.shape[0]),
         scratch["offset"],
         Book(*cache.value.tensors),
         Partial(scratch["tail_out"], scratch["tail_lse"]),
@@ -248,8 +260,9 @@ def merge(
         Rows.of(out),
         lse,
         shape.max_splits,
-        SIZES=Sizes.of(cache),
+        SIZES=Sizes.of(cache, records=False),
         HEADS=_heads(shape),
-        TILES=_merge_tiles(shape),
+        TILES=_merge_tiles(shape, overlap),
         num_warps=LOOKUP_TAIL.merge_warps,
+        **overlap.options,
     )

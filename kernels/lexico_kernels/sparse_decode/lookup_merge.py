@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from lexico_kernels.device.launch import Overlap
+from lexico_kernels.device.overlap import wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.sparse_decode.softmax import LN_2, weighed_against_sink
 
@@ -17,6 +19,7 @@ class MergeTiles(NamedTuple):
     CHUNKS_PAD: int
     TAIL_SPLITS: int
     CAPPED: bool
+    OVERLAP: Overlap
 
 
 @triton.jit(do_not_specialize=["lse_ptr"])
@@ -24,7 +27,6 @@ def merge(
     chunk_out_ptr,
     schedule_ptr,
     stats_ptr,
-    stats_stride,
     offset_ptr,
     book,
     tail,
@@ -38,8 +40,11 @@ def merge(
 ):
     """Codes, as `multiply_bins` left them, and tail of one query head: out and natural log-sum-exp.
 
-    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here.
+    CAPPED: scores of codes had their offset before they were capped; else all of a head get it here. What follows is
+    not of this package in general, and is not triggered.
     """
+    OVERLAP: tl.constexpr = TILES.OVERLAP
+    wait_for_previous(OVERLAP)
     D: tl.constexpr = SIZES.D
     G: tl.constexpr = HEADS.G
     CHUNKS: tl.constexpr = TILES.CHUNKS
@@ -47,18 +52,20 @@ def merge(
     CAPPED: tl.constexpr = TILES.CAPPED
     token, query_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     T, Hq = tl.num_programs(0), tl.num_programs(1)
+    H = Hq // HEADS.GROUP * HEADS.PASSES
     kv_head, within = query_head // HEADS.GROUP, query_head % HEADS.GROUP
     head, g = kv_head * HEADS.PASSES + within // G, within % G
     dims, chunk, split = tl.arange(0, SIZES.D_PAD), tl.arange(0, TILES.CHUNKS_PAD), tl.arange(0, TAIL_SPLITS)
-    padded = (token * HEADS.H + head) * G + g
-    at = (token * HEADS.H + head) * HEADS.ROW + g
+    padded = (token * H + head) * G + g
+    at = (token * H + head) * HEADS.ROW + g
     some = tl.arange(0, TILES.SPLITS_PAD)
     exists = some < tl.load(schedule_ptr + token * 4 + 3)
-    stats = stats_ptr + ((token * HEADS.H + head) * max_splits + some) * HEADS.ROW + g
+    stats = stats_ptr + ((token * H + head) * max_splits + some) * HEADS.ROW + g
     tops = tl.load(stats, mask=exists, other=-float("inf"))
     coded_top = tl.max(tops, 0)
     shift = tl.where(exists, tl.exp2(tops - coded_top), 0.0)
-    coded_total = tl.sum(shift * tl.load(stats + stats_stride, mask=exists, other=0.0), 0)
+    totals = stats + T * H * max_splits * HEADS.ROW
+    coded_total = tl.sum(shift * tl.load(totals, mask=exists, other=0.0), 0)
     coded_lse = tl.where(coded_total > 0, coded_top + tl.log2(coded_total), -float("inf"))
     if not CAPPED:
         coded_lse += tl.load(offset_ptr + at)
@@ -70,7 +77,7 @@ def merge(
     weights = tl.where(has_tail, tl.exp2(tails - top), 0.0)
     total = tl.sum(weights, 0) + coded_weight
     mask = (chunk < CHUNKS)[:, None] & (dims < D)[None, :]  # zeros where there are no codes, and no wait to know it
-    chunks = chunk_out_ptr + ((chunk * T + token) * (HEADS.H * G) + head * G + g)[:, None] * D + dims[None, :]
+    chunks = chunk_out_ptr + ((chunk * T + token) * (H * G) + head * G + g)[:, None] * D + dims[None, :]
     mean = load_of_head(book.mean, kv_head, SIZES)
     stretch = load_of_head(book.stretch, kv_head, SIZES)
     coded = tl.sum(tl.load(chunks, mask=mask, other=0.0), 0) / tl.where(coded_total > 0, coded_total, 1.0)

@@ -1,5 +1,8 @@
-// What `lookup_records.cu` and `lookup.cu` ask of the device, in PTX; they come behind this in one translation unit.
-// Tests that run the kernel on a CPU bring the same functions (tests/kernels/lookup_on_cpu.cpp).
+// What `lookup.cu` and `multiply_bins.cu` ask of the device, in PTX; each comes behind this in a translation unit. Tests
+// that run them on a CPU bring the same functions (tests/kernels/lookup_on_cpu.h).
+//
+// Macro OVERLAPS: 1 if the kernel starts before the one before it has ended, and lets the next one start before it has
+// itself (`device/overlap.py`); devices before sm_90 cannot.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -10,16 +13,16 @@ using Shared = u32;  // an address in shared memory
 
 __device__ Shared shared_address(const void* local) { return (u32)__cvta_generic_to_shared(local); }
 
-// BYTES of global memory that are read once, into words; whole words and aligned to BYTES.
-template <int BYTES>
-__device__ void load_once(u32* w, const char* at) {
-  if constexpr (BYTES == 16) {
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at));
-  } else if constexpr (BYTES == 8) {
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at));
-  } else {
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(w[0]) : "l"(at));
-  }
+// Of global memory that is read once.
+__device__ u32 load_word_once(const char* at) {
+  u32 word;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
+  return word;
+}
+
+__device__ void load_words_once(u32 (&words)[4], const char* at) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
 }
 
 __device__ u16 load_half_once(const char* at) {
@@ -62,6 +65,20 @@ __device__ void start_copy(Shared to, const char* from) {
 
 __device__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Wait until the kernels before have ended; what they wrote can be read then.
+__device__ void wait_for_previous() {
+#if OVERLAPS && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the next kernel start as soon as all blocks have come here or ended.
+__device__ void trigger_next() {
+#if OVERLAPS && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 __device__ u32 multiply_add_halves(u32 a, u32 b, u32 c) {
   u32 out;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
@@ -92,4 +109,30 @@ __device__ float power_of_two(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
+}
+
+// Start copying 16 bytes to shared memory, or set them to zero where there are none.
+__device__ void start_copy_or_clear(Shared to, const char* from, bool there) {
+  const int bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// sums += a . b of 16 x 16 and 16 x 8 halves, as mma.m16n8k16 deals them out to a warp.
+__device__ void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 x 8 halves as mma takes them; row: the address of 8 halves in a row, of row l % 8 of matrix l / 8 in
+// lane l. TURNED: a register has two rows' halves of a column, not two of a row.
+template <bool TURNED>
+__device__ void load_matrices(u32 (&out)[4], Shared row) {
+  if constexpr (TURNED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
+  }
 }

@@ -1,7 +1,7 @@
-// Records of "packed16" codes as registers hold them, and where the level of an entry is looked up; `lookup.cu` comes
-// behind this in one translation unit.
+// Records of "packed16" codes as registers hold them, and where the level of an entry is looked up; `records.cu` comes
+// before this in one translation unit, `lookup.cu` behind it.
 //
-// Macros: LEVELS_FROM (see below), NUM_LEVELS, LEVEL_BITS, MAX_ATOMS.
+// Macros: LEVELS_FROM (see below), MAX_ATOMS, and those of `records.cu`.
 
 static_assert(NUM_LEVELS == 16 && LEVEL_BITS == 4 && MAX_ATOMS == 4096, "an entry is 12 bits of atom, 4 of level");
 
@@ -9,28 +9,23 @@ enum { FROM_SHARED = 0, FROM_BYTES = 1 };  // where an entry's level is looked u
 
 template <int S>
 struct Record {
-  static constexpr int BYTES = 2 * (S + 1);
-  static constexpr int WORDS = (BYTES + 3) / 4;
+  static constexpr int WORDS = (S + 2) / 2;
   u32 word[WORDS];
 
   __device__ float scale() const { return __uint_as_float(word[0] << 16); }  // bf16
 };
 
-// A record is used once, so it need not stay near.
-template <int ALIGN, int S>
-__device__ Record<S> load_record(const char* at) {
+// Two halfwords of a record, from an even one on.
+__device__ u32 load_word(const char* head, RecordAddress address, u32 slot, int halfword) {
+  return load_word_once(head + halfword_offset(address, slot, halfword));
+}
+
+template <int S>
+__device__ Record<S> load_record(const char* head, RecordAddress address, u32 slot) {
   Record<S> record;
-  constexpr int BYTES = Record<S>::BYTES;
-  if constexpr (ALIGN >= 4) {
 #pragma unroll
-    for (int i = 0; i < BYTES / ALIGN; i++) load_once<ALIGN>(record.word + ALIGN / 4 * i, at + ALIGN * i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < BYTES / 2; i++) {
-      const u32 half = ((const u16*)at)[i];
-      record.word[i / 2] = i & 1 ? record.word[i / 2] | half << 16 : half;
-    }
-  }
+  for (int i = 0; i < (S + 1) / 2; i++) record.word[i] = load_word(head, address, slot, 2 * i);
+  if constexpr (S % 2 == 0) record.word[S / 2] = load_half_once(head + halfword_offset(address, slot, S));
   return record;
 }
 

@@ -2,23 +2,28 @@
 
 from dataclasses import dataclass
 from functools import cache as once
-from math import gcd
 from typing import NamedTuple
 
 import torch
 
 from lexico_kernels.device.launch import (
     LOOKUP_ATTEND,
+    LOOKUP_BINS_SPLITS,
+    LOOKUP_BINS_TURNS,
     LOOKUP_CHUNKS,
     LOOKUP_ONE_PASS,
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
+    OVERLAPS,
     LookupLaunch,
+    Overlap,
+    lookup_bins,
     lookup_launch,
 )
 from lexico_kernels.device.nvrtc import float_bits
-from lexico_kernels.memory.layout import KV, LEVEL_BITS, MAX_ATOMS, NUM_LEVELS, SPAN_TOKENS, CodeLayout
+from lexico_kernels.memory import records
+from lexico_kernels.memory.layout import MAX_ATOMS, CodeLayout
 
 MAX_QUERIES = 8  # query heads that one pass over the codes can serve
 MAX_GRID_ROWS = 65535  # CUDA's limit on a grid's second axis
@@ -92,7 +97,7 @@ class Shape:
 
     @property
     def chunk(self) -> int:
-        """Atoms of a program of `multiply_bins`; of the longest context alone, so that batches change no bits."""
+        """Atoms of a block of `multiply_bins`; of the longest context alone, so that batches change no bits."""
         return next(row.atoms for row in LOOKUP_CHUNKS if self.max_splits <= row.max_splits)
 
     @property
@@ -176,40 +181,88 @@ def shape_for(
     return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
 
 
-def constants(shape: Shape, launch: LookupLaunch, page_alignment: int, limit_bytes: int) -> dict[str, int]:
+def constants(
+    shape: Shape, launch: LookupLaunch, limit_bytes: int, overlap: Overlap = OVERLAPS["off"]
+) -> dict[str, int]:
     """The macros of `attend_codes`."""
-    layout, queries = shape.layout, shape.queries
+    queries = shape.queries
     shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
-    out = {
+    return records.macros(shape.layout) | {
         "QUERIES": queries,
         "ROW": shape.row,
         "BINNED": shape.way.binned,
-        "ROTATE": launch.rotate,
         "THREADS": launch.threads,
         "ROUNDS": divide_up(shape.way.tokens, launch.threads),
         "MIN_BLOCKS": max(1, min(limit_bytes // shared, launch.max_blocks)),
         "LEVELS_FROM": launch.levels_from,
-        "PAGE_TOKENS": layout.block_tokens,
-        "HEAD_BYTES": layout.head_bytes,
         "PASSES": shape.way.passes,
-        "NUM_LEVELS": NUM_LEVELS,
-        "LEVEL_BITS": LEVEL_BITS,
         "MAX_ATOMS": MAX_ATOMS,
-        "SPAN_TOKENS": SPAN_TOKENS,
         "CAP_BITS": float_bits(shape.cap),
+        "KEY_ATOMS": shape.key_atoms,
+        "VALUE_ATOMS": shape.value_atoms,
+        **overlap.macros,
     }
-    for kv, atoms in zip(KV, (shape.key_atoms, shape.value_atoms), strict=True):
-        address = layout.address(kv)
-        offset, stride = address.scale_offset, address.scale_stride
-        out |= {
-            f"{kv.upper()}_SPARSITY": address.sparsity,
-            f"{kv.upper()}_ATOMS": atoms,
-            f"{kv.upper()}_OFFSET": offset,
-            f"{kv.upper()}_STRIDE": stride,
-            f"{kv.upper()}_ENTRIES": address.index_offset - offset,
-            f"{kv.upper()}_ALIGN": gcd(page_alignment, offset, stride, layout.head_bytes, 16),
-        }
-    return out
+
+
+BINS_TILE, BINS_PIECE = 64, 8  # atoms that `multiply_bins` multiplies together, and of which a thread merges the bins
+
+
+class BinsWay(NamedTuple):
+    """How a block of `multiply_bins` goes through its share of the atoms.
+
+    Attributes:
+        columns: query heads of tokens.
+        splits: whose bins a thread loads at once.
+        turns: pieces of each tile whose bins a thread merges.
+    """
+
+    columns: int
+    splits: int
+    turns: int
+
+    @property
+    def threads(self) -> int:
+        """Of the block."""
+        return self.columns * (BINS_TILE // BINS_PIECE) // self.turns
+
+
+def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
+    """Shared memory of a block of `multiply_bins`: tiles of atoms, two of bins, and the worth of each split."""
+    atoms, bins = BINS_TILE * (2 * shape.layout.head_dim + 16), way.columns * (2 * BINS_TILE + 16)
+    return 2 * (atoms + bins) + 4 * way.columns * (1 + shape.max_splits)
+
+
+def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
+    """For a step of that many tokens, where a block may have `limit_bytes` of shared memory.
+
+    Very long contexts have so many splits that only fewer columns fit. The columns change no bits.
+    """
+    splits, turns = min(LOOKUP_BINS_SPLITS, power_of_two(shape.max_splits)), 1
+    if shape.max_splits == 1:
+        turns = LOOKUP_BINS_TURNS
+    way = BinsWay(lookup_bins(num_tokens * shape.row).columns, splits, turns)
+    while way.columns > 16 and bins_shared_bytes(shape, way) > limit_bytes:
+        way = way._replace(columns=way.columns // 2)
+    return way
+
+
+def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OVERLAPS["off"]) -> dict[str, int]:
+    """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
+    return {
+        "QUERIES": shape.queries,
+        "ROW": shape.row,
+        "PASSES": shape.way.passes,
+        "ATOMS": shape.value_atoms,
+        "DIM": shape.layout.head_dim,
+        "COLUMNS": way.columns,
+        "TILE": BINS_TILE,
+        "PIECE": BINS_PIECE,
+        "CHUNK": shape.chunk,
+        "AT_ONCE": way.splits,
+        "TURNS": way.turns,
+        "ATOMS_ARE_HALF": int(half),
+        **overlap.macros,
+    }
 
 
 def scratch_bytes(layout: CodeLayout, num_heads: int, num_tokens: int, max_tokens: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lexico_kernels.memory.layout import LAYOUT_VERSION
+
 from vllm_lexico import __version__
 from vllm_lexico.dictionary.file import read_checksum
 from vllm_lexico.serve.refusals import drafts_have_layers
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, drafts: str = "no") -> str:
     """One line that is the same for engines whose code pages mean the same.
 
-    It has the dictionary's hash in full, so that who reads two of them sees which dictionaries they are.
+    It has the number of the pages' layout, and the dictionary's hash in full, so that who reads two of them sees which
+    dictionaries they are.
 
     Args:
         setup: of the engine.
@@ -30,7 +33,8 @@ def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, draft
     sparsity, uneven = setup.config.sparsity, setup.config.uneven
     by_head = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by head)"
     return (
-        f"LEXICO {__version__}, codec {layout.codec}, sparsity {sparsity.key}/{sparsity.value}{by_head}, "
+        f"LEXICO {__version__}, codec {layout.codec} in layout {LAYOUT_VERSION}, "
+        f"sparsity {sparsity.key}/{sparsity.value}{by_head}, "
         f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
         f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}, {drafts} drafts in blocks"
     )
