@@ -6,12 +6,14 @@
 Trains the same short way on all kinds of text, on books alone, on text that the model writes itself, and without
 reading far positions. "written" is what vLLM has the model write from the prompts of `train/prompts.py`, as
 `vllm-lexico train` does without --data; "written: KIND, KIND" are its texts of those kinds alone, and "written: no
-KIND" those of all others. "package 0.6" reads text of the package in 6 rows of 10 and "written" in the others. With --files nothing is trained: dictionary files are measured, and compared with the first.
+KIND" those of all others. "package 0.6" reads text of the package in 6 rows of 10 and "written" in the others. With
+--files nothing is trained: dictionary files are measured, and compared with the first.
 
     python benchmarks/dictionary_texts.py MODEL --data DIR --files real.safetensors own.safetensors
 
 Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they stand far into a context.
-Of code the files of Python's library are left out there, as `vllm-lexico train` without --data reads those that it finds. Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
+Of code the files of Python's library are left out there: `vllm-lexico train` without --data reads those that it finds.
+Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
 """
 
 from __future__ import annotations
