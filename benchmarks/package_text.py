@@ -56,21 +56,21 @@ class Portion:
 
 
 PORTIONS = (
-    Portion("books", "books", "nltk", 60_000),
-    Portion("books", "books", "standardebooks", 180_000),
-    Portion("books", "books", "standardebooks", 110_000, talk=True),
+    Portion("books", "books", "nltk", 90_000),
+    Portion("books", "books", "standardebooks", 280_000),
+    Portion("books", "books", "standardebooks", 170_000, talk=True),
     Portion("textbooks", "textbooks", "openstax", 350_000),
-    Portion("docs", "docs", "python/peps", 160_000),
-    Portion("docs", "docs", "rust-lang", 100_000),
-    Portion("math", "math", "OpenLogicProject", 420_000),
-    Portion("math", "textbooks", "openstax/osbooks-introductory-statistics", 60_000),
-    Portion("code", "code", "PyPI Django", 110_000),
-    Portion("code", "code", "PyPI networkx", 90_000),
-    Portion("code", "code", "PyPI sympy", 140_000),
-    Portion("code", "code", "PyPI torch", 130_000),
+    Portion("docs", "docs", "python/peps", 100_000),
+    Portion("docs", "docs", "rust-lang", 90_000),
+    Portion("math", "math", "OpenLogicProject", 560_000),
+    Portion("math", "textbooks", "openstax/osbooks-introductory-statistics", 40_000),
+    Portion("code", "code", "PyPI Django", 100_000),
+    Portion("code", "code", "PyPI networkx", 80_000),
+    Portion("code", "code", "PyPI sympy", 120_000),
+    Portion("code", "code", "PyPI torch", 110_000),
     Portion("code", "code", "npm lodash", 30_000),
-    Portion("code", "code", "npm rxjs", 70_000),
-    Portion("code", "code", "npm three", 100_000),
+    Portion("code", "code", "npm rxjs", 60_000),
+    Portion("code", "code", "npm three", 90_000),
 )
 
 

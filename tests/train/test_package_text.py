@@ -76,6 +76,14 @@ def test_no_piece_comes_again_before_all_were_read(monkeypatch):
     assert held <= {f"{kind}{number:02d}." for kind in documents for number in (0, 20)} and not held & set(pieces)
 
 
+def test_a_kind_may_have_more_turns(monkeypatch):
+    documents = {kind: [f"{kind[0]}{number:02d}." * 8 for number in range(40)] for kind in ("docs", "math")}
+    monkeypatch.setattr(package_text, "package_documents", lambda: documents)
+    pieces = [bytes(row[:4].tolist()).decode() for row in PackageRows(Letters(), 32, 0, 1).take(60, 0)]
+    assert "".join(piece[0] for piece in pieces) == "dmm" * 20
+    assert len({piece for piece in pieces if piece[0] == "m"}) > 35  # two turns read different texts
+
+
 def test_rows_are_mixed_the_same_way_for_a_seed():
     own, other = torch.zeros(6, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)
     rows = mixed(own, other, 1)

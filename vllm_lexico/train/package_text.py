@@ -30,6 +30,8 @@ CODE_FOLDERS = (
     "unittest",
     "xml/dom",
 )
+# Of a kind among the others, where not 1: what a model writes is least like these (docs/log.md).
+TURNS = {"books": 2, "math": 2}
 SMALLEST, LARGEST = 4_000, 100_000  # bytes of a file of code: neither stubs nor tables
 
 
@@ -62,8 +64,12 @@ def package_text_identity() -> str:
 
 
 def package_sequences(tokenizer: Any, length: int, seed: int) -> TextSequences:
-    """It as sequences of token ids, each kind counting the same; see `TextSequences`."""
-    return TextSequences((), tokenizer, length, seed, documents=package_documents())
+    """It as sequences of token ids, each kind counting the same but for TURNS; see `TextSequences`."""
+    documents = {}
+    for kind, texts in package_documents().items():
+        turns = TURNS.get(kind, 1)
+        documents |= {f"{kind} {turn}": texts[turn::turns] for turn in range(turns)}
+    return TextSequences((), tokenizer, length, seed, documents=documents)
 
 
 class PackageRows:
