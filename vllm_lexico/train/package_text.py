@@ -65,7 +65,7 @@ def package_text_identity() -> str:
 
 def package_sequences(tokenizer: Any, length: int, seed: int) -> TextSequences:
     """It as sequences of token ids, each kind counting the same but for TURNS; see `TextSequences`."""
-    documents = {}
+    documents: dict[str, list[str]] = {}
     for kind, texts in package_documents().items():
         turns = TURNS.get(kind, 1)
         documents |= {f"{kind} {turn}": texts[turn::turns] for turn in range(turns)}
