@@ -6,12 +6,14 @@
 Trains the same short way on all kinds of text, on books alone, on text that the model writes itself, and without
 reading far positions. "written" is what vLLM has the model write from the prompts of `train/prompts.py`, as
 `vllm-lexico train` does without --data; "written: KIND, KIND" are its texts of those kinds alone, and "written: no
-KIND" those of all others. With --files nothing is trained: dictionary files are measured, and compared with the first.
+KIND" those of all others. "package 0.6" reads text of the package in 6 rows of 10 and "written" in the others. With
+--files nothing is trained: dictionary files are measured, and compared with the first.
 
     python benchmarks/dictionary_texts.py MODEL --data DIR --files real.safetensors own.safetensors
 
-Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they
-stand far into a context. Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
+Measures the energy lost on held-out texts of every kind, on WikiText-2, and on keys as they stand far into a context.
+Of code the files of Python's library are left out there: `vllm-lexico train` without --data reads those that it finds.
+Rows go to benchmarks/results/dictionary.jsonl, metric `energy_lost`, case.trained_on.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 
 import torch
 from bench.file_losses import loss_rows
+from bench.held_out import held_out_texts
 from bench.record import RESULTS, record
 from lexico_kernels import KV
 from torch import Tensor
@@ -40,6 +43,7 @@ from vllm_lexico.train.layer_learners import LayerLearners
 from vllm_lexico.train.learn import LearnSettings, evaluate
 from vllm_lexico.train.levels import learn_levels
 from vllm_lexico.train.own_text import join, sequences_from_model
+from vllm_lexico.train.package_text import mixed, package_sequences
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.prompts import SHARES
 from vllm_lexico.train.texts import TextSequences
@@ -49,6 +53,7 @@ from vllm_lexico.train.writing import write
 KINDS = ("books", "textbooks", "docs", "math", "code")
 TESTED = ("books", "math", "code", "wikitext", "chat")
 CHAT_FILE = "gsm8k_test.jsonl.xz"  # questions and answers, through the model's chat template
+LIBRARY = "Python 3.11 standard library"  # a source of the code
 SPARSITIES = (7, 15)
 FAR = 16384
 
@@ -113,6 +118,12 @@ class Texts:
         rows = join(torch.cat(own), self.args.sequence_tokens)
         return rows[torch.arange(count) % len(rows)]
 
+    def beside_package(self, share: float, count: int) -> Tensor:
+        """Text of the package in a share of the rows, what vLLM has the model write in the others."""
+        package = int(count * share)
+        text = package_sequences(self.tokenizer, self.args.sequence_tokens, 0).take(package, 0)
+        return mixed(self.written("written", count)[: count - package], text, 0)
+
     def vectors(self, sequences: Tensor, furthest: int = 0) -> Tensor:
         layers, pair = range(self.shape.num_layers), (self.shape.num_kv_heads, self.shape.head_dim)
         kept = sequences.shape[1] - 16
@@ -123,10 +134,18 @@ class Texts:
         texts = TextSequences([self.source(kind) for kind in kinds], self.tokenizer, self.args.sequence_tokens, 0)
         return self.vectors(texts.take(count, number), furthest)
 
+    def held_out(self, kind: str, count: int) -> Tensor:
+        """Of texts that nothing was trained on."""
+        if kind != "code":
+            return self.read((kind,), count, None)
+        held = {kind: held_out_texts(Path(self.source(kind)), without=LIBRARY)}
+        texts = TextSequences((), self.tokenizer, self.args.sequence_tokens, 0, documents=held)
+        return self.vectors(texts.take(count, 0))
+
 
 def held_out(texts: Texts, few: int) -> tuple[dict[str, Tensor], int]:
     """Vectors of `few` texts of every kind that nothing was trained on, and how far the model's context goes."""
-    tests = {kind: texts.read((kind,), few, None) for kind in TESTED}
+    tests = {kind: texts.held_out(kind, few) for kind in TESTED}
     far = texts.loaded.config.max_position_embeddings
     if far > FAR:  # the second pair of sequences stands far into a context, see `capture`
         wide = texts.read(("books",), 4 * few, None, furthest=2 * FAR)
@@ -178,6 +197,9 @@ def run(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         if name.startswith("written"):
             store = texts.vectors(texts.written(name, count), 2 * FAR if far > FAR else 0)
+        elif name.startswith("package"):
+            share = float(name.removeprefix("package"))
+            store = texts.vectors(texts.beside_package(share, count), 2 * FAR if far > FAR else 0)
         else:
             store = stores[name]()
         read = time.perf_counter() - started

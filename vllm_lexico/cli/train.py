@@ -124,9 +124,9 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
         "--package-text",
         type=float,
         metavar="SHARE",
-        help="share of the reading, without --data, that is real text: some of the package's, in English, and code of "
-        "Python's standard library; 0 for the model's own alone (default: "
-        f"{EFFORTS['cuda'].package_text}, on a CPU {EFFORTS['cpu'].package_text})",
+        help="share of the reading, without --data, that is real text: that of the package and the code of Python's "
+        "standard library; 0 for the model's own alone (default: "
+        f"{EFFORTS['cuda'].package_text})",
     )
     parser.add_argument(
         "--text-tokens",

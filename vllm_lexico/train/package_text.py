@@ -30,6 +30,8 @@ CODE_FOLDERS = (
     "unittest",
     "xml/dom",
 )
+# Of a kind among the others, where not 1: what a model writes is least like these (docs/log.md).
+TURNS = {"books": 2, "math": 2}
 SMALLEST, LARGEST = 4_000, 100_000  # bytes of a file of code: neither stubs nor tables
 
 
@@ -40,7 +42,7 @@ def package_documents() -> dict[str, list[str]]:
     if not path.is_file():
         return {}
     kinds: dict[str, list[str]] = {}
-    for line in lzma.decompress(path.read_bytes()).decode().splitlines():
+    for line in lzma.decompress(path.read_bytes()).decode().rstrip("\n").split("\n"):
         row = json.loads(line)
         kinds.setdefault(row["kind"], []).append(row["text"])
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -50,7 +52,7 @@ def package_documents() -> dict[str, list[str]]:
         for file in files
         if SMALLEST <= file.stat().st_size <= LARGEST
     ]
-    return kinds | ({"code": code} if code else {})
+    return kinds | ({"python": code} if code else {})
 
 
 def package_text_identity() -> str:
@@ -62,8 +64,35 @@ def package_text_identity() -> str:
 
 
 def package_sequences(tokenizer: Any, length: int, seed: int) -> TextSequences:
-    """It as sequences of token ids, each kind counting the same; see `TextSequences`."""
-    return TextSequences((), tokenizer, length, seed, documents=package_documents())
+    """It as sequences of token ids, each kind counting the same but for TURNS; see `TextSequences`."""
+    documents: dict[str, list[str]] = {}
+    for kind, texts in package_documents().items():
+        turns = TURNS.get(kind, 1)
+        documents |= {f"{kind} {turn}": texts[turn::turns] for turn in range(turns)}
+    return TextSequences((), tokenizer, length, seed, documents=documents)
+
+
+class PackageRows:
+    """Rows of it for the rounds of a run, a part of one text for each: no piece comes again before all were read.
+
+    Args:
+        tokenizer: of transformers.
+        length: tokens per row.
+        seed: of places and order.
+        rounds: of the run.
+    """
+
+    def __init__(self, tokenizer: Any, length: int, seed: int, rounds: int) -> None:
+        self.sequences, self.rounds = package_sequences(tokenizer, length, seed), rounds
+        self._rows: torch.Tensor | None = None
+
+    def take(self, count: int, number: int | None) -> torch.Tensor:
+        """int64 [count, length]: those of round `number`, of which each has as many; the held-out ones for None."""
+        if number is None:
+            return self.sequences.take(count, None)
+        if self._rows is None:
+            self._rows = self.sequences.take(count * self.rounds, 0)
+        return self._rows[number * count : (number + 1) * count]
 
 
 def mixed(own: torch.Tensor, other: torch.Tensor, seed: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vllm_lexico.train.capture import capture, load_model
 from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners, Parent
 from vllm_lexico.train.memory import words_for_memory
 from vllm_lexico.train.own_text import read_tokenizer, sequences_from_model, split
-from vllm_lexico.train.package_text import mixed, package_sequences
+from vllm_lexico.train.package_text import PackageRows, mixed
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.settings import Plan, TrainSettings
 from vllm_lexico.train.state import Kept, RunFolder
@@ -261,9 +261,10 @@ class _Reader:
         self.texts = texts_of(job.model, job.settings) if job.settings.data else None
         self.rows = None if job.settings.data else written_rows(job.run, job.settings.length)
         self.writes = self.texts is None and self.rows is None
-        self.package: TextSequences | None = None
+        self.package: PackageRows | None = None
         if job.settings.package_text:
-            self.package = package_sequences(read_tokenizer(job.model), job.settings.length, job.settings.seed)
+            tokenizer, settings = read_tokenizer(job.model), job.settings
+            self.package = PackageRows(tokenizer, settings.length, settings.seed, job.plan.rounds)
         self.held_out: torch.Tensor | None = None  # what transformers has written of it
         self.asking = Asking.of(read_tokenizer(job.model), self.kind, job.plan.furthest)
 

@@ -34,21 +34,19 @@ class Effort:
     rounds: int
     shared: bool = False
     text_tokens: int | None = None
-    package_text: float = 0.4
+    package_text: float = 0.75
 
 
 # By kind of device. On two cores of a CPU all that is learned is some millions of codes, and short texts, all of one
 # length, are written with the fewest passes over the weights (docs/log.md).
 EFFORTS = {
     "cuda": Effort(atoms=4096, batch=8192, vectors=2_000_000, passes=8, rounds=4),
-    "cpu": Effort(
-        atoms=1024, batch=1024, vectors=40_000, passes=1, rounds=2, shared=True, text_tokens=256, package_text=0.5
-    ),
+    "cpu": Effort(atoms=1024, batch=1024, vectors=40_000, passes=1, rounds=2, shared=True, text_tokens=256),
 }
 # The same where a dictionary is adapted, which has its atoms.
 ADAPTING = {
     "cuda": Effort(atoms=0, batch=8192, vectors=500_000, passes=4, rounds=2),
-    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1, text_tokens=256, package_text=0.5),
+    "cpu": Effort(atoms=0, batch=1024, vectors=20_000, passes=1, rounds=1, text_tokens=256),
 }
 CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # what Linux calls arithmetic in it; without, float32 is faster
 CPU_FACTS = Path("/proc/cpuinfo")
