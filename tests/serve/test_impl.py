@@ -42,7 +42,7 @@ def test_more_pages_at_the_same_place_are_bound_again():
     tail = types.SimpleNamespace(kv_cache=pages[1])
     layers = types.SimpleNamespace(static_forward_context={"tail": tail})
     own.vllm_config, own.tail_name = types.SimpleNamespace(compilation_config=layers), "tail"
-    own._cache, own._bound_to = None, (0, 0, 0)
+    own._cache, own._bound_to, own.num_heads, own.num_kv_heads = None, (0, 0, 0), 4, 2
     own.setup = LexicoSetup(LexicoConfig(codec="exact"), None, 0, 1)
     few = own.bind(layer, pages[0, :2], layout)
     assert own.bind(layer, pages[0, :2], layout) is few and len(few.whole.code_pages) == 2

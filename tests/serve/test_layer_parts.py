@@ -29,7 +29,7 @@ class Both:
         ]
         pages = torch.zeros(PAGES, layout.page_bytes, dtype=torch.uint8, device=place)
         tail = torch.zeros(PAGES, HEADS, layout.tail_tokens, 2, head_dim, dtype=dtype, device=place)
-        self.parts = LayerParts.cut(pages, pages, tail, books, layout, layouts, None, group=2)
+        self.parts = LayerParts.cut(pages, pages, tail, books, layout, layouts, None, GROUP)
         self.alone = [self._own(part.cache.head(at)) for part in self.parts.parts for at in range(2)]
         shape = TOKENS, HEADS, head_dim
         self.key, self.value = (torch.randn(shape, generator=generator).to(place, dtype) for _ in range(2))
