@@ -34,7 +34,7 @@ class Effort:
     rounds: int
     shared: bool = False
     text_tokens: int | None = None
-    package_text: float = 0.75
+    package_text: float = 0.8
 
 
 # By kind of device. On two cores of a CPU all that is learned is some millions of codes, and short texts, all of one
