@@ -61,7 +61,7 @@ def draw_decode(figure: Any, results: Path) -> None:
         label = f"{percent:g} % of the bytes, {gpu}"
         axes.bar_label(axes.bar(*zip(*bars, strict=True), width, label=label, **look), fmt="%.1f", fontsize=8)
     axes.axhline(1, color="0.25", linewidth=0.9, linestyle=":")
-    axes.set_xticks(range(len(loads)), [f"{batch} x {context // 1024}k" for context, batch in loads])
+    axes.set_xticks(range(len(loads)), [f"{batch} x {context / 1024:g}k" for context, batch in loads])
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="requests x context", ylabel="times as fast as FlashAttention 3 on bf16")
     axes.set_title("Attention of a decode step, 8 KV heads of 128, 32 query heads", loc="left")
@@ -116,13 +116,13 @@ def draw_frontier(figure: Any, results: Path) -> None:
 
 
 def draw_documents(figure: Any, results: Path) -> None:
-    """What is left of long documents, in the rows of one commit: the last that has asked about passages."""
+    """What is left of long documents: each cache's last row of each task, of the model and GPU that were asked last."""
     path = results / "quality.jsonl"
     (last,) = newest(path, lambda row: True if row["metric"] == "qa" else None).values()
 
     def key(row: Row) -> Any:
         case = row["case"]
-        same = row["commit"] == last["commit"] and case.get("model") == last["case"]["model"]
+        same = _gpu(row) == _gpu(last) and _short(case.get("model")) == _short(last["case"]["model"])
         whole = row["metric"] in DOCUMENT_PANELS and not SIZES & {*case}
         return (row["metric"], case["cache"]) if same and whole and "cache" in case else None
 
@@ -133,9 +133,17 @@ def draw_documents(figure: Any, results: Path) -> None:
     for place in (*places[len(panels) :], words):
         place.set_axis_off()
     sizes = [f"{metric}: {_sizes(row)}" for metric in panels if (row := rows.get((metric, "bf16")))]
-    about = f"{last['case']['model']}\nin vLLM {last['vllm']} on one {_gpu(last)},\ncommit {last['commit'][:7]}\n\n"
-    about += "LEXICO in red, by atoms per vector;\na + has atoms dealt out unevenly;\nbars: 95 %\n\n" + "\n".join(sizes)
-    words.text(0.05, 0.95, about, va="top", fontsize=9)
+    commits = ", ".join(sorted({row["commit"][:7] for row in rows.values()}))
+    about = f"{last['case']['model']}\nin vLLM {last['vllm']} on one {_gpu(last)},\ncommits {commits}\n\n"
+    about += (
+        "LEXICO in red, by atoms per vector;\na + has atoms dealt out unevenly;\nbars: 95 %; asked in the last run:\n\n"
+    )
+    words.text(0.05, 0.95, about + "\n".join(sizes), va="top", fontsize=9)
+
+
+def _short(model: str | None) -> str:
+    """A model's name without whose it is, and what it is tuned for."""
+    return (model or "").rpartition("/")[2].lower().removesuffix("-instruct")
 
 
 def _sizes(row: Row) -> str:
