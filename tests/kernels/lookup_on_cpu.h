@@ -1,4 +1,6 @@
 // The functions of lookup_primitives.cu for kernels that `cuda_on_cpu.h` runs.
+#include <map>
+
 #include "cuda_on_cpu.h"
 
 #undef SHARED_MEMORY
@@ -17,7 +19,7 @@ inline u32 load_word_once(const char* at) {
   std::memcpy(&word, at, 4);
   return word;
 }
-inline void load_words_once(u32 (&words)[4], const char* at) {
+inline void load_written(u32 (&words)[4], const char* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16) cpu::fail("a load is not aligned");
   std::memcpy(words, at, 16);
 }
@@ -37,8 +39,22 @@ void load_halves(u32* pair, Shared at) {
   std::memcpy(pair, at, 2 * HALVES);
 }
 inline void add_shared(Shared at, int amount) { *reinterpret_cast<u32*>(at) += u32(amount); }  // wraps around
-inline void start_copy(Shared to, const char* from) { std::memcpy(to, from, 16); }
-inline void finish_copies() {}
+
+// Copies are done when their thread waits for them, so that a kernel that does not wait is seen.
+struct Copy {
+  Shared to;
+  const char* from;  // or null, for zeros
+};
+inline std::map<cpu::Thread*, std::vector<Copy>> copies;
+inline void start_copy_or_clear(Shared to, const char* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("a copy is not aligned");
+  copies[cpu::current].push_back({to, there ? from : nullptr});
+}
+inline void start_copy(Shared to, const char* from) { start_copy_or_clear(to, from, true); }
+inline void finish_copies() {
+  for (const Copy& each : copies[cpu::current]) each.from ? std::memcpy(each.to, each.from, 16) : std::memset(each.to, 0, 16);
+  copies[cpu::current].clear();
+}
 
 inline u32 twice(u32 pair, bool high) { return (high ? pair >> 16 : pair & 0xffff) * 0x10001; }
 inline float half_to_float(u32 pair, int which) { return half_value(which ? pair >> 16 : pair & 0xffff); }
@@ -66,10 +82,6 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   return out;
 }
 
-inline void start_copy_or_clear(Shared to, const char* from, bool there) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("a copy is not aligned");
-  there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
-}
 inline void multiply_halves(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   float out[4];
   multiply(out, a, b0, b1, sums);

@@ -65,22 +65,30 @@ def test_codes_are_attended_by_a_kernel_that_waits_if_it_is_launched_so(name, ca
 
 
 @pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("kernel", ["attend_codes", "multiply_bins"])
 @pytest.mark.parametrize("arch", LIMITS)
-def test_attend_codes_compiles_and_waits_where_devices_can(arch, name, monkeypatch):
+def test_cuda_kernels_compile_and_wait_where_devices_can(arch, kernel, name, monkeypatch):
     bindings = pytest.importorskip("cuda.bindings.nvrtc")
-    shape = lookup_sizes.shape_for(CodeLayout(128, 2, 15, 15), 8, 4096, 4096, 1 << 17, LIMITS[arch])
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), LIMITS[arch], OVERLAPS[name])
-    assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
+    limit, overlap = LIMITS[arch], OVERLAPS[name]
+    shape = lookup_sizes.shape_for(CodeLayout(128, 2, 15, 15), 8, 4096, 4096, 1 << 17, limit)
+    if kernel == "attend_codes":
+        files, loads = lookup.FILES, 2  # levels alone
+        macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit, overlap)
+    else:
+        files, loads = lookup.BINS_FILES, 0  # atoms come by copies
+        macros = lookup_sizes.bins_constants(shape, lookup_sizes.bins_way(shape, 8, limit), False, overlap)
+    source = nvrtc.source_text(files)
+    assert nvrtc.compile_source(source, arch, macros).startswith(b"\x7fELF")
     monkeypatch.setattr(bindings, "nvrtcGetCUBINSize", bindings.nvrtcGetPTXSize)
     monkeypatch.setattr(bindings, "nvrtcGetCUBIN", bindings.nvrtcGetPTX)
     options = [*nvrtc.OPTIONS, f"--gpu-architecture={arch.replace('sm', 'compute')}"]
     options += [f"-D{macro}={value}" for macro, value in macros.items()]
-    ptx = nvrtc.run_compiler(nvrtc.source_text(lookup.FILES), options).decode()
+    ptx = nvrtc.run_compiler(source, options).decode()
     can = arch != "sm_80"
     assert ptx.count(WAIT) == ptx.count(TRIGGER) == (can and name == "on")
-    if can and name == "on":  # only levels are read before, and by then nothing of what steps write
+    if can and name == "on":  # nothing of what steps write is read or written before
         before = ptx[: ptx.index(WAIT)]
-        assert before.count("ld.global") == 2 and "st.global" not in before
+        assert before.count("ld.global") == loads and "st.global" not in before
 
 
 def test_what_may_overlap():

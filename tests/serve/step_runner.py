@@ -270,7 +270,7 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
         out = torch.empty_like(query) if out is None else out
         return out, query.new_empty(query.shape[1::-1], dtype=torch.float32)
 
-    caches = (lookup.kernel_for, lookup.bins_kernel_for, clusters._kernel, entry_order._kernel)
+    caches = (lookup.kernel_for, lookup.bins_kernel_for, clusters._kernel, entry_order.kernel_for)
     with pytest.MonkeyPatch.context() as patch:
         for kind in (JITFunction, InterpretedFunction):
             patch.setattr(kind, "run", run)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lexico_kernels import CodeLayout, LayerCache, RequestTables, ops
+from lexico_kernels import CodeLayout, RequestTables, ops
 from lexico_kernels.testing import random_codebook
 
 pytest.importorskip("vllm")
@@ -48,7 +48,7 @@ class Both:
     def _own(self, cache):
         """Empty pages of a head's own."""
         codes = torch.zeros(PAGES, cache.layout.page_bytes, dtype=torch.uint8, device=cache.code_pages.device)
-        return LayerCache(codes, torch.zeros_like(cache.tail_pages).contiguous(), cache.key, cache.value, cache.layout)
+        return replace(cache, code_pages=codes, tail_pages=torch.zeros_like(cache.tail_pages).contiguous())
 
     def _of(self, head):
         return self.key[:, head : head + 1].contiguous(), self.value[:, head : head + 1].contiguous()

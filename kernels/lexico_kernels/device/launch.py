@@ -184,7 +184,6 @@ class LookupTail(NamedTuple):
 
     splits: int
     tile: int
-    num_warps: int
     merge_warps: int
 
 
@@ -208,7 +207,7 @@ LOOKUP_BINS_SPLITS = 16  # whose bins a thread has on their way at once, at most
 LOOKUP_BINS_TURNS = 2  # pieces of a tile for a thread where contexts have one split, so that all blocks run at once
 # Long contexts come with small batches, which need more programs; short ones are merged sooner with fewer.
 LOOKUP_CHUNKS = (LookupChunk(1, 512), LookupChunk(19, 256), LookupChunk(UNLIMITED, 128))
-LOOKUP_TAIL = LookupTail(splits=4, tile=32, num_warps=4, merge_warps=1)
+LOOKUP_TAIL = LookupTail(splits=4, tile=32, merge_warps=1)
 LOOKUP_SCRATCH_BYTES = 256 << 20  # tokens are taken in slices that need no more, but for one that does alone
 
 

@@ -44,6 +44,8 @@ def supports(device: int) -> bool:
     """Whether kernels are compiled for a GPU that has it; in Triton's interpreter they are not."""
     if torch.version.cuda is None or not isinstance(wait_for_previous, JITFunction):
         return False
+    if not hasattr(tl.extra.cuda, "gdc_wait"):  # an older Triton, which has no such launches either
+        return False
     return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 

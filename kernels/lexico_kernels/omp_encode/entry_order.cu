@@ -8,8 +8,8 @@
 // A position of the records is a matching of tokens with classes, so positions are filled one after another: each class
 // once, as long as that can be, then at most twice, the classes of which most are left first. A token that finds no
 // class takes one from another that can go elsewhere (an augmenting path; Kuhn, "The Hungarian method for the assignment
-// problem", 1955). Most find one at once, when all choose together. One warp orders a span's keys or values, all sets side by side; a lane stands for its token, and for
-// the class of its own number.
+// problem", 1955). Most find one at once, when all choose together. One warp orders a span's keys or values, all sets
+// side by side; a lane stands for its token, and for the class of its own number.
 //
 // Macros, from `entry_order.macros`: those of `records.cu`, which comes before; columns of addresses (LayerStack.macros);
 // and of keys and values, KEY_ and VALUE_: SET, and SHIFT: 2^SHIFT atoms in a row are of one class.
@@ -18,7 +18,6 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
-typedef unsigned long long u64;
 
 static_assert(SPAN_TOKENS == 32, "a lane for each token, and ends of spans are found in 32 jobs");
 constexpr u32 EVERY_LANE = 0xFFFFFFFF;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lexico_kernels.device import nvrtc
 from lexico_kernels.memory import records
+from lexico_kernels.memory.layout import CodeLayout
 from lexico_kernels.memory.pages import LayerCache, LayerStack
 from lexico_kernels.sparse_decode import lookup
 from lexico_kernels.sparse_decode.lookup_sizes import divide_up, power_of_two, way_for
@@ -24,27 +25,25 @@ def supports(cache: LayerCache) -> bool:
     return cache.layout.codec == "packed16" and nvrtc.available(cache.code_pages.get_device())
 
 
-def sets(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
-    """Which lanes meet when `attend_codes` reads the cache: SET and SHIFT of keys and values for the kernel.
+def sets(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> dict[str, int]:
+    """Which lanes meet when `attend_codes` reads codes: SET and SHIFT of keys and values for the kernel.
 
     Args:
-        cache: a layer's.
+        group: query heads per KV head.
+        key_atoms, value_atoms: N of both dictionaries.
         limit_bytes: shared memory that a block may have, by which query heads are dealt out to passes.
     """
-    way = way_for(cache.group, cache.key.num_atoms, cache.value.num_atoms, limit_bytes)
-    queries = 1 if way is None else divide_up(cache.group, way.passes)
+    way = way_for(group, key_atoms, value_atoms, limit_bytes)
+    queries = 1 if way is None else divide_up(group, way.passes)
     row_words = max(1, power_of_two(queries) // 2)  # of a key's atom, halves of all queries
     return {"KEY_SET": BANKS // row_words, "KEY_SHIFT": int(queries == 1), "VALUE_SET": BANKS, "VALUE_SHIFT": 0}
 
 
-def macros(cache: LayerCache, limit_bytes: int) -> dict[str, int]:
-    """The kernel's macros, which `entry_order.cu` lists."""
-    return records.macros(cache.layout) | LayerStack.macros() | sets(cache, limit_bytes)
-
-
 @once
-def _kernel(device: int, **macros: int) -> nvrtc.Kernel:
-    return nvrtc.kernel(FILES, NAME, device, **macros)
+def kernel_for(layout: CodeLayout, group: int, key_atoms: int, value_atoms: int, device: int) -> nvrtc.Kernel:
+    """`order_entries`, compiled for such layers; its macros are those that `entry_order.cu` lists."""
+    meet = sets(group, key_atoms, value_atoms, lookup.shared_limit_bytes(device))
+    return nvrtc.kernel(FILES, NAME, device, **records.macros(layout), **LayerStack.macros(), **meet)
 
 
 def order_entries(cache: LayerCache, destination: Tensor) -> None:
@@ -62,6 +61,5 @@ def _launch(cache: LayerCache, addresses: Tensor | nvrtc.Int64, layers: int, des
     if M == 0:
         return
     pages, grid = cache.code_pages, (-(-M // LANES), cache.layout.num_kv_heads, 2 * layers)
-    device = pages.get_device()
-    kernel = _kernel(device, **macros(cache, lookup.shared_limit_bytes(device)))
+    kernel = kernel_for(cache.layout, cache.group, cache.key.num_atoms, cache.value.num_atoms, pages.get_device())
     kernel.launch(grid, LANES, pages, addresses, nvrtc.Int64(pages.stride(0)), destination, M)

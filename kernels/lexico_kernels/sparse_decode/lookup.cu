@@ -17,7 +17,7 @@
 // OVERLAPS is in `lookup_primitives.cu`.
 //
 // BINNED: where not all heads' bins have room at once, values are read again for the next so many heads.
-//
+
 constexpr int WARPS = THREADS / 32;
 constexpr int MAX_PAGES = ROUNDS * THREADS / P + 2;
 constexpr int REDUCED = QUERIES + 1;
@@ -253,8 +253,9 @@ __device__ void start_lookup(char* to, const char* from) {
 
 // grid (splits, tokens * passes per token). Per token: schedule int4 (first, end, tokens of a split, splits), request.
 // Per token and pass: lookup halves [KEY_ATOMS][ROW]; query_scale [ROW], what a lookup's sum times a key's scale is
-// multiplied by for a score in base 2; offset [ROW] of all scores, which only a cap needs here. Per split as well: bins_out halves [QUERIES][VALUE_ATOMS]; stats [3][...][ROW]:
-// largest score, sum of weights relative to it, and the worth of a unit of bins_out.
+// multiplied by for a score in base 2; offset [ROW] of all scores, which only a cap needs here. Per split as well:
+// bins_out halves [QUERIES][VALUE_ATOMS]; stats [3][...][ROW]: largest score, sum of weights relative to it, and the
+// worth of a unit of bins_out.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend_codes(const int4* schedule, const int* request, const int* block_table, int block_table_stride,
                  const char* code_pages, long long page_stride, const char* lookup, const float* query_scale,

@@ -6,7 +6,6 @@
 
 using u16 = unsigned short;
 using u32 = unsigned int;
-using u64 = unsigned long long;
 using Shared = u32;  // an address in shared memory
 
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
@@ -20,9 +19,10 @@ __device__ u32 load_word_once(const char* at) {
   return word;
 }
 
-__device__ void load_words_once(u32 (&words)[4], const char* at) {
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at));
+// The same of what a kernel before has written, which may still run when this one starts: never by the read-only path.
+__device__ void load_written(u32 (&words)[4], const char* at) {
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(at) : "memory");
 }
 
 __device__ u16 load_half_once(const char* at) {

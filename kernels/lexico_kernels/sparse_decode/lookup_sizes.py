@@ -174,11 +174,13 @@ def shape_for(
     limit_bytes: int,
     cap: float = 0.0,
 ) -> Shape | None:
-    """The shape for contexts of at most `max_tokens`, or None if the query heads do not fit shared memory."""
+    """The shape for contexts of at most `max_tokens`; None if they, or the query heads, do not fit shared memory."""
     way = way_for(num_heads // layout.num_kv_heads, key_atoms, value_atoms, limit_bytes)
     if way is None:
         return None
-    return Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
+    shape = Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
+    fits = bins_shared_bytes(shape, bins_way(shape, 1, limit_bytes)) <= limit_bytes
+    return shape if fits and shape.max_splits <= MAX_SPLITS else None
 
 
 def constants(
@@ -204,6 +206,7 @@ def constants(
     }
 
 
+MAX_SPLITS = 2048  # of a context, whose bins `multiply_bins` adds up as halves
 BINS_TILE, BINS_PIECE = 64, 8  # atoms that `multiply_bins` multiplies together, and of which a thread merges the bins
 
 

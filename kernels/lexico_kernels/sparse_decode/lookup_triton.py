@@ -230,10 +230,10 @@ def prepare(
     the others make lookups of the keys' atoms."""
     SPLITS: tl.constexpr = TILES.TAIL_SPLITS
     OVERLAP: tl.constexpr = TILES.OVERLAP
+    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     tails = T * (H * SPLITS)
     if program < tails:
-        wait_for_previous(OVERLAP)
         token, head, split = (program // (H * SPLITS)).to(tl.int64), program // SPLITS % H, program % SPLITS
         _attend_tail(
             token, head, split, query, tail, tables, request_ptr, seq_len_ptr, partial, factor, H, SIZES, HEADS, TILES
@@ -243,7 +243,6 @@ def prepare(
         ATOM_TILES: tl.constexpr = (SIZES.kv[0].N + PROGRAM_ATOMS - 1) // PROGRAM_ATOMS
         program -= tails
         tile, head, block = program % ATOM_TILES, program // ATOM_TILES % H, program // (ATOM_TILES * H)
-        wait_for_previous(OVERLAP)
         _make_lookups(
             tile, head, block, query, book, tables, request_ptr, seq_len_ptr, lookups, factor, T, H, SIZES, HEADS, TILES
         )

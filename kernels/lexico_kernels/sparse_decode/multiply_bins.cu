@@ -5,9 +5,9 @@
 // column is a query head of a token. Columns do not meet, so a token's result is the same in every batch.
 //
 // Macros: QUERIES heads of a pass, ROW (QUERIES up to a power of two), PASSES over a KV head's codes, ATOMS, DIM of a
-// head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a thread
-// merges the bins, AT_ONCE splits whose bins it loads, TURNS pieces of
-// each tile for a thread, ATOMS_ARE_HALF: 1, or 0 for bfloat16.
+// head, COLUMNS of a block (whole tokens), CHUNK atoms of a block, TILE that are multiplied together, PIECE of which a
+// thread merges the bins, AT_ONCE splits whose bins it loads, TURNS pieces of each tile for a thread, ATOMS_ARE_HALF: 1,
+// or 0 for bfloat16.
 
 constexpr int PIECES = TILE / PIECE;
 constexpr int THREADS = COLUMNS * PIECES / TURNS, WARPS = THREADS / 32;
@@ -15,7 +15,8 @@ constexpr int PARTS = THREADS / COLUMNS;  // threads that look up what a column'
 constexpr int ATOM_BYTES = DIM * 2 + 16;  // of a row in shared memory, so that rows start in other banks
 constexpr int COLUMN_BYTES = TILE * 2 + 16;
 constexpr int ROW_TILES = DIM / 16, OWN_TILES = (ROW_TILES + WARPS - 1) / WARPS, COLUMN_TILES = COLUMNS / 8;
-static_assert(COLUMNS % ROW == 0 && COLUMNS % 16 == 0 && CHUNK % TILE == 0 && DIM % 16 == 0 && PIECE == 8, "whole tokens and tiles");
+static_assert(COLUMNS % ROW == 0 && COLUMNS % 16 == 0 && CHUNK % TILE == 0 && DIM % 16 == 0, "whole tokens and tiles");
+static_assert(PIECE == 8, "16 bytes of halves");
 // Bins are up to 2^15 units. Those of all splits of a context are added up and must stay finite as halves.
 constexpr float SHRINK = 1.0f / 1024;
 
@@ -61,7 +62,7 @@ __device__ Bins load_bins(const char* bins, const Column& own, int split, int at
   if (split >= own.splits || atom >= end) return out;
   const char* at = bins + (((own.first_split + split) * QUERIES + own.head) * ATOMS + atom) * 2;
   if constexpr (ATOMS % PIECE == 0) {
-    load_words_once(out.pair, at);
+    load_written(out.pair, at);
   } else {
     for (int i = 0; i < PIECE && atom + i < end; i++) out.pair[i / 2] |= (u32)((const u16*)at)[i] << 16 * (i % 2);
   }

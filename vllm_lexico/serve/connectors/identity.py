@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from lexico_kernels.memory.layout import LAYOUT_VERSION
@@ -31,13 +32,18 @@ def identity(setup: LexicoSetup, layout: CodeLayout, tail: LexicoTailSpec, draft
     """
     dictionary = "none" if setup.dictionary_path is None else read_checksum(setup.dictionary_path)
     sparsity, uneven = setup.config.sparsity, setup.config.uneven
-    by_head = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by head)"
+    by_head = "" if uneven is None else f" ({uneven[0]} or {uneven[1]} by head, {_hash(setup.sparsities)})"
     return (
         f"LEXICO {__version__}, codec {layout.codec} in layout {LAYOUT_VERSION}, "
         f"sparsity {sparsity.key}/{sparsity.value}{by_head}, "
         f"dictionary {dictionary}, blocks of {layout.block_tokens} tokens in {layout.page_bytes} bytes, "
         f"first {tail.sink_blocks * tail.block_size} tokens in pages of {tail.block_size}, {drafts} drafts in blocks"
     )
+
+
+def _hash(dealt: object) -> str:
+    """Short, of which heads have how many atoms."""
+    return hashlib.sha256(repr(dealt).encode()).hexdigest()[:8]
 
 
 def engine_identity(vllm_config: Any, tail: LexicoTailSpec, block_tokens: int) -> str:
