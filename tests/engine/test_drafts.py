@@ -110,7 +110,10 @@ def test_codes_of_rejected_drafts_are_seen_where_they_are_kept(answers):
 
 
 def compare_in_bfloat16(kind, theirs, strong_llama, folder, settings, fault=None):
-    """Answers part where two tokens are tied; up to there log-probabilities are near, and as many drafts accepted."""
+    """Answers part where two tokens are tied; up to there log-probabilities are near, and as many drafts accepted.
+
+    Whether any two are tied depends on how the machine's CPU rounds; where none are, drafts are accepted alike.
+    """
     model, drafts = write_drafts(kind, strong_llama, folder)
     kept = {theirs: {}, "LEXICO": {"codec": "exact"}}
     found = {
@@ -123,6 +126,8 @@ def compare_in_bfloat16(kind, theirs, strong_llama, folder, settings, fault=None
     rows = zip(found["LEXICO"]["logprobs"], found[theirs]["logprobs"], ends, strict=True)
     apart_by = [abs(a - b) for one, other, end in rows for a, b in zip(one[:end], other[:end], strict=True)]
     assert len(apart_by) >= 16 and sum(apart_by) / len(apart_by) <= BFLOAT16_MEAN_APART
+    if all(end == len(one) for end, one in zip(ends, found[theirs]["tokens"], strict=True)):
+        assert found["LEXICO"]["counts"] == found[theirs]["counts"]
     shares = [accepted / drafted for drafted, accepted in (one["counts"] for one in found.values())]
     assert abs(shares[0] - shares[1]) <= (0.1 if kind == NEARLY_RIGHT else 0.03)
     (tail,) = [group for group in found["LEXICO"]["groups"] if group[0].endswith(TAIL_SUFFIX)]
@@ -135,7 +140,6 @@ def test_states_are_kept_beside_drafts(strong_llama, tmp_path):
     """Without a prefix cache: the CPU build of vLLM 0.32 copies states with a kernel of Triton there."""
     settings = CHUNKS | {"block_size": None, "dtype": "bfloat16", "enable_prefix_caching": False}
     found = compare_in_bfloat16(BESIDE_STATES, "CPU_ATTN", strong_llama, tmp_path, settings, "wiped pages")
-    assert found["LEXICO"]["counts"] == found["CPU_ATTN"]["counts"]
     faulty, sound = (found["LEXICO"][name]["logprobs"] for name in ("faulty", "long"))
     assert apart(faulty, sound) > 10 * BFLOAT16_MEAN_APART
 
