@@ -225,6 +225,32 @@ def test_all_layers_are_ordered_as_each_is(device, order_entries):
         assert torch.equal(one.code_pages, other.code_pages) and not torch.equal(one.code_pages, old.code_pages)
 
 
+@pytest.mark.parametrize("group", [4, 6])
+def test_common_atoms_and_empty_entries(group, device, order_entries):
+    """As real codes are: a few atoms in most records, and entries that are not used."""
+    it = CodeLayout(64, 2, 15, 15, block_tokens=64)
+    cache = replace(filled(it, device), group=group)
+    slots, generator = torch.arange(64, 256, device=device), torch.Generator().manual_seed(6)
+    for kv in KV:
+        rare = torch.randint(1, 4096, (192, 2, 15), generator=generator)
+        common = torch.tensor([8, 16, 24, 40, 72])[torch.randint(0, 5, (192, 2, 15), generator=generator)]
+        atoms = torch.where(torch.rand(192, 2, 15, generator=generator) < 0.5, common, rare)
+        atoms[torch.rand(192, 2, 15, generator=generator) < 0.2] = 0
+        records = records_at(cache, slots, kv)
+        bits = (atoms * 16 + torch.randint(0, 16, atoms.shape, generator=generator)).to(torch.int32)
+        packed = torch.stack((bits % 256, bits // 256), -1).to(torch.uint8).flatten(-2)
+        records[..., 2:] = packed.to(device)
+        store_records(cache.code_pages, it, kv, slots, records)
+    before = {kv: entries(cache, slots, kv) for kv in KV}
+    order_entries(cache, slots)
+    for kv in KV:
+        after = entries(cache, slots, kv)
+        assert torch.equal(after.sort(-1).values, before[kv].sort(-1).values)
+        for first in range(0, 192, 32):
+            span = slice(first, first + 32)
+            assert torch.equal(after[span, 1], ordered(before[kv][span, 1], sets_of(kv, group)))
+
+
 @pytest.mark.parametrize(
     ("group", "key", "value"),
     [(4, (5.7, 3.2), (3.3, 1.75)), (6, (10, 6.1), (3.3, 1.75)), (1, (3.2, 1.75), (3.3, 1.75))],
