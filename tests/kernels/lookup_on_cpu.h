@@ -1,6 +1,4 @@
 // The functions of lookup_primitives.cu for kernels that `cuda_on_cpu.h` runs.
-#include <map>
-
 #include "cuda_on_cpu.h"
 
 #undef SHARED_MEMORY
@@ -39,22 +37,12 @@ void load_halves(u32* pair, Shared at) {
   std::memcpy(pair, at, 2 * HALVES);
 }
 inline void add_shared(Shared at, int amount) { *reinterpret_cast<u32*>(at) += u32(amount); }  // wraps around
-
-// Copies are done when their thread waits for them, so that a kernel that does not wait is seen.
-struct Copy {
-  Shared to;
-  const char* from;  // or null, for zeros
-};
-inline std::map<cpu::Thread*, std::vector<Copy>> copies;
 inline void start_copy_or_clear(Shared to, const char* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("a copy is not aligned");
-  copies[cpu::current].push_back({to, there ? from : nullptr});
+  there ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
 }
 inline void start_copy(Shared to, const char* from) { start_copy_or_clear(to, from, true); }
-inline void finish_copies() {
-  for (const Copy& each : copies[cpu::current]) each.from ? std::memcpy(each.to, each.from, 16) : std::memset(each.to, 0, 16);
-  copies[cpu::current].clear();
-}
+inline void finish_copies() {}
 
 inline u32 twice(u32 pair, bool high) { return (high ? pair >> 16 : pair & 0xffff) * 0x10001; }
 inline float half_to_float(u32 pair, int which) { return half_value(which ? pair >> 16 : pair & 0xffff); }
