@@ -196,6 +196,9 @@ def test_less_shared_memory(group, passes, binned, device, on_any_device, monkey
     ways = {limit: lookup_sizes.way_for(group, atoms, atoms, limit) for limit in limits}
     limit = next(limit for limit, way in ways.items() if way and way[:2] == (passes, binned))
     monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: limit)
+    monkeypatch.setattr(
+        lookup_sizes, "bins_fit", lambda *_: True
+    )  # has no room for a tile of 100 atoms
     forget_shapes()
     given = check(problem, [0], [130], 2 * group, device)
     if passes == 1:  # of other rows, products with the atoms may be added up in another order
@@ -313,6 +316,14 @@ def test_the_kernel_compiles_with_a_soft_cap():
     macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), SHARED_BYTES)
     assert macros["CAP_BITS"] == nvrtc.float_bits(72.13475)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), "sm_90a", macros).startswith(b"\x7fELF")
+
+
+def test_what_does_not_fit_goes_another_way():
+    """Heads of 256 with 99 KiB: contexts of over 400 splits, and any of over 2,048."""
+    it = CodeLayout(256, 1, 31, 31)
+    assert lookup_sizes.shape_for(it, 2, 4096, 4096, 1 << 20, LIMITS["sm_89"]) is not None
+    assert lookup_sizes.shape_for(it, 2, 4096, 4096, 1 << 22, LIMITS["sm_89"]) is None
+    assert lookup_sizes.shape_for(CodeLayout(64, 1, 15, 15), 2, 4096, 4096, 1 << 24, SHARED_BYTES) is None
 
 
 def test_columns_hold_whole_tokens():

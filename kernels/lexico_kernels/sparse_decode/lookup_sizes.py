@@ -179,8 +179,7 @@ def shape_for(
     if way is None:
         return None
     shape = Shape(layout, num_heads, key_atoms, value_atoms, max_splits(max_tokens, way.tokens), way, cap)
-    fits = bins_shared_bytes(shape, bins_way(shape, 1, limit_bytes)) <= limit_bytes
-    return shape if fits and shape.max_splits <= MAX_SPLITS else None
+    return shape if bins_fit(shape, limit_bytes) else None
 
 
 def constants(
@@ -247,6 +246,11 @@ def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     while way.columns > 16 and bins_shared_bytes(shape, way) > limit_bytes:
         way = way._replace(columns=way.columns // 2)
     return way
+
+
+def bins_fit(shape: Shape, limit_bytes: int) -> bool:
+    """Whether a context's splits are not too many for `multiply_bins`."""
+    return shape.max_splits <= MAX_SPLITS and bins_shared_bytes(shape, bins_way(shape, 1, limit_bytes)) <= limit_bytes
 
 
 def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OVERLAPS["off"]) -> dict[str, int]:
