@@ -196,9 +196,7 @@ def test_less_shared_memory(group, passes, binned, device, on_any_device, monkey
     ways = {limit: lookup_sizes.way_for(group, atoms, atoms, limit) for limit in limits}
     limit = next(limit for limit, way in ways.items() if way and way[:2] == (passes, binned))
     monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: limit)
-    monkeypatch.setattr(
-        lookup_sizes, "bins_fit", lambda *_: True
-    )  # has no room for a tile of 100 atoms
+    monkeypatch.setattr(lookup_sizes, "bins_fit", lambda *_: True)  # has no room for a tile of 100 atoms
     forget_shapes()
     given = check(problem, [0], [130], 2 * group, device)
     if passes == 1:  # of other rows, products with the atoms may be added up in another order
