@@ -367,14 +367,14 @@ class LexicoImpl(AttentionImpl[LexicoMetadata]):
         if self._cache is None or self._bound_to != pages:
             tail_cache = self.vllm_config.compilation_config.static_forward_context[self.tail_name].kv_cache
             given, tail, books = code_pages(kv_cache), raw_pages(tail_cache, layout), getattr(layer, CODEBOOKS)
+            group = self.num_heads // self.num_kv_heads
             if self.setup.sparsities:
                 assert self.layer_index is not None
                 own = own_pages(given, self._layers_of_block(layout), self.layer_index)
                 layouts = self.setup.part_layouts(layout, self.layer_index)
-                pairs, group = books.pairs(), self.num_heads // self.num_kv_heads
-                self._cache = LayerParts.cut(given, own, tail, pairs, layout, layouts, books.order(), group)
+                self._cache = LayerParts.cut(given, own, tail, books.pairs(), layout, layouts, books.order(), group)
             else:
-                pair, group = (books.book("key"), books.book("value")), self.num_heads // self.num_kv_heads
+                pair = books.book("key"), books.book("value")
                 self._cache = LayerParts.of(LayerCache(given, tail, *pair, layout, group))
             self._bound_to = pages
         return self._cache

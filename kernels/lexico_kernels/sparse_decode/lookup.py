@@ -66,7 +66,7 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
     """Whether this device, these types and this codec go through lookups."""
     if (
         cache.layout.codec != "packed16"
-        or {query.dtype, cache.value.atoms.dtype} - set(DTYPES)
+        or not {query.dtype, cache.value.atoms.dtype} <= DTYPES
         or not nvrtc.available(query.device.index)
     ):
         return False

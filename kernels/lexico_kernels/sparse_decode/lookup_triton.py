@@ -14,11 +14,8 @@ from torch import Tensor
 
 from lexico_kernels.device.launch import Overlap
 from lexico_kernels.device.overlap import trigger_next, wait_for_previous
-from lexico_kernels.device.records import load_of_head
-from lexico_kernels.memory import layout
+from lexico_kernels.device.records import SPAN_TOKENS, load_of_head
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
-
-SPAN_TOKENS = tl.constexpr(layout.SPAN_TOKENS)
 
 
 class Heads(NamedTuple):
