@@ -2,9 +2,12 @@
 
     python benchmarks/families.py                            # the shapes of four families with dummy weights
     python benchmarks/families.py --families gemma qwen --seconds 300
+    python benchmarks/families.py --families qwen --together --block-sizes 0 4096 --cache-gib 8
 
 Each family runs twice on the same GPU, without LEXICO (vLLM chooses all backends) and with it at 12.5 %, with
-torch.compile and FULL CUDA graphs, at 131,072 tokens; several GPUs take families in turn. Rows go to
+torch.compile and FULL CUDA graphs, at 131,072 tokens; several GPUs take families in turn. --together starts all engines
+at once on one GPU, which must hold them, and measures one after another when all have started: the minutes that an
+engine compiles are had once. --block-sizes runs LEXICO with each of these blocks, 0 for its own choice. Rows go to
 benchmarks/results/families.jsonl:
 
 kv_cache_tokens           that fit into --cache-gib, as vLLM counts them when it starts.
@@ -21,15 +24,16 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench import engine_loads
-from bench.engine_process import PASSED_ON, answer
+from bench.engine_process import PASSED_ON, EngineProcess, Run, answer
 from bench.family_shapes import SHAPES
-from bench.parallel_jobs import Job, Kept, run_jobs
+from bench.parallel_jobs import ENVIRONMENT, Job, Kept, Result, run_jobs
 from bench.record import RESULTS
 from bench.shapes import write_model, write_random_dictionary
 
@@ -37,6 +41,7 @@ PLAIN, CODED = "vLLM", "LEXICO"
 MEASURES = ("fit", "hits", "decode")
 GRAPHS = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 MAX_MODEL_LEN, CONTEXT = 131072, 32768
+STARTED = "started"  # what an engine answers before it measures, where others start beside it
 HIT_LENGTHS = tuple(random.Random(0).sample(range(CONTEXT // 8, CONTEXT), 8))  # hits end at blocks, so of any length
 
 
@@ -49,7 +54,8 @@ def serve(options: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()  # as engine_speed.py does
     cache, context = llm.llm_engine.vllm_config.cache_config, CONTEXT // options.shrink
-    measures = {
+    measures: dict[str, Any] = {
+        STARTED: dict,
         "fit": lambda: {"tokens": cache.kv_cache_size_tokens, "block_size": cache.block_size},
         "hits": lambda: hit_tokens(llm, driver, [length // options.shrink for length in HIT_LENGTHS]),
         "decode": lambda: engine_loads.decode_after_fill(
@@ -58,6 +64,8 @@ def serve(options: argparse.Namespace) -> None:
     }
     for name in options.measure:
         answer(name, measures[name])
+        if name == STARTED:
+            sys.stdin.read()  # which ends when it is this engine's turn
 
 
 def hit_tokens(llm: Any, driver: engine_loads.Driver, lengths: list[int]) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def hit_tokens(llm: Any, driver: engine_loads.Driver, lengths: list[int]) -> dic
 
 
 def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) -> list[Job]:
-    """The family's two engines."""
+    """The family's engines: vLLM's, and LEXICO's with each size of blocks."""
     shape = SHAPES[family]
     model = write_model(folder / family, shape.config | options.shape)
     dictionary = write_random_dictionary(model).rename(folder / f"{family}.safetensors")
@@ -93,17 +101,27 @@ def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) ->
     coded = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
     gpus = (gpu,) if gpu else ()
     measures = tuple(options.measure)
+    blocks = {size: {"block_size": size} if size else {} for size in options.block_sizes}
     return [
         Job(f"{family} {PLAIN}", measures, common | options.peer_settings, gpus),
-        Job(f"{family} {CODED}", measures, common | coded, gpus),
+        *(Job(coded_name(family, size), measures, common | coded | own, gpus) for size, own in blocks.items()),
     ]
 
 
-def write_rows(family: str, found: dict[str, dict[str, Any]], kept: Kept, options: argparse.Namespace) -> None:
-    """The rows that follow from what both engines of a family have measured."""
-    theirs, ours = found.get(f"{family} {PLAIN}", {}), found.get(f"{family} {CODED}", {})
+def coded_name(family: str, block_size: int) -> str:
+    """Of LEXICO's engine with blocks of so many tokens, 0 for its own choice."""
+    return f"{family} {CODED}{f' {block_size}' if block_size else ''}"
+
+
+def write_rows(
+    family: str, block_size: int, found: dict[str, dict[str, Any]], kept: Kept, options: argparse.Namespace
+) -> None:
+    """The rows that follow from what vLLM's engine of a family and LEXICO's with such blocks have measured."""
+    theirs, ours = found.get(f"{family} {PLAIN}", {}), found.get(coded_name(family, block_size), {})
     case = {"model": SHAPES[family].name, "bytes_percent": 12.5, "max_model_len": MAX_MODEL_LEN // options.shrink}
     case |= {"cache_gib": options.cache_gib, **options.shape, **options.settings}
+    case |= {"block_size": block_size} if block_size else {}
+    family = coded_name(family, block_size) if block_size else family
     for measure, metric, key in (("fit", "kv_cache_tokens", "tokens"), ("hits", "prefix_hit_tokens", "tokens")):
         if measure in ours and measure in theirs:
             pair = ours[measure][key], theirs[measure][key]
@@ -123,25 +141,68 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[str]:
     """Run the families, on as many GPUs as there are; what was wrong."""
     import torch
 
-    gpus = [str(at) for at in range(torch.cuda.device_count())][: options.gpus] or [""]
+    gpus = [str(at) for at in range(torch.cuda.device_count())][: 1 if options.together else options.gpus] or [""]
     lanes: list[list[Job]] = [[] for _ in gpus]
     for at, family in enumerate(options.families):
         lanes[at % len(gpus)] += jobs_of(family, folder, gpus[at % len(gpus)], options)
     waves = [[lane[at] for lane in lanes if at < len(lane)] for at in range(max(map(len, lanes)))]
     kept, found = Kept(options.results, "families"), dict[str, dict[str, Any]]()
-    for job, measure, result in run_jobs(waves, __file__, options, time.monotonic() + options.seconds, kept):
+    deadline = time.monotonic() + options.seconds
+    if options.together:
+        results = run_together(lanes[0], __file__, options, deadline, kept)
+    else:
+        results = run_jobs(waves, __file__, options, deadline, kept)
+    for job, measure, result in results:
         print(f"{job.name} {measure}: {json.dumps(result)}", flush=True)
         found.setdefault(job.name, {})[measure] = result
-        write_rows(job.name.split()[0], found, kept, options)
+        for block_size in options.block_sizes:
+            write_rows(job.name.split()[0], block_size, found, kept, options)
     return kept.faults
+
+
+def run_together(
+    jobs: list[Job], script: str, options: argparse.Namespace, deadline: float, kept: Kept
+) -> Iterator[Result]:
+    """Start all engines at once; what each measures, one after another, once all have started or it is too late.
+
+    Those that have not started when half of the time is over are given up. Arguments as `run_jobs` has them.
+    """
+    runs = [Run(job.name, (STARTED, *job.measures)) for job in jobs]
+    processes = [
+        EngineProcess(run, job.settings, options, script, ENVIRONMENT) for run, job in zip(runs, jobs, strict=True)
+    ]
+    last_start = time.monotonic() + (deadline - time.monotonic()) / 2
+    try:
+        for process in processes:
+            process.begin()
+        started = []
+        for job, process in zip(jobs, processes, strict=True):
+            left = max(last_start - time.monotonic(), 1)
+            if next(process.answers(left), None) is None:
+                process.complain()
+                kept.fault(f"{job.name} did not start in time; see {process.log}")
+            else:
+                print(f"({job.name} has started)", flush=True)
+                started.append((job, process))
+        for job, process in started:
+            for measure, result, _ in process.results(min(options.engine_seconds, deadline - time.monotonic())):
+                yield job, measure, result
+    finally:
+        for process in processes:
+            process.stop()
 
 
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
+    measures = f"of {', '.join(MEASURES)} (default: all)"
+    parser.add_argument(
+        "--measure", nargs="+", choices=(STARTED, *MEASURES), default=list(MEASURES), metavar="MEASURE", help=measures
+    )
     parser.add_argument("--gpus", type=int, default=8, help="use no more than this many (default: all)")
+    parser.add_argument("--together", action="store_true", help="start all engines at once, on one GPU")
+    parser.add_argument("--block-sizes", nargs="+", type=int, default=[0], help="of LEXICO (default: its own choice)")
     parser.add_argument("--seconds", type=float, default=1800, help="start no engine that would end later, roughly")
     parser.add_argument("--engine-seconds", type=float, default=400, help="most that an engine may take")
     parser.add_argument("--cache-gib", type=float, default=40, help="of the KV cache (default: %(default)s)")
