@@ -218,7 +218,7 @@ __device__ void add_values(const Levels& levels, const Tokens& tokens, ValueReco
   constexpr int COUNT = BINNED < QUERIES - FIRST ? BINNED : QUERIES - FIRST;
   const int thread = threadIdx.x;
   const Shared bins_at = shared_address(bins);
-#pragma unroll 1
+#pragma unroll 2
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.end) break;
@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   float& largest_scale = top[QUERIES];  // of the values, found in the same reduction
   largest_scale = 0;
   const Shared lookup_at = shared_address(memory);
-#pragma unroll 1
+#pragma unroll 2
   for (int r = 0; r < ROUNDS; r++) {
     const int index = r * THREADS + thread;
     if (r * THREADS >= tokens.end) break;
