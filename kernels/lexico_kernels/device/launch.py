@@ -40,22 +40,6 @@ class LayersLaunch(NamedTuple):
     num_stages: int
 
 
-class Overlap(NamedTuple):
-    """How kernels of a decode step follow one another on a stream; see `overlap.py`."""
-
-    on: bool  # a kernel waits for what those before have written, and lets the next one start before its last phase
-
-    @property
-    def macros(self) -> dict[str, int]:
-        """For a kernel in CUDA C++."""
-        return {"OVERLAPS": int(self.on)}
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """For a launch in Triton; none where it is an ordinary one, since not every backend knows them."""
-        return {"launch_pdl": True} if self.on else {}
-
-
 class PlanLaunch(NamedTuple):
     """How a step's coding is planned."""
 
@@ -66,9 +50,7 @@ class PlanLaunch(NamedTuple):
 
 UNLIMITED = 1 << 62
 
-# Ways for kernels to follow one another, and the one that is used on GPUs that know more than "off".
-OVERLAPS = {"off": Overlap(on=False), "on": Overlap(on=True)}
-OVERLAP = "on"
+OVERLAP = True  # whether a decode step's kernels start before the one before has ended, on GPUs that can
 OVERLAP_CAPABILITY = (9, 0)
 
 PURSUIT = (

@@ -15,9 +15,7 @@ from lexico_kernels.device.launch import (
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
-    OVERLAPS,
     LookupLaunch,
-    Overlap,
     lookup_bins,
     lookup_launch,
 )
@@ -182,10 +180,8 @@ def shape_for(
     return shape if bins_fit(shape, limit_bytes) else None
 
 
-def constants(
-    shape: Shape, launch: LookupLaunch, limit_bytes: int, overlap: Overlap = OVERLAPS["off"]
-) -> dict[str, int]:
-    """The macros of `attend_codes`."""
+def constants(shape: Shape, launch: LookupLaunch, limit_bytes: int, overlap: bool = False) -> dict[str, int]:
+    """The macros of `attend_codes`; overlap: it starts before the kernel before it has ended."""
     queries = shape.queries
     shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
     return records.macros(shape.layout) | {
@@ -201,7 +197,7 @@ def constants(
         "CAP_BITS": float_bits(shape.cap),
         "KEY_ATOMS": shape.key_atoms,
         "VALUE_ATOMS": shape.value_atoms,
-        **overlap.macros,
+        "OVERLAPS": int(overlap),
     }
 
 
@@ -253,7 +249,7 @@ def bins_fit(shape: Shape, limit_bytes: int) -> bool:
     return shape.max_splits <= MAX_SPLITS and bins_shared_bytes(shape, bins_way(shape, 1, limit_bytes)) <= limit_bytes
 
 
-def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OVERLAPS["off"]) -> dict[str, int]:
+def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: bool = False) -> dict[str, int]:
     """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
     return {
         "QUERIES": shape.queries,
@@ -268,7 +264,7 @@ def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OV
         "AT_ONCE": way.splits,
         "TURNS": way.turns,
         "ATOMS_ARE_HALF": int(half),
-        **overlap.macros,
+        "OVERLAPS": int(overlap),
     }
 
 

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lexico_kernels.device.launch import Overlap
 from lexico_kernels.device.overlap import trigger_next, wait_for_previous
 from lexico_kernels.device.records import SPAN_TOKENS, load_of_head
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
@@ -56,7 +55,7 @@ class LookupTiles(NamedTuple):
     TAIL: int  # tokens of a tile
     G_PAD: int
     CAP: float  # of scores in base 2, see `soft_capped`
-    OVERLAP: Overlap
+    OVERLAP: bool
 
 
 @triton.jit
