@@ -33,6 +33,7 @@ def forget_shapes():
     for cached in (
         lookup_sizes.way_for,
         lookup_sizes.shape_for,
+        lookup_sizes.bins_way,
         lookup._lookup_tiles,
         lookup._merge_tiles,
     ):
@@ -90,17 +91,15 @@ def kernels_on_cpu(tmp_path_factory):
 @pytest.fixture
 def on_any_device(monkeypatch, device, kernels_on_cpu):
     """The whole path on a GPU; on a CPU its steps in Triton by the interpreter, with blocks of 64 threads."""
-    if device != "cpu":
-        yield
-        return
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    for module in (lookup_sizes, lookup):
-        monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
-    cut_contexts(monkeypatch, 256)
-    for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
-        monkeypatch.setattr(lookup, name, kernel)
-    monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
+    if device == "cpu":
+        if not shutil.which("g++"):
+            pytest.skip("needs g++")
+        for module in (lookup_sizes, lookup):
+            monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
+        cut_contexts(monkeypatch, 256)
+        for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
+            monkeypatch.setattr(lookup, name, kernel)
+        monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
     yield
     forget_shapes()
 
@@ -138,6 +137,7 @@ def test_several_splits(at_once, device, on_any_device, monkeypatch):
     monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_SPLITS", at_once)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
+    forget_shapes()
     lengths = [333, 40, 90]
     problem = random_problem(layout(), lengths, atoms=64, device=device, raw_tokens=40)
     check(problem, range(3), lengths, 4, device)

@@ -230,6 +230,7 @@ def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
     return 2 * (atoms + bins) + 4 * way.columns * (1 + shape.max_splits)
 
 
+@once
 def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     """For a step of that many tokens, where a block may have `limit_bytes` of shared memory.
 
