@@ -6,7 +6,6 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout
 from lexico_kernels.device import launch, nvrtc
-from lexico_kernels.device.launch import lookup_launch
 from lexico_kernels.device.overlap import launch_options, overlap_on
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import poisoned_cache
@@ -73,7 +72,7 @@ def test_cuda_kernels_compile_and_wait_where_devices_can(arch, kernel, overlap, 
     shape = lookup_sizes.shape_for(CodeLayout(128, 2, 15, 15), 8, 4096, 4096, 1 << 17, limit)
     if kernel == "attend_codes":
         files, loads = lookup.FILES, 2  # levels alone
-        macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit, overlap)
+        macros = lookup_sizes.constants(shape, limit, overlap)
     else:
         files, loads = lookup.BINS_FILES, 0  # atoms come by copies
         macros = lookup_sizes.bins_constants(shape, lookup_sizes.bins_way(shape, 8, limit), False, overlap)

@@ -75,9 +75,8 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 @once
 def kernel_for(shape: Shape, device: int, overlap: bool) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
-    launch = lookup_launch(shape.queries)
-    shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, shared_limit_bytes(device), overlap)
+    shared = shared_bytes(shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
+    macros = constants(shape, shared_limit_bytes(device), overlap)
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
@@ -143,7 +142,6 @@ def _lookup_tiles(shape: Shape, overlap: bool) -> LookupTiles:
         SHORT_CONTEXT=LOOKUP_SPLITS.short_context,
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         TAIL=LOOKUP_TAIL.tile,
-        G_PAD=16,
         CAP=shape.cap,
         OVERLAP=overlap,
     )
