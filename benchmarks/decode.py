@@ -33,7 +33,6 @@ from bench.record import record
 from lexico_kernels import CodeLayout, LayerCache, RequestTables, reference
 from lexico_kernels import ops as kernels
 from lexico_kernels.device import launch, overlap
-from lexico_kernels.device.launch import OVERLAPS
 from lexico_kernels.memory.records import scale_view
 from lexico_kernels.omp_encode import entry_order as order
 from lexico_kernels.testing import random_codebook
@@ -41,6 +40,7 @@ from lexico_kernels.timing import captured, graph_milliseconds
 from torch import Tensor
 
 ATOMS, BLOCK_TOKENS, DTYPE = 4096, 128, torch.bfloat16
+LAUNCHES = ("off", "on")  # whether kernels start before the one before has ended
 CALLS, REPEATS = 5, 9  # in a graph that is timed, and of it
 RAW_TOKENS = 160  # of the window, on average: 128 and half a group of 32, in whole pages
 # Codes of random atoms make keys about this many times too small for scores that differ as real ones do (deviation 1).
@@ -222,7 +222,7 @@ def measure_peers(dense: peers.Dense, step: Step) -> dict[str, tuple[float, floa
 def launched(name: str) -> Iterator[None]:
     """Meanwhile kernels follow one another in this way."""
     before = launch.OVERLAP
-    launch.OVERLAP = name
+    launch.OVERLAP = name == "on"
     try:
         yield
     finally:
@@ -296,14 +296,14 @@ def keep_rows(described: dict[str, object], took: dict[str, float], measured: di
 
 def served() -> str:
     """The way in which kernels follow one another in serving on this GPU."""
-    return launch.OVERLAP if overlap.supports(torch.cuda.current_device()) else "off"
+    return "on" if launch.OVERLAP and overlap.supports(torch.cuda.current_device()) else "off"
 
 
 def main() -> None:
     """Run the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))], help="by number (default: all)")
-    parser.add_argument("--launches", nargs="+", choices=OVERLAPS, help="by name (default: as in serving)")
+    parser.add_argument("--launches", nargs="+", choices=LAUNCHES, help="by name (default: as in serving)")
     parser.add_argument("--layers", type=int, default=1, help="with pages and dictionaries of their own (default: 1)")
     parser.add_argument("--no-record", action="store_true", help="only print")
     args = parser.parse_args()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lexico_kernels.device.arguments import Pages, Rows, Sizes
 from lexico_kernels.device.launch import WRITE_TAIL
-from lexico_kernels.device.overlap import overlap_on, trigger_next, wait_for_previous
+from lexico_kernels.device.overlap import launch_options, overlap_on, trigger_next, wait_for_previous
 from lexico_kernels.memory.pages import LayerCache
 
 
@@ -52,5 +52,5 @@ def write_tail(key: Tensor, value: Tensor, cache: LayerCache, tail_slot_mapping:
         TILE=WRITE_TAIL.tile,
         OVERLAP=overlap,
         num_warps=WRITE_TAIL.num_warps,
-        **overlap.options,
+        **launch_options(overlap),
     )

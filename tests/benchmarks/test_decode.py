@@ -30,23 +30,30 @@ def test_a_layers_time_in_each_way_and_other_bits_are_seen(decode):
 
     def attend():
         used.append(launch.OVERLAP)
-        return torch.full((2,), 1.0 + (launch.OVERLAP == "on" and len(used) % 5 == 0))
+        return torch.full((2,), 1.0 + (launch.OVERLAP and len(used) % 5 == 0))
 
     took = decode.measure([SimpleNamespace(attend=attend)] * 3, ["off", "on"])
     assert took == {"off": 2.0, "on": float("inf")}
-    assert (launch.OVERLAP, used[:3], set(used)) == (served, ["off"] * 3, {"off", "on"})
+    assert (launch.OVERLAP, used[:3], set(used)) == (served, [False] * 3, {False, True})
 
 
 def test_rows_say_how_kernels_were_launched(decode, monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "record", partial(decode.record, folder=tmp_path))
-    own = launch.OVERLAP
-    decode.keep_rows({"layers": 8}, {"off": 2.0, own: 1.0}, {"FLASH_ATTN": (3.0, 0.1)})
+    decode.keep_rows({"layers": 8}, {"off": 2.0, "on": 1.0}, {"FLASH_ATTN": (3.0, 0.1)})
     decode.keep_rows({"layers": 8}, {"off": 2.0}, {"FLASH_ATTN": (3.0, 0.1)})
     rows = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
     assert [(row["metric"], row["case"]["launches"], row["value"]) for row in rows] == [
-        ("decode_ms", "off", 2.0), ("decode_ms", own, 1.0), ("speedup", own, 3.0), ("decode_ms", "off", 2.0)
+        ("decode_ms", "off", 2.0), ("decode_ms", "on", 1.0), ("speedup", "on", 3.0), ("decode_ms", "off", 2.0)
     ]  # fmt: skip
     assert all(row["case"]["layers"] == 8 for row in rows)
+
+
+def test_what_serves_is_what_the_gpu_can(decode, monkeypatch):
+    assert decode.served() == "on"
+    with decode.launched("off"):
+        assert decode.served() == "off"
+    monkeypatch.setattr(decode.overlap, "supports", lambda _: False)
+    assert decode.served() == "off"
 
 
 def test_layers_have_pages_and_dictionaries_of_their_own(decode):

@@ -16,7 +16,7 @@ import triton
 from lexico_kernels import CodeLayout, LayerStack, plan_decode
 from lexico_kernels import reconstruct as history
 from lexico_kernels import write_tail as tail
-from lexico_kernels.device.launch import OVERLAPS, Overlap, fp8_fits
+from lexico_kernels.device.launch import fp8_fits
 from lexico_kernels.memory.pages import DecodePlan
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
@@ -28,11 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 SHARED_BYTES = 232448  # of a thread block on sm_90
-GPUS = {  # by capability: the same, and ways for kernels to follow one another
-    80: (166912, ("off",)),
-    90: (SHARED_BYTES, tuple(OVERLAPS)),
-    100: (SHARED_BYTES, tuple(OVERLAPS)),
-    120: (101376, tuple(OVERLAPS)),
+GPUS = {  # by capability: the same, and whether kernels start before the one before has ended
+    80: (166912, (False,)),
+    90: (SHARED_BYTES, (False, True)),
+    100: (SHARED_BYTES, (False, True)),
+    120: (101376, (False, True)),
 }
 CASES = [  # head_dim, sparsity, codec, dtype, atoms, tokens of a launch: few and many
     (128, 15, "packed16", torch.bfloat16, 4096, (32, 4096)),
@@ -87,17 +87,17 @@ def compile_only(kernel: JITFunction, grid: object):
     return launch
 
 
-def follow_ptx(kernel: JITFunction, overlap: Overlap, shared_bytes: int):
+def follow_ptx(kernel: JITFunction, overlap: bool, shared_bytes: int):
     """What stands in for `kernel[grid]`: sees that a kernel waits and triggers in this way, and no other."""
 
     def launch(*args: object, **kwargs: object) -> None:
         compiled = kernel.warmup(*args, grid=(1,), **kwargs)
         ptx, name = compiled.asm["ptx"], kernel.__name__
-        assert compiled.metadata.launch_pdl == overlap.on, name
-        assert ("griddepcontrol.wait" in ptx) == overlap.on, name
-        before = ptx.split("griddepcontrol.wait")[0] if overlap.on else ""
+        assert compiled.metadata.launch_pdl == overlap, name
+        assert ("griddepcontrol.wait" in ptx) == overlap, name
+        before = ptx.split("griddepcontrol.wait")[0] if overlap else ""
         assert "ld.global" not in before and "st.global" not in before, f"{name} does not wait first"
-        assert ("griddepcontrol.launch_dependents" in ptx) == (overlap.on and name != "merge"), name
+        assert ("griddepcontrol.launch_dependents" in ptx) == (overlap and name != "merge"), name
         assert compiled.metadata.shared <= shared_bytes, name
 
     return launch
@@ -110,9 +110,8 @@ def follow_one_another() -> None:
     query, step = key.new_zeros(1, 32, 128), torch.zeros(2, 1, dtype=torch.int32)
     for capability, (shared_bytes, ways) in GPUS.items():
         triton.runtime.driver.set_active(NamesTheTarget(capability))
-        for name in ways:
-            overlap = OVERLAPS[name]
-            print(f"sm_{capability} {name}", flush=True)
+        for overlap in ways:
+            print(f"sm_{capability} {overlap = }", flush=True)
             tail.overlap_on = lookup.overlap_on = lambda _, way=overlap: way
             JITFunction.__getitem__ = lambda kernel, _, way=overlap, most=shared_bytes: follow_ptx(kernel, way, most)
             tail.write_tail(key, key, problem.cache, slots)

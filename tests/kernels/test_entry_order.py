@@ -269,11 +269,11 @@ def test_fewer_lanes_meet(group, key, value, device, order_entries):
 
 @pytest.mark.parametrize("group", KEY_SETS)
 def test_lanes_that_meet(group):
-    """By the rows and bins of `lookup.cu`."""
-    found = order.sets(group, 4096, 4096, LIMIT_BYTES)
-    for kv in KV:
-        size = found[f"{kv.upper()}_SET"]
-        assert [range(start, start + size) for start in range(0, 32, size)] == sets_of(kv, group)
+    """By the rows of `lookup.cu`."""
+    found = order.key_sets(group, 4096, 4096, LIMIT_BYTES)
+    size = found["KEY_SET"]
+    assert [range(start, start + size) for start in range(0, 32, size)] == KEY_SETS[group]
+    assert found["KEY_SHIFT"] == (group == 1)
 
 
 def test_one_class_takes_whatever_must_be(device, order_entries):

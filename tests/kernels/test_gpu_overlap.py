@@ -10,7 +10,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout, LayerCache, RequestTables, ops
 from lexico_kernels.device import launch
-from lexico_kernels.device.launch import OVERLAP_CAPABILITY, OVERLAPS
+from lexico_kernels.device.launch import OVERLAP_CAPABILITY
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import random_problem
 from torch import Tensor
@@ -65,19 +65,18 @@ def on_a_gpu_that_can():
 
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("load", LENGTHS)
-@pytest.mark.parametrize("name", [name for name in OVERLAPS if name != "off"])
-def test_two_layers_answer_alike(name, load, sliced, monkeypatch):
+def test_two_layers_answer_alike(load, sliced, monkeypatch):
     """In a graph that is replayed, and launched one by one; with queries that change."""
     layers = [Layer.random(LENGTHS[load], seed) for seed in range(2)]
     if sliced:
         monkeypatch.setattr(lookup_sizes, "LOOKUP_SCRATCH_BYTES", 1)
     queries = torch.randn(REPLAYS, len(LENGTHS[load]), HQ, D, device="cuda").bfloat16()
     assert all(lookup.supports(queries[0], *each[:2]) for each in layers)
-    monkeypatch.setattr(launch, "OVERLAP", "off")
+    monkeypatch.setattr(launch, "OVERLAP", False)
     want = [chain(layers, query) for query in queries]
     tails = [each.cache.tail_pages.clone().view(torch.int16) for each in layers]  # bits: unwritten ones are NaN
 
-    monkeypatch.setattr(launch, "OVERLAP", name)
+    monkeypatch.setattr(launch, "OVERLAP", True)
     query = queries[0].clone()
     chain(layers, query)  # compiles
     torch.cuda.synchronize()
@@ -94,13 +93,13 @@ def test_two_layers_answer_alike(name, load, sliced, monkeypatch):
         assert all(map(torch.equal, chain(layers, some), want[turn])), turn
 
 
-@pytest.mark.parametrize("name", OVERLAPS)
-def test_a_graph_has_edges_of_their_own_kind(name, monkeypatch):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_graph_has_edges_of_their_own_kind(overlap, monkeypatch):
     """Between the five kernels of a layer, where they overlap; what follows is launched as ever and waits for all."""
     from cuda.bindings import driver
 
     layers, query = [Layer.random(LENGTHS["one"], 0)], torch.randn(1, HQ, D, device="cuda").bfloat16()
-    monkeypatch.setattr(launch, "OVERLAP", name)
+    monkeypatch.setattr(launch, "OVERLAP", overlap)
     chain(layers, query)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -111,4 +110,4 @@ def test_a_graph_has_edges_of_their_own_kind(name, monkeypatch):
     count = get_edges(captured)[-1]
     edges = get_edges(captured, count)[3]
     kind = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-    assert sum(edge.type == kind.value for edge in edges) == (0 if name == "off" else 4)
+    assert sum(edge.type == kind.value for edge in edges) == (4 if overlap else 0)

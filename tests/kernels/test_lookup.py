@@ -33,6 +33,7 @@ def forget_shapes():
     for cached in (
         lookup_sizes.way_for,
         lookup_sizes.shape_for,
+        lookup_sizes.bins_way,
         lookup._lookup_tiles,
         lookup._merge_tiles,
     ):
@@ -72,9 +73,8 @@ def kernels_on_cpu(tmp_path_factory):
     """Both kernels for each shape, built once."""
 
     def attend_codes(shape, *_):
-        launch = lookup.lookup_launch(shape.queries)
-        shared = lookup_sizes.shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-        macros = lookup_sizes.constants(shape, launch, SHARED_BYTES)
+        shared = lookup_sizes.shared_bytes(shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
+        macros = lookup_sizes.constants(shape, SHARED_BYTES)
         folder = tmp_path_factory.mktemp("lookup")
         return OnCpu(folder, "lookup_on_cpu.cpp", lookup.FILES[1:], macros, shared, (10, 11))
 
@@ -90,17 +90,15 @@ def kernels_on_cpu(tmp_path_factory):
 @pytest.fixture
 def on_any_device(monkeypatch, device, kernels_on_cpu):
     """The whole path on a GPU; on a CPU its steps in Triton by the interpreter, with blocks of 64 threads."""
-    if device != "cpu":
-        yield
-        return
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    for module in (lookup_sizes, lookup):
-        monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
-    cut_contexts(monkeypatch, 256)
-    for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
-        monkeypatch.setattr(lookup, name, kernel)
-    monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
+    if device == "cpu":
+        if not shutil.which("g++"):
+            pytest.skip("needs g++")
+        for module in (lookup_sizes, lookup):
+            monkeypatch.setattr(module, "lookup_launch", lambda queries: lookup_launch(queries)._replace(threads=64))
+        cut_contexts(monkeypatch, 256)
+        for name, kernel in zip(("kernel_for", "bins_kernel_for"), kernels_on_cpu, strict=True):
+            monkeypatch.setattr(lookup, name, kernel)
+        monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: SHARED_BYTES)
     yield
     forget_shapes()
 
@@ -138,6 +136,7 @@ def test_several_splits(at_once, device, on_any_device, monkeypatch):
     monkeypatch.setattr(lookup_sizes, "LOOKUP_BINS_SPLITS", at_once)
     if device == "cpu":
         cut_contexts(monkeypatch, 64)
+    forget_shapes()
     lengths = [333, 40, 90]
     problem = random_problem(layout(), lengths, atoms=64, device=device, raw_tokens=40)
     check(problem, range(3), lengths, 4, device)
@@ -251,7 +250,7 @@ def test_query_heads_of_a_pass_fit_shared_memory(limit, passes):
         assert (way.passes if way else 0) == want, group
         if way:
             queries = -(-group // way.passes)
-            used = lookup_sizes.shared_bytes(lookup_launch(queries), queries, 4096, 4096, way)
+            used = lookup_sizes.shared_bytes(queries, 4096, 4096, way)
             assert used + LOOKUP_SPLITS.static_bytes <= limit
             assert 1 <= way.binned <= queries
             assert limit < 200 << 10 or way == (way.passes, queries, LOOKUP_SPLITS.tokens)  # Hopper needs no other way
@@ -288,7 +287,7 @@ def test_the_kernel_compiles(arch, case):
     it = CodeLayout(D, 2, *S)
     limit = LIMITS[arch]
     shape = lookup_sizes.shape_for(it, 2 * group, *atoms, 1 << 17, limit)
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit)
+    macros = lookup_sizes.constants(shape, limit)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), arch, macros).startswith(b"\x7fELF")
 
 
@@ -311,7 +310,7 @@ def test_the_kernel_compiles_with_a_soft_cap():
     pytest.importorskip("cuda.bindings.nvrtc")
     it = CodeLayout(256, 2, 31, 31)
     shape = lookup_sizes.shape_for(it, 4, 4096, 4096, 1 << 17, SHARED_BYTES, 50 * lookup.LOG2_E)
-    macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), SHARED_BYTES)
+    macros = lookup_sizes.constants(shape, SHARED_BYTES)
     assert macros["CAP_BITS"] == nvrtc.float_bits(72.13475)
     assert nvrtc.compile_source(nvrtc.source_text(lookup.FILES), "sm_90a", macros).startswith(b"\x7fELF")
 

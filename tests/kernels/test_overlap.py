@@ -6,8 +6,7 @@ import pytest
 import torch
 from lexico_kernels import CodeLayout
 from lexico_kernels.device import launch, nvrtc
-from lexico_kernels.device.launch import OVERLAPS, lookup_launch
-from lexico_kernels.device.overlap import overlap_on
+from lexico_kernels.device.overlap import launch_options, overlap_on
 from lexico_kernels.sparse_decode import lookup, lookup_sizes
 from lexico_kernels.testing import poisoned_cache
 
@@ -45,9 +44,9 @@ def test_a_launch_has_the_attribute_where_it_is_asked_for(calls):
     assert attribute.value.programmaticStreamSerializationAllowed == 1
 
 
-@pytest.mark.parametrize("name", OVERLAPS)
-def test_codes_are_attended_by_a_kernel_that_waits_if_it_is_launched_so(name, calls, monkeypatch):
-    monkeypatch.setattr(lookup, "overlap_on", lambda _: OVERLAPS[name])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_codes_are_attended_by_a_kernel_that_waits_if_it_is_launched_so(overlap, calls, monkeypatch):
+    monkeypatch.setattr(lookup, "overlap_on", lambda _: overlap)
     monkeypatch.setattr(lookup, "shared_limit_bytes", lambda _: LIMITS["sm_90a"])
     compiled = []
     monkeypatch.setattr(
@@ -60,20 +59,20 @@ def test_codes_are_attended_by_a_kernel_that_waits_if_it_is_launched_so(name, ca
     lookup.kernel_for.cache_clear()
     lookup.attend_codes(shape, scratch, cache, tables, request)
     lookup.kernel_for.cache_clear()
-    assert [called for called, _ in calls] == ["cuLaunchKernelEx" if name == "on" else "cuLaunchKernel"]
-    assert compiled[0]["OVERLAPS"] == (name == "on")
+    assert [called for called, _ in calls] == ["cuLaunchKernelEx" if overlap else "cuLaunchKernel"]
+    assert compiled[0]["OVERLAPS"] == overlap
 
 
-@pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("kernel", ["attend_codes", "multiply_bins"])
 @pytest.mark.parametrize("arch", LIMITS)
-def test_cuda_kernels_compile_and_wait_where_devices_can(arch, kernel, name, monkeypatch):
+def test_cuda_kernels_compile_and_wait_where_devices_can(arch, kernel, overlap, monkeypatch):
     bindings = pytest.importorskip("cuda.bindings.nvrtc")
-    limit, overlap = LIMITS[arch], OVERLAPS[name]
+    limit = LIMITS[arch]
     shape = lookup_sizes.shape_for(CodeLayout(128, 2, 15, 15), 8, 4096, 4096, 1 << 17, limit)
     if kernel == "attend_codes":
         files, loads = lookup.FILES, 2  # levels alone
-        macros = lookup_sizes.constants(shape, lookup_launch(shape.queries), limit, overlap)
+        macros = lookup_sizes.constants(shape, limit, overlap)
     else:
         files, loads = lookup.BINS_FILES, 0  # atoms come by copies
         macros = lookup_sizes.bins_constants(shape, lookup_sizes.bins_way(shape, 8, limit), False, overlap)
@@ -85,12 +84,12 @@ def test_cuda_kernels_compile_and_wait_where_devices_can(arch, kernel, name, mon
     options += [f"-D{macro}={value}" for macro, value in macros.items()]
     ptx = nvrtc.run_compiler(source, options).decode()
     can = arch != "sm_80"
-    assert ptx.count(WAIT) == ptx.count(TRIGGER) == (can and name == "on")
-    if can and name == "on":  # nothing of what steps write is read or written before
+    assert ptx.count(WAIT) == ptx.count(TRIGGER) == (can and overlap)
+    if can and overlap:  # nothing of what steps write is read or written before
         before = ptx[: ptx.index(WAIT)]
         assert before.count("ld.global") == loads and "st.global" not in before
 
 
 def test_what_may_overlap():
-    assert overlap_on(torch.zeros(1)) == OVERLAPS["off"] and OVERLAPS["off"].options == {}
-    assert launch.OVERLAP in OVERLAPS and OVERLAPS["on"].options
+    assert launch.OVERLAP and not overlap_on(torch.zeros(1))
+    assert launch_options(False) == {} and launch_options(True) == {"launch_pdl": True}

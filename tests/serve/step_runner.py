@@ -15,7 +15,7 @@ import pytest
 import torch
 from lexico_kernels import ops, write_tail
 from lexico_kernels.device import nvrtc
-from lexico_kernels.device.launch import OVERLAP, OVERLAPS
+from lexico_kernels.device.launch import OVERLAP
 from lexico_kernels.memory.layout import KV
 from lexico_kernels.omp_encode import clusters, entry_order
 from lexico_kernels.sparse_decode import lookup
@@ -280,7 +280,7 @@ def recorded(shape: Shape) -> Iterator[set[tuple[str, str]]]:
         patch.setattr(clusters, "_on_device", lambda _: shape.clusters and shape.cuda_cpp)
         patch.setattr(lookup, "shared_limit_bytes", lambda _: 232448)
         for module in (lookup, write_tail):
-            patch.setattr(module, "overlap_on", lambda _: OVERLAPS[OVERLAP])
+            patch.setattr(module, "overlap_on", lambda _: OVERLAP)
         for module in (impl, block_attention):
             patch.setattr(module, "dense_attention", attended)
             patch.setattr(module, "merge_into", lambda *_: None)

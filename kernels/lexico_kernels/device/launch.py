@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: rows of its tile, warps, and loads in flight in a pipelined loop."""
+    """How one kernel is launched: rows of its tile, and warps."""
 
     tile: int
     num_warps: int
-    num_stages: int = 2
 
 
 class PursuitLaunch(NamedTuple):
@@ -40,22 +39,6 @@ class LayersLaunch(NamedTuple):
     num_stages: int
 
 
-class Overlap(NamedTuple):
-    """How kernels of a decode step follow one another on a stream; see `overlap.py`."""
-
-    on: bool  # a kernel waits for what those before have written, and lets the next one start before its last phase
-
-    @property
-    def macros(self) -> dict[str, int]:
-        """For a kernel in CUDA C++."""
-        return {"OVERLAPS": int(self.on)}
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """For a launch in Triton; none where it is an ordinary one, since not every backend knows them."""
-        return {"launch_pdl": True} if self.on else {}
-
-
 class PlanLaunch(NamedTuple):
     """How a step's coding is planned."""
 
@@ -66,9 +49,7 @@ class PlanLaunch(NamedTuple):
 
 UNLIMITED = 1 << 62
 
-# Ways for kernels to follow one another, and the one that is used on GPUs that know more than "off".
-OVERLAPS = {"off": Overlap(on=False), "on": Overlap(on=True)}
-OVERLAP = "on"
+OVERLAP = True  # whether a decode step's kernels start before the one before has ended, on GPUs that can
 OVERLAP_CAPABILITY = (9, 0)
 
 PURSUIT = (
@@ -102,14 +83,15 @@ PLAN_TAIL_JOBS = Launch(tile=256, num_warps=4)  # tokens to code
 PLAN_TAIL_REQUESTS = 8  # of a program
 PLAN_TAIL_PAGES = 64  # of each at a time
 
-DECODE = Launch(tile=32, num_warps=4, num_stages=1)  # stages would each hold every gathered atom in shared memory
+DECODE = Launch(tile=32, num_warps=4)
+DECODE_STAGES = 1  # of loads in flight; each holds every gathered atom in shared memory
 # Entries of a record whose atoms are fetched together: all of them at once spill registers.
 GATHER_UNROLL = 1
 # Programs that share one token's context. A context is cut into equal parts of at least MIN_SPLIT_TOKENS, which
 # depends on its own length alone: so a token's result is the same in every batch.
 DECODE_SPLITS = 16
 MIN_SPLIT_TOKENS = 128
-MERGE = Launch(tile=1, num_warps=4)
+MERGE_WARPS = 4
 
 
 def fitting_atoms(atoms: int, padded_dim: int, element_bytes: int) -> int:

@@ -20,22 +20,19 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from lexico_kernels.device import launch
-from lexico_kernels.device.launch import OVERLAP_CAPABILITY, OVERLAPS, Overlap
 
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
     """Wait until all kernels before have ended and what they wrote can be read, where this one starts before."""
-    ON: tl.constexpr = OVERLAP.on
-    if ON:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def trigger_next(OVERLAP: tl.constexpr):
     """Let the next kernel start as soon as all programs of this one have come here or ended."""
-    ON: tl.constexpr = OVERLAP.on
-    if ON:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -46,9 +43,14 @@ def supports(device: int) -> bool:
         return False
     if not hasattr(tl.extra.cuda, "gdc_wait"):  # an older Triton, which has no such launches either
         return False
-    return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= launch.OVERLAP_CAPABILITY
 
 
-def overlap_on(tensor: Tensor) -> Overlap:
-    """How kernels follow one another on a tensor's device: as `launch.OVERLAP` says; "off" where that cannot be."""
-    return OVERLAPS[launch.OVERLAP if tensor.is_cuda and supports(tensor.device.index) else "off"]
+def overlap_on(tensor: Tensor) -> bool:
+    """Whether kernels on a tensor's device start before the one before has ended: if `launch.OVERLAP`, and it can."""
+    return launch.OVERLAP and tensor.is_cuda and supports(tensor.device.index)
+
+
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """Options of a launch in Triton; none of an ordinary one, since not every backend knows them."""
+    return {"launch_pdl": True} if overlap else {}

@@ -11,8 +11,9 @@
 // problem", 1955). Most find one at once, when all choose together. One warp orders a span's keys or values, all sets
 // side by side; a lane stands for its token, and for the class of its own number.
 //
-// Macros, from `entry_order.macros`: those of `records.cu`, which comes before; columns of addresses (LayerStack.macros);
-// and of keys and values, KEY_ and VALUE_: SET, and SHIFT: 2^SHIFT atoms in a row are of one class.
+// Macros, from `entry_order.kernel_for`: those of `records.cu`, which comes before; columns of addresses
+// (LayerStack.macros); of keys KEY_SET, and KEY_SHIFT: 2^KEY_SHIFT atoms in a row are of one class. Of values all lanes
+// are one set, and of two atoms in a row each has a class of its own.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -23,13 +24,6 @@ static_assert(SPAN_TOKENS == 32, "a lane for each token, and ends of spans are f
 constexpr u32 EVERY_LANE = 0xFFFFFFFF;
 constexpr int NONE = -1;
 constexpr int ROUNDS = 3;  // in which all tokens choose together
-
-struct Kv {
-  int sparsity;
-  RecordAddress address;
-  int shift;
-};
-constexpr Kv KEY = {KEY_SPARSITY, KEY_ADDRESS, KEY_SHIFT}, VALUE = {VALUE_SPARSITY, VALUE_ADDRESS, VALUE_SHIFT};
 
 // Masks of a set's tokens or classes have a bit for each at its number, as its lane has in the set.
 template <int SET>
@@ -129,15 +123,15 @@ struct Matching {
 };
 
 // Order the records of a span of a head, whose first token is at `slot`.
-template <int S, int SET>
-__device__ void order_span(Kv kv, u8* head, u32 slot) {
+template <int S, int SET, int SHIFT>
+__device__ void order_span(RecordAddress address, u8* head, u32 slot) {
   const Lanes<SET> lanes;
   const u32 own_slot = slot + threadIdx.x % 32;
-  const auto place_of = [&](int i) { return reinterpret_cast<u16*>(head + halfword_offset(kv.address, own_slot, i + 1)); };
+  const auto place_of = [&](int i) { return reinterpret_cast<u16*>(head + halfword_offset(address, own_slot, i + 1)); };
   u32 entry[S];
 #pragma unroll
   for (int i = 0; i < S; i++) entry[i] = *place_of(i);
-  const auto class_of = [&](u32 each) { return int((each >> LEVEL_BITS >> kv.shift) % SET); };
+  const auto class_of = [&](u32 each) { return int((each >> LEVEL_BITS >> SHIFT) % SET); };
   int left = 0;  // entries of this lane's class that the set's tokens have left
   for (int c = 0; c < SET; c++) {
     int own = 0;
@@ -191,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(32)
   for (; ends; ends &= ends - 1) {
     const i64 slot = destination[blockIdx.x * 32 + __ffs(ends) - 1] - (SPAN_TOKENS - 1);
     u8* head = codes + slot / P * code_page_stride + i64(blockIdx.y) * HEAD_BYTES;
-    if (blockIdx.z % 2) order_span<VALUE_SPARSITY, VALUE_SET>(VALUE, head, u32(slot % P));
-    else order_span<KEY_SPARSITY, KEY_SET>(KEY, head, u32(slot % P));
+    if (blockIdx.z % 2) order_span<VALUE_SPARSITY, 32, 0>(VALUE_ADDRESS, head, u32(slot % P));
+    else order_span<KEY_SPARSITY, KEY_SET, KEY_SHIFT>(KEY_ADDRESS, head, u32(slot % P));
   }
 }

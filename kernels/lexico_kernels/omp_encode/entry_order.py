@@ -25,8 +25,8 @@ def supports(cache: LayerCache) -> bool:
     return cache.layout.codec == "packed16" and nvrtc.available(cache.code_pages.get_device())
 
 
-def sets(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> dict[str, int]:
-    """Which lanes meet when `attend_codes` reads codes: SET and SHIFT of keys and values for the kernel.
+def key_sets(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> dict[str, int]:
+    """Which lanes meet when `attend_codes` looks keys up: KEY_SET and KEY_SHIFT for the kernel.
 
     Args:
         group: query heads per KV head.
@@ -36,13 +36,13 @@ def sets(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> dict
     way = way_for(group, key_atoms, value_atoms, limit_bytes)
     queries = 1 if way is None else divide_up(group, way.passes)
     row_words = max(1, power_of_two(queries) // 2)  # of a key's atom, halves of all queries
-    return {"KEY_SET": BANKS // row_words, "KEY_SHIFT": int(queries == 1), "VALUE_SET": BANKS, "VALUE_SHIFT": 0}
+    return {"KEY_SET": BANKS // row_words, "KEY_SHIFT": int(queries == 1)}
 
 
 @once
 def kernel_for(layout: CodeLayout, group: int, key_atoms: int, value_atoms: int, device: int) -> nvrtc.Kernel:
     """`order_entries`, compiled for such layers; its macros are those that `entry_order.cu` lists."""
-    meet = sets(group, key_atoms, value_atoms, lookup.shared_limit_bytes(device))
+    meet = key_sets(group, key_atoms, value_atoms, lookup.shared_limit_bytes(device))
     return nvrtc.kernel(FILES, NAME, device, **records.macros(layout), **LayerStack.macros(), **meet)
 
 

@@ -20,11 +20,10 @@ from lexico_kernels.device.launch import (
     LOOKUP_MATMUL,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
-    Overlap,
     fitting_atoms,
     lookup_launch,
 )
-from lexico_kernels.device.overlap import overlap_on
+from lexico_kernels.device.overlap import launch_options, overlap_on
 from lexico_kernels.memory import records
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode import lookup_merge, lookup_triton
@@ -74,16 +73,15 @@ def supports(query: Tensor, cache: LayerCache, tables: RequestTables) -> bool:
 
 
 @once
-def kernel_for(shape: Shape, device: int, overlap: Overlap) -> nvrtc.Kernel:
+def kernel_for(shape: Shape, device: int, overlap: bool) -> nvrtc.Kernel:
     """`attend_codes`, compiled for a shape."""
-    launch = lookup_launch(shape.queries)
-    shared = shared_bytes(launch, shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
-    macros = constants(shape, launch, shared_limit_bytes(device), overlap)
+    shared = shared_bytes(shape.queries, shape.key_atoms, shape.value_atoms, shape.way)
+    macros = constants(shape, shared_limit_bytes(device), overlap)
     return nvrtc.kernel(FILES, "attend_codes", device, shared, **macros)
 
 
 @once
-def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int, overlap: Overlap) -> nvrtc.Kernel:
+def bins_kernel_for(shape: Shape, way: BinsWay, half: bool, device: int, overlap: bool) -> nvrtc.Kernel:
     """`multiply_bins`, compiled for a shape; half: atoms are float16, not bfloat16."""
     shared = bins_shared_bytes(shape, way)
     macros = bins_constants(shape, way, half, overlap)
@@ -134,7 +132,7 @@ def _size(shape: Shape) -> int:
 
 
 @once
-def _lookup_tiles(shape: Shape, overlap: Overlap) -> LookupTiles:
+def _lookup_tiles(shape: Shape, overlap: bool) -> LookupTiles:
     return LookupTiles(
         COLUMNS=max(LOOKUP_MATMUL.columns, shape.row),
         ATOMS=fitting_atoms(LOOKUP_MATMUL.tile, power_of_two(shape.layout.head_dim), torch.half.itemsize),
@@ -144,14 +142,13 @@ def _lookup_tiles(shape: Shape, overlap: Overlap) -> LookupTiles:
         SHORT_CONTEXT=LOOKUP_SPLITS.short_context,
         TAIL_SPLITS=LOOKUP_TAIL.splits,
         TAIL=LOOKUP_TAIL.tile,
-        G_PAD=16,
         CAP=shape.cap,
         OVERLAP=overlap,
     )
 
 
 @once
-def _merge_tiles(shape: Shape, overlap: Overlap) -> MergeTiles:
+def _merge_tiles(shape: Shape, overlap: bool) -> MergeTiles:
     return MergeTiles(
         SPLITS_PAD=triton.next_power_of_2(shape.max_splits),
         CHUNKS=shape.chunks,
@@ -192,7 +189,7 @@ def prepare(
         HEADS=_heads(shape),
         TILES=tiles,
         num_warps=LOOKUP_MATMUL.num_warps,
-        **overlap.options,
+        **launch_options(overlap),
     )
 
 
@@ -218,7 +215,7 @@ def attend_codes(
         scratch["stats"],
         shape.token_passes,
         *([scratch["offset"]] if shape.cap else []),
-        overlaps=overlap.on,
+        overlaps=overlap,
     )
 
 
@@ -240,7 +237,7 @@ def multiply_bins(shape: Shape, scratch: dict[str, Tensor], cache: LayerCache, n
         num_tokens,
         shape.max_splits,
         shape.token_passes,
-        overlaps=overlap.on,
+        overlaps=overlap,
     )
 
 
@@ -264,5 +261,5 @@ def merge(
         HEADS=_heads(shape),
         TILES=_merge_tiles(shape, overlap),
         num_warps=LOOKUP_TAIL.merge_warps,
-        **overlap.options,
+        **launch_options(overlap),
     )

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from lexico_kernels.device.launch import Overlap
 from lexico_kernels.device.overlap import wait_for_previous
 from lexico_kernels.device.records import load_of_head
 from lexico_kernels.sparse_decode.softmax import LN_2, weighed_against_sink
@@ -19,7 +18,7 @@ class MergeTiles(NamedTuple):
     CHUNKS_PAD: int
     TAIL_SPLITS: int
     CAPPED: bool
-    OVERLAP: Overlap
+    OVERLAP: bool
 
 
 @triton.jit(do_not_specialize=["lse_ptr"])

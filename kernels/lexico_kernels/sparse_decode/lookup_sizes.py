@@ -15,9 +15,6 @@ from lexico_kernels.device.launch import (
     LOOKUP_SCRATCH_BYTES,
     LOOKUP_SPLITS,
     LOOKUP_TAIL,
-    OVERLAPS,
-    LookupLaunch,
-    Overlap,
     lookup_bins,
     lookup_launch,
 )
@@ -135,9 +132,10 @@ def max_splits(max_tokens: int, split_tokens: int) -> int:
     return max(1, short, divide_up(max_tokens, split_tokens))
 
 
-def shared_bytes(launch: LookupLaunch, queries: int, key_atoms: int, value_atoms: int, way: Pass) -> int:
+def shared_bytes(queries: int, key_atoms: int, value_atoms: int, way: Pass) -> int:
     """Dynamic shared memory of a block of `attend_codes`: lookup or weights, and scores or bins."""
-    tokens = divide_up(way.tokens, launch.threads) * launch.threads
+    threads = lookup_launch(queries).threads
+    tokens = divide_up(way.tokens, threads) * threads
     lookup = divide_up(max(key_atoms, tokens) * power_of_two(queries) * 2, 16) * 16
     return lookup + max(queries * tokens, way.binned * value_atoms) * 4
 
@@ -154,11 +152,10 @@ def way_for(group: int, key_atoms: int, value_atoms: int, limit_bytes: int) -> P
         queries = divide_up(group, passes)
         if queries > MAX_QUERIES or divide_up(group, queries) < passes:
             continue
-        launch = lookup_launch(queries)
         for turns in range(1, queries + 1):
             for tokens in (LOOKUP_SPLITS.tokens, *LOOKUP_SPLITS.fewer_tokens):
                 way = Pass(passes, divide_up(queries, turns), tokens)
-                shared = shared_bytes(launch, queries, key_atoms, value_atoms, way)
+                shared = shared_bytes(queries, key_atoms, value_atoms, way)
                 if shared + LOOKUP_SPLITS.static_bytes <= limit_bytes:
                     return way
     return None
@@ -182,12 +179,11 @@ def shape_for(
     return shape if bins_fit(shape, limit_bytes) else None
 
 
-def constants(
-    shape: Shape, launch: LookupLaunch, limit_bytes: int, overlap: Overlap = OVERLAPS["off"]
-) -> dict[str, int]:
-    """The macros of `attend_codes`."""
+def constants(shape: Shape, limit_bytes: int, overlap: bool = False) -> dict[str, int]:
+    """The macros of `attend_codes`; overlap: it starts before the kernel before it has ended."""
     queries = shape.queries
-    shared = shared_bytes(launch, queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
+    launch = lookup_launch(queries)
+    shared = shared_bytes(queries, shape.key_atoms, shape.value_atoms, shape.way) + LOOKUP_SPLITS.static_bytes
     return records.macros(shape.layout) | {
         "QUERIES": queries,
         "ROW": shape.row,
@@ -201,7 +197,7 @@ def constants(
         "CAP_BITS": float_bits(shape.cap),
         "KEY_ATOMS": shape.key_atoms,
         "VALUE_ATOMS": shape.value_atoms,
-        **overlap.macros,
+        "OVERLAPS": int(overlap),
     }
 
 
@@ -234,6 +230,7 @@ def bins_shared_bytes(shape: Shape, way: BinsWay) -> int:
     return 2 * (atoms + bins) + 4 * way.columns * (1 + shape.max_splits)
 
 
+@once
 def bins_way(shape: Shape, num_tokens: int, limit_bytes: int) -> BinsWay:
     """For a step of that many tokens, where a block may have `limit_bytes` of shared memory.
 
@@ -253,7 +250,7 @@ def bins_fit(shape: Shape, limit_bytes: int) -> bool:
     return shape.max_splits <= MAX_SPLITS and bins_shared_bytes(shape, bins_way(shape, 1, limit_bytes)) <= limit_bytes
 
 
-def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OVERLAPS["off"]) -> dict[str, int]:
+def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: bool = False) -> dict[str, int]:
     """The macros of `multiply_bins`; half: atoms are float16, not bfloat16."""
     return {
         "QUERIES": shape.queries,
@@ -268,7 +265,7 @@ def bins_constants(shape: Shape, way: BinsWay, half: bool, overlap: Overlap = OV
         "AT_ONCE": way.splits,
         "TURNS": way.turns,
         "ATOMS_ARE_HALF": int(half),
-        **overlap.macros,
+        "OVERLAPS": int(overlap),
     }
 
 

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lexico_kernels.device.launch import Overlap
 from lexico_kernels.device.overlap import trigger_next, wait_for_previous
 from lexico_kernels.device.records import SPAN_TOKENS, load_of_head
 from lexico_kernels.sparse_decode.softmax import attend_raw, empty_state, load_queries
+
+G_PAD = tl.constexpr(16)  # rows of a product of queries, the fewest that there can be; a pass has fewer
 
 
 class Heads(NamedTuple):
@@ -54,9 +55,8 @@ class LookupTiles(NamedTuple):
     SHORT_CONTEXT: int
     TAIL_SPLITS: int
     TAIL: int  # tokens of a tile
-    G_PAD: int
     CAP: float  # of scores in base 2, see `soft_capped`
-    OVERLAP: Overlap
+    OVERLAP: bool
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def columns(block, T, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_atom_tile(book, kv_head, atom, KV: tl.constexpr, SIZES: tl.constexpr):
-    """Atoms of a head as [TILE, D_PAD], 0 beyond the dictionary."""
-    OWN: tl.constexpr = SIZES.kv[KV]
+def load_key_atoms(book, kv_head, atom, SIZES: tl.constexpr):
+    """Atoms of a head's keys as [TILE, D_PAD], 0 beyond the dictionary."""
+    OWN: tl.constexpr = SIZES.kv[0]
     D: tl.constexpr = SIZES.D
     D_PAD: tl.constexpr = SIZES.D_PAD
     dims = tl.arange(0, D_PAD)
@@ -141,7 +141,7 @@ def _make_lookups(
     target = lookups.lookup + (row * (OWN.N * ROW) + g)[None, :]
     for turn in range(TILES.TILES):
         atom = (tile * TILES.TILES + turn) * TILES.ATOMS + tl.arange(0, TILES.ATOMS)
-        atoms = load_atom_tile(book, kv_head, atom, 0, SIZES)
+        atoms = load_key_atoms(book, kv_head, atom, SIZES)
         products = tl.dot(atoms.to(tl.float16), unit)  # numbers up to 1, of which halves keep more than bfloat16
         tl.store(target + atom[:, None] * ROW, products.to(tl.float16), mask=(atom < OWN.N)[:, None] & there[None, :])
     trigger_next(OVERLAP)
@@ -181,7 +181,7 @@ def _attend_tail(
     TILE: tl.constexpr = TILES.TAIL
     CAP: tl.constexpr = TILES.CAP
     OVERLAP: tl.constexpr = TILES.OVERLAP
-    heads, dims = tl.arange(0, TILES.G_PAD), tl.arange(0, SIZES.D_PAD)
+    heads, dims = tl.arange(0, G_PAD), tl.arange(0, SIZES.D_PAD)
     request = tl.load(request_ptr + token).to(tl.int64)
     seq_len = tl.load(seq_len_ptr + token)
     sinks = tl.minimum(tl.load(tables.sink_end + request), seq_len)
@@ -190,7 +190,7 @@ def _attend_tail(
     within = head % HEADS.PASSES * G
     count = tl.minimum(G, HEADS.GROUP - within)
     q, mask = load_queries(query, token, kv_head * HEADS.GROUP + within, heads, SIZES, count)
-    state = empty_state(TILES.G_PAD, SIZES.D_PAD)
+    state = empty_state(G_PAD, SIZES.D_PAD)
     tails = tables.tail_block_table + request * tables.tail_block_table_stride
     if split == SPLITS - 1:
         state = attend_raw(q, state, 0, sinks, tail, tails, kv_head, factor, SIZES, TILE, CAP)

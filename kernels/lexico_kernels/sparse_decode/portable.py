@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lexico_kernels.device.arguments import Book, Pages, Rows, Sizes, Tables
-from lexico_kernels.device.launch import DECODE, DECODE_SPLITS, MERGE, MIN_SPLIT_TOKENS
+from lexico_kernels.device.launch import DECODE, DECODE_SPLITS, DECODE_STAGES, MERGE_WARPS, MIN_SPLIT_TOKENS
 from lexico_kernels.device.records import decode_tile, load_of_head, page_start
 from lexico_kernels.memory.pages import LayerCache, RequestTables
 from lexico_kernels.sparse_decode.softmax import (
@@ -190,9 +190,9 @@ def sparse_decode(
         G_PAD=max(16, triton.next_power_of_2(Hq // Hk)),
         SPLITS=Splits(DECODE_SPLITS, MIN_SPLIT_TOKENS, DECODE.tile, soft_cap * LOG2_E),
         num_warps=DECODE.num_warps,
-        num_stages=DECODE.num_stages,
+        num_stages=DECODE_STAGES,
     )
     _merge[(T, Hq)](
-        split_out, split_lse, sinks, Rows.of(out), lse, SIZES=sizes, SPLITS=DECODE_SPLITS, num_warps=MERGE.num_warps
+        split_out, split_lse, sinks, Rows.of(out), lse, SIZES=sizes, SPLITS=DECODE_SPLITS, num_warps=MERGE_WARPS
     )
     return out, lse
