@@ -153,9 +153,13 @@ __device__ void load_weights(const char* row, float (&weight)[ROW]) {
   for (int g = 0; g < ROW; g++) weight[g] = half_to_float(pair[g / 2], g & 1);
 }
 
-// Scores to weights relative to the largest, and zeros where scores were. total: of the weights as they are rounded.
-__device__ void make_weights(float* scores, char* weights, const Tokens& tokens, const float (&top)[REDUCED],
-                             float (&total)[QUERIES]) {
+// Scores, in units of `unit`, to weights relative to the largest, and zeros where scores were. total: of the weights as
+// they are rounded.
+__device__ void make_weights(float* scores, char* weights, const Tokens& tokens, const float (&unit)[QUERIES],
+                             const float (&top)[REDUCED], float (&total)[QUERIES]) {
+  float largest[QUERIES];  // weight's logarithm
+#pragma unroll
+  for (int g = 0; g < QUERIES; g++) largest[g] = WEIGHT_BITS - top[g] * unit[g];
 #pragma unroll 2
   for (int index = threadIdx.x; index < MAX_TOKENS; index += THREADS) {
     float weight[2 * WEIGHT_PAIRS] = {};
@@ -163,7 +167,7 @@ __device__ void make_weights(float* scores, char* weights, const Tokens& tokens,
     const bool used = index >= tokens.begin && index < tokens.end;
 #pragma unroll
     for (int g = 0; g < QUERIES; g++) {
-      if (used) weight[g] = power_of_two(scores[g * MAX_TOKENS + index] - top[g] + WEIGHT_BITS);
+      if (used) weight[g] = power_of_two(fmaf(scores[g * MAX_TOKENS + index], unit[g], largest[g]));
       scores[g * MAX_TOKENS + index] = 0;
     }
     if (!used) continue;
@@ -280,9 +284,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int own_request = request[token];
   if (split >= own.w) return;
   start_lookup(memory, lookup + row * (long long)(KEY_ATOMS * ROW * 2));
-  float factor[QUERIES], top[REDUCED];
+  float unit[QUERIES], top[REDUCED];  // of scores in base 2: those of a query are all multiplied with it, later
 #pragma unroll
-  for (int g = 0; g < QUERIES; g++) factor[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
+  for (int g = 0; g < QUERIES; g++) unit[g] = CAP_BITS ? 1 : query_scale[row * ROW + g], top[g] = NO_SCORE;
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
   for (int by = NUM_LEVELS / 2; by; by /= 2) {
@@ -325,9 +329,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     lookup_sums(levels, key, lookup_at, sum);
 #pragma unroll
     for (int g = 0; g < QUERIES; g++) {
-      float score = sum[g] * (key.scale() * factor[g]);  // of no token, that of the first or the last once more
+      float score = sum[g] * key.scale();  // of no token, that of the first or the last once more
 #if CAP_BITS
-      score = soft_capped(score + offset[row * ROW + g]);
+      score = soft_capped(score * query_scale[row * ROW + g] + offset[row * ROW + g]);
 #endif
       top[g] = fmaxf(top[g], score);
       scores[g * MAX_TOKENS + index] = score;
@@ -339,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   block_reduce<true>(top, scratch);
 
   float total[QUERIES] = {}, scale[QUERIES];
-  make_weights(scores, memory, tokens, top, total);
+  make_weights(scores, memory, tokens, unit, top, total);
   block_reduce<false>(total, scratch);
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) scale[g] = FULL_SCALE / fmaxf(total[g] * largest_scale, SMALLEST_SUM);
@@ -352,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   for (int g = 0; g < QUERIES; g++) {
     if (thread != g) continue;
     float* out = stats + out_row * ROW + g;
-    out[0] = top[g];
+    out[0] = top[g] * unit[g];
     out[statistics] = total[g] * WEIGHT_UNIT;
     out[2 * statistics] = 65536 / FULL_LEVEL * largest_level * WEIGHT_UNIT / (scale[g] * BIN_TO_HALF);
   }
