@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_lexico.train import asked, rounds
+from vllm_lexico.train import asked, package_text, rounds, run, writing
 from vllm_lexico.train.layer_learners import LayerLearners
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests find small_runs.py by its name
+sys.path.insert(0, str(Path(__file__).parent))  # tests find small_runs.py and the like by their names
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,3 +76,26 @@ def learned(monkeypatch):
     monkeypatch.setattr(LayerLearners, "learn", noted)
     monkeypatch.setattr(rounds, "LEAST_GAIN", -1e9)  # no round is the last before its time
     return seen
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Have a program run in place of Python's `vllm_writer`."""
+
+    def put(program: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(program)
+        path.chmod(0o755)
+        monkeypatch.setattr(writing.sys, "executable", str(path))
+        monkeypatch.setattr(writing, "has_vllm", lambda: True)
+
+    return put
+
+
+@pytest.fixture
+def small_package(monkeypatch):
+    """A package's text of one letter, which this model never writes so often."""
+    documents = {"books": ["z" * 3000] * 20}
+    for module in (run, package_text):
+        monkeypatch.setattr(module, "package_documents", lambda: documents)
+    return documents

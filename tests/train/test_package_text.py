@@ -9,7 +9,7 @@ from small_runs import settings_for
 
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.search import bundled_folder
-from vllm_lexico.train import package_text, rounds, run
+from vllm_lexico.train import package_text, rounds
 from vllm_lexico.train.package_text import PackageRows, mixed, package_documents, package_text_identity
 from vllm_lexico.train.run import train_dictionary
 from vllm_lexico.train.settings import Plan, own_tokens
@@ -94,15 +94,6 @@ def test_the_model_writes_the_rest():
     given = settings_for(package_text=0.4)
     assert [given.own_sequences(count) for count in (1, 2, 5, 10)] == [1, 2, 3, 6]
     assert own_tokens(given, Plan(3, 5, 2, 64)) == (3 * 3 + 2) * 64
-
-
-@pytest.fixture
-def small_package(monkeypatch):
-    """A package's text of one letter, which this model never writes so often."""
-    documents = {"books": ["z" * 3000] * 20}
-    for module in (run, package_text):
-        monkeypatch.setattr(module, "package_documents", lambda: documents)
-    return documents
 
 
 def test_a_run_reads_both_and_says_so(tiny_model, tmp_path, monkeypatch, small_package):

@@ -1,11 +1,11 @@
 """The text of a run that vLLM writes: kept, used by the rounds, and in one line why not. A program stands for vLLM."""
 
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from writers import DIES, FAILS, FAILS_WITH_GRAPHS, HANGS, WRITES
 
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.train import rounds, vllm_writer, writing
@@ -18,45 +18,6 @@ from vllm_lexico.train.vllm_writer import WriterJob
 from vllm_lexico.train.writing import own_text, written_rows
 
 JOB = WriterJob("some/model", "", 640, 64, "cpu", "auto", 3, "")
-# What runs in place of Python: `-P -m vllm_lexico.train.vllm_writer JOB.json` are its arguments.
-START = f"""#!{sys.executable}
-import json, sys, time
-job = json.load(open(sys.argv[4]))
-"""
-WRITES = (
-    START
-    + """
-print("a library greets you")
-print(json.dumps({"tokens": 10}))
-print(json.dumps({"tokens": 640}))
-import numpy
-from safetensors.numpy import save_file
-ids = numpy.arange(job["tokens"], dtype=numpy.int32) % 26 + 2
-save_file({"ids": ids, "lengths": numpy.array([len(ids)]), "kinds": numpy.array([0])}, job["out"])
-wrote = {"writer": "vLLM 9", "tokens": {"bare": job["tokens"]}}
-print(json.dumps({"wrote": wrote, "start_seconds": 3.2, "write_seconds": 60.7}))
-"""
-)
-FAILS = START + """print(json.dumps({"error": "ValueError: no such architecture"})); sys.exit(1)"""
-DIES = START + """print("the log\\n\\nCUDA error: no luck\\n", file=sys.stderr); sys.exit(3)"""
-FAILS_WITH_GRAPHS = WRITES.replace(
-    'print("a library', 'if job["graphs"]: print(json.dumps({"error": "no graph"})); sys.exit(1)\nprint("a library'
-)
-HANGS = START + """print(json.dumps({"tokens": 5}), flush=True); time.sleep(600)"""
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Have a program run in place of Python's `vllm_writer`."""
-
-    def put(program: str) -> None:
-        path = tmp_path / "python"
-        path.write_text(program)
-        path.chmod(0o755)
-        monkeypatch.setattr(writing.sys, "executable", str(path))
-        monkeypatch.setattr(writing, "has_vllm", lambda: True)
-
-    return put
 
 
 @pytest.fixture

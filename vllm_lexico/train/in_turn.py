@@ -199,10 +199,16 @@ def comes_in_turn(model: str, dtype: str, overrides: str, beside: int, device: s
     """
     if not device.startswith("cuda"):
         return False
+    weights = weight_bytes(model, dtype, overrides)
+    free, _ = torch.cuda.mem_get_info(device)
+    return weights is not None and is_too_large(weights, beside, free)
+
+
+def weight_bytes(model: str, dtype: str, overrides: str) -> int | None:
+    """Of all weights of a model, as they will be on a device; None where that is not known. See `comes_in_turn`."""
     config = read_config(model, overrides)
     numbers, taken = count_parameters(config), (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
-    free, _ = torch.cuda.mem_get_info(device)
-    return numbers is not None and is_too_large(numbers * (4 if str(taken).endswith("float32") else 2), beside, free)
+    return None if numbers is None else numbers * (4 if str(taken).endswith("float32") else 2)
 
 
 def refuse_writing(model: str, *, by_vllm: bool = True) -> None:

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from lexico_kernels.memory.layout import KV
 
-from vllm_lexico.dictionary.atoms import unit_atoms, unpack_atoms
-from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.tensors import ASKED_SHARES
 from vllm_lexico.train.asked import Asking, measure_shares, words_for_shares
 from vllm_lexico.train.capture import capture, load_model
-from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners, Parent
+from vllm_lexico.train.layer_learners import FinishedLayers, LayerLearners
 from vllm_lexico.train.memory import words_for_memory
 from vllm_lexico.train.own_text import read_tokenizer, sequences_from_model, split
 from vllm_lexico.train.package_text import PackageRows, mixed
+from vllm_lexico.train.parents import read_parent
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.settings import Plan, TrainSettings
 from vllm_lexico.train.state import Kept, RunFolder
@@ -99,10 +98,21 @@ def rounds_name(layers: list[int]) -> str:
     return f"layers_{layers[0]:03d}_rounds"
 
 
-def train_share(rank: int, job: Job, shares: list[tuple[str, list[int]]], progress: Progress | None = None) -> None:
+def train_share(
+    rank: int,
+    job: Job,
+    shares: list[tuple[str, list[int]]],
+    progress: Progress | None = None,
+    loaded: "Share | None" = None,
+) -> None:
     """Train the layers of one device and leave their part of the file in the run's folder.
 
-    progress: of the run; None in a process of its own, of which the first shows how far it is.
+    Args:
+        rank: of the device.
+        job: of the run.
+        shares: each device's layers.
+        progress: of the run; None in a process of its own, of which the first shows how far it is.
+        loaded: the device's, where it is loaded already.
     """
     device, layers = shares[rank]
     progress = progress or Progress(shown=rank == 0, verbose=job.verbose, started=job.started)
@@ -110,7 +120,7 @@ def train_share(rank: int, job: Job, shares: list[tuple[str, list[int]]], progre
         measures = rank == 0
         if finished_layers(job.run, layers) is None or (measures and asked_shares(job.run) is None):
             with words_for_memory("loading the model", device):
-                share = _Share(job, layers, device, progress)
+                share = loaded or Share(job, layers, device, progress)
             share.train(measures=measures)
     finally:
         progress.close()
@@ -148,8 +158,8 @@ def stages_of(job: Job, layers: int, kind: str, *, writes: bool, done: int = 0) 
     return [*stages, finishing, Stage("ask", "repeating texts to see which layers are asked", tokens, guesses["ask"])]
 
 
-class _Share:
-    """One device's rounds."""
+class Share:
+    """One device's rounds, and the model that they read with, which is loaded when this is made, before the text."""
 
     def __init__(self, job: Job, layers: list[int], device: str, progress: Progress) -> None:
         self.job, self.layers, self.device, self.progress = job, layers, device, progress
@@ -172,12 +182,13 @@ class _Share:
             in_turn=job.in_turn,
         )
         self.reader = _Reader(loaded, job, layers, progress)
-        kind = self.reader.kind
-        progress.plan(stages_of(job, len(layers), kind, writes=self.reader.writes, done=self.done))
 
     def train(self, *, measures: bool) -> None:
         """Go on from the last finished round to the end. measures: how often heads of all layers are asked, too."""
         plan, learners, reader = self.job.plan, self.learners, self.reader
+        reader.find_text()
+        stages = stages_of(self.job, len(self.layers), reader.kind, writes=reader.writes, done=self.done)
+        self.progress.plan(stages)
         held_out = self._read(None, plan.held_out_sequences, reader.sequences(None))
         with ThreadPoolExecutor(1) as ahead:
             number = self.done
@@ -259,14 +270,29 @@ class _Reader:
         self.loaded, self.job, self.layers, self.progress = loaded, job, layers, progress
         self.kind = loaded.device.type
         self.texts = texts_of(job.model, job.settings) if job.settings.data else None
-        self.rows = None if job.settings.data else written_rows(job.run, job.settings.length)
-        self.writes = self.texts is None and self.rows is None
+        self.rows: torch.Tensor | None = None  # what vLLM has written
         self.package: PackageRows | None = None
-        if job.settings.package_text:
-            tokenizer, settings = read_tokenizer(job.model), job.settings
+        tokenizer, settings = read_tokenizer(job.model), job.settings
+        if settings.package_text:
             self.package = PackageRows(tokenizer, settings.length, settings.seed, job.plan.rounds)
         self.held_out: torch.Tensor | None = None  # what transformers has written of it
-        self.asking = Asking.of(read_tokenizer(job.model), self.kind, job.plan.furthest)
+        self.asking = Asking.of(tokenizer, self.kind, job.plan.furthest)
+
+    @property
+    def writes(self) -> bool:
+        """Whether transformers writes the text."""
+        return self.texts is None and self.rows is None
+
+    def tokenize(self) -> None:
+        """Have the package's rows of all rounds ready, which need no other text."""
+        if self.package is not None:
+            count = self.job.plan.sequences
+            self.package.take(count - self.job.settings.own_sequences(count), 0)
+
+    def find_text(self) -> None:
+        """Take what vLLM has written, if it has."""
+        if self.texts is None:
+            self.rows = written_rows(self.job.run, self.job.settings.length)
 
     def sequences(self, number: int | None) -> torch.Tensor | None:
         """A round's text, the held-out one for None, which can be made while the GPU learns.
@@ -349,16 +375,6 @@ class _Reader:
             self.progress.advance,
         )
         return sequences.view(count, -1)[:, : settings.length]
-
-
-def read_parent(path: Path, layers: list[int]) -> Parent:
-    """Some layers of a dictionary that is adapted. layers: the model's numbers of them."""
-    dictionary = load_dictionary(path)
-    rows = [dictionary.info.fingerprint.layers.index(layer) for layer in layers]
-    kept, bits = dictionary.tensors, dictionary.info.atom_bits
-    atoms = torch.stack([unit_atoms(unpack_atoms(kept[f"{kv}_atoms"][rows], bits)) for kv in KV], 1)
-    stretch = torch.stack([kept[f"{kv}_stretch"][rows] for kv in KV], 1)
-    return Parent(atoms[:, :, None] if dictionary.shared else atoms, stretch)
 
 
 def _report(

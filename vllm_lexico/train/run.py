@@ -1,6 +1,6 @@
 """A dictionary from a model: rounds of reading text and learning from it, then one file.
 
-Where vLLM is to write the text, it does so first, in a process that has ended when the rounds begin.
+Where vLLM is to write the text, it does so first, in a process that has ended when the rounds begin (see `ahead`).
 
 A round captures as many vectors as memory is set aside for, learns from them and lets them go; so memory does not grow
 with the amount of text. After a round its state is kept: an interrupted run goes on from there. The last half of the
@@ -24,6 +24,7 @@ from lexico_kernels.memory.layout import KV
 from vllm_lexico.dictionary.file import Dictionary, check_out, load_dictionary
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import check_name, file_name, plain_name
+from vllm_lexico.train.ahead import Ahead
 from vllm_lexico.train.asked_only import add_shares
 from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.in_turn import comes_in_turn, refuse_writing
@@ -35,6 +36,7 @@ from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.rounds import (
     GUESSES,
     Job,
+    Share,
     asked_shares,
     finished_layers,
     finished_name,
@@ -200,9 +202,9 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]], gpus: int) -> d
     if job.in_turn:
         progress.say(f"{shares[0][0]} does not hold the model: its layers wait in host memory and come in turn")
     try:
-        made = {} if job.settings.data else _write(job, shares, progress, gpus if job.in_turn else 1)
+        made, loaded = ({}, None) if job.settings.data else _write(job, shares, progress, gpus if job.in_turn else 1)
         if len(shares) == 1:
-            train_share(0, job, shares, progress)
+            train_share(0, job, shares, progress, loaded)
             return made
     finally:
         progress.close()
@@ -216,23 +218,38 @@ def _train_shares(job: Job, shares: list[tuple[str, list[int]]], gpus: int) -> d
     return made
 
 
-def _write(job: Job, shares: list[tuple[str, list[int]]], progress: Progress, gpus: int) -> dict[str, Any]:
-    """Have vLLM write the text of the run where it can; how it came about, or will. gpus: that it takes, at most."""
+def _write(
+    job: Job, shares: list[tuple[str, list[int]]], progress: Progress, gpus: int
+) -> tuple[dict[str, Any], Share | None]:
+    """Have vLLM write the text of the run where it can.
+
+    Args:
+        job: of the run.
+        shares: each device's layers.
+        progress: of the run.
+        gpus: that vLLM takes, at most.
+
+    Returns:
+        How the text came about, or will; and what was loaded meanwhile, if anything was.
+    """
     settings, (device, layers) = job.settings, shares[0]
     kind = torch.device(device).type
     tokens = own_tokens(settings, job.plan)
     writing = Stage("write", "vLLM writes the text", tokens, GUESSES[kind]["write"])
     progress.plan([writing, *stages_of(job, len(layers), kind, writes=False)])
+    ahead = Ahead(job, shares, progress)
     longest = min(settings.text_tokens or settings.length, settings.length)
     wanted = WriterJob(
         job.model, "", tokens, longest, kind, settings.dtype, settings.seed, settings.hf_overrides,
         to_the_end=settings.text_tokens is not None, gpus=1 << (gpus.bit_length() - 1),
+        most_bytes=ahead.most_bytes,
     )  # fmt: skip
-    made = own_text(settings.writer, wanted, job.run, device, progress)
+    meanwhile = ahead.prepare if ahead.fits else None
+    made = own_text(settings.writer, wanted, job.run, device, progress, meanwhile)
     if made is None and job.in_turn:
         refuse_writing(job.model)
     made = {"writer": "transformers", "texts": "bare"} if made is None else made
-    return made | ({"package_text": settings.package_text} if settings.package_text else {})
+    return made | ({"package_text": settings.package_text} if settings.package_text else {}), ahead.share
 
 
 @contextmanager

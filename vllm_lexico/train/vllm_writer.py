@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class WriterJob:
         overrides: of the configuration, a JSON object, or "".
         to_the_end: see `Prompts`.
         gpus: that hold the model together, a power of two.
+        most_bytes: of a GPU that it may count on, though more are free now; None for all that are.
         graphs: whether a GPU's steps are launched as CUDA graphs.
     """
 
@@ -63,6 +65,7 @@ class WriterJob:
     overrides: str
     to_the_end: bool = False
     gpus: int = 1
+    most_bytes: int | None = None
     graphs: bool = True
 
     def write(self, path: Path) -> None:
@@ -102,6 +105,8 @@ def main() -> None:
     except Exception as error:  # whatever vLLM raises: the parent says it in one line and goes on without
         tell(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
+    if job.gpus == 1:  # nothing else runs, so the system takes the engine apart, which is sooner done
+        os._exit(0)
 
 
 def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
@@ -116,6 +121,8 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which ends whole, and the same order every time
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # cores of our choice may be busy
+    # FlashInfer's sampler takes the likeliest tokens, which is not asked for here, and may be compiled at the start.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     import vllm
 
     config, tokenizer = read_config(job.model, job.overrides), read_tokenizer(job.model)
@@ -123,6 +130,7 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
     words, start = text_tokens(config), text.bos_token_id
     prompts = Prompts(tokenizer, words, start, job.longest, job.seed, to_the_end=job.to_the_end)
     ends = end_tokens(job.model, text, tokenizer)
+    inspect_here(config)
     llm = vllm.LLM(job.model, **engine_arguments(job, tokenizer is None))
     tell(0)
     texts: list[tuple[str, list[int]]] = []
@@ -152,6 +160,23 @@ def write_text(job: WriterJob, tell: Callable[[int], None]) -> dict[str, Any]:
     }
 
 
+def inspect_here(config: Any) -> None:
+    """Have vLLM look at the model's class in this process, which imports it in any case.
+
+    Else vLLM starts a process for it, lest CUDA be initialized here, which imports vLLM once more: 10 s and more, until
+    a cache of its own knows the class. Here CUDA is used in this process anyway, and nothing is forked.
+
+    config: of transformers.
+    """
+    with suppress(Exception):  # then vLLM looks by itself, and says what is wrong
+        from vllm import ModelRegistry
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()  # as in that process: they come before any model
+        for name in config.architectures:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
     """Of vLLM's LLM: an engine that starts fast, as large as what is free allows."""
     arguments: dict[str, Any] = {
@@ -164,6 +189,7 @@ def engine_arguments(job: WriterJob, without_tokenizer: bool) -> dict[str, Any]:
     }
     if job.device == "cuda":
         free, total = torch.cuda.mem_get_info()
+        free = free if job.most_bytes is None else min(free, job.most_bytes)
         arguments["gpu_memory_utilization"] = round(min(LARGEST_SHARE, free / total - SPARE_SHARE), 3)
     else:
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES

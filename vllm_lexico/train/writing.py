@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,14 @@ class WriterError(Exception):
     """vLLM wrote nothing; says why in one line."""
 
 
-def own_text(writer: str, job: WriterJob, run: RunFolder, device: str, progress: Progress) -> dict[str, Any] | None:
+def own_text(
+    writer: str,
+    job: WriterJob,
+    run: RunFolder,
+    device: str,
+    progress: Progress,
+    meanwhile: Callable[[], None] | None = None,
+) -> dict[str, Any] | None:
     """Have vLLM write the text of a whole run, if it can, and keep it with the run.
 
     Args:
@@ -38,6 +46,7 @@ def own_text(writer: str, job: WriterJob, run: RunFolder, device: str, progress:
             from what transformers wrote goes on with that.
         device: "cuda:1" and so on, or "cpu".
         progress: of the run, with a stage "write".
+        meanwhile: what to do here while vLLM starts, once, if it does; what it raises ends vLLM too.
 
     Returns:
         What was done, for the dictionary to say; None where transformers is to write.
@@ -53,7 +62,7 @@ def own_text(writer: str, job: WriterJob, run: RunFolder, device: str, progress:
         return None
     try:
         with progress.stage("write"):
-            tensors, facts = _write_or_again(job, device, progress)
+            tensors, facts = _write_or_again(job, device, progress, meanwhile)
     except WriterError as error:
         if writer == "vllm":
             raise ValueError(
@@ -77,10 +86,12 @@ def written_rows(run: RunFolder, length: int) -> torch.Tensor | None:
     return None if kept is None else join(kept.tensors["ids"], length)
 
 
-def _write_or_again(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _write_or_again(
+    job: WriterJob, device: str, progress: Progress, meanwhile: Callable[[], None] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `write`; on a GPU a second time without CUDA graphs: some models have none, and others use its memory too."""
     try:
-        return write(job, device, progress)
+        return write(job, device, progress, meanwhile)
     except WriterError as error:
         if job.device == "cpu":
             raise
@@ -88,13 +99,16 @@ def _write_or_again(job: WriterJob, device: str, progress: Progress) -> tuple[di
     return write(replace(job, graphs=False), device, progress)
 
 
-def write(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def write(
+    job: WriterJob, device: str, progress: Progress, meanwhile: Callable[[], None] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Run `vllm_writer` in a process of its own.
 
     Args:
         job: what is wanted; its `out` is not used.
         device: "cuda:1" and so on, or "cpu".
         progress: told how many tokens there are.
+        meanwhile: done here once the process has started; until it is done, what the process says waits in its pipe.
 
     Returns:
         What it wrote, see `vllm_writer.save`, and what it says of it.
@@ -113,6 +127,8 @@ def write(job: WriterJob, device: str, progress: Progress) -> tuple[dict[str, to
                 env=os.environ | _seen(device, job.gpus),
             )  # fmt: skip
             try:
+                if meanwhile is not None:
+                    meanwhile()
                 facts = _follow(process, progress)
             finally:  # Ctrl-C and the like, too; its memory is free when this returns
                 stop(process)
