@@ -263,3 +263,19 @@ def _run(engine: Any, scenarios: list) -> dict[str, Any]:
         said, counts = scenario(engine, 1)
         found[scenario.__name__] = {"answers": said, "counts": counts}
     return found
+
+
+def read_beside_decode(model: str, lexico: dict[str, Any], settings: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of an answer when a prompt that came while it was written has been read, and a block's tokens."""
+    from vllm import SamplingParams
+
+    llm = start(model, "LEXICO", lexico, settings)
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
+    engine, tokens = llm.llm_engine, {"answer": 0, "prompt": 0}
+    engine.add_request("answer", {"prompt_token_ids": make_tokens(0, 8)}, params)
+    while not tokens["prompt"]:
+        for output in engine.step():
+            tokens[output.request_id] = len(output.outputs[0].token_ids)
+        if tokens["answer"] == 3:
+            engine.add_request("prompt", {"prompt_token_ids": make_tokens(1, 600)}, params)
+    return tokens["answer"], engine.vllm_config.cache_config.mamba_block_size

@@ -9,7 +9,7 @@ import re
 import pytest
 
 pytest.importorskip("vllm")
-from engines import TEXT, answer_beside
+from engines import TEXT, answer_beside, read_beside_decode
 from processes import in_a_process
 from tiny_families import FAMILIES, write_checkpoint
 from written import away_from_training
@@ -107,3 +107,13 @@ def test_a_dictionary_has_the_coded_layers(family):
 
     family, model, _ = family
     assert ModelFingerprint.of(AutoConfig.from_pretrained(model)).layers == family.coded
+
+
+def test_prompts_are_read_beside_what_decodes_where_a_step_is_as_long_as_a_block(tmp_path):
+    """Blocks of 128 would be chosen; vLLM reads a prompt by blocks, and what decodes takes tokens of a step."""
+    family = FAMILIES["LFM2"]
+    settings = CHUNKS | {"dtype": family.dtype, "max_num_batched_tokens": 128}
+    model = write_checkpoint(family, tmp_path)
+    written, block = in_a_process(read_beside_decode, str(model), {"codec": "exact"}, settings)
+    assert block == 256
+    assert written <= 12, "the prompt waited for the answer's end"

@@ -98,7 +98,7 @@ def test_a_spec_is_changed_once():
     assert layer.get_kv_cache_spec("asked") == ["asked", "changed", "asked"]
 
 
-def a_hybrid(state_layers=36, coded=12):
+def a_hybrid(state_layers=36, coded=12, step_tokens=8192, mode="align"):
     """An engine with the shape of Qwen3-Next: heads of 256, 2 KV heads."""
     kinds = ["linear_attention"] * state_layers + ["full_attention"] * coded
     text = types.SimpleNamespace(layer_types=kinds, num_hidden_layers=len(kinds), model_type="qwen3_next")
@@ -112,7 +112,8 @@ def a_hybrid(state_layers=36, coded=12):
     return types.SimpleNamespace(
         model_config=model,
         parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
-        cache_config=types.SimpleNamespace(mamba_cache_mode="align"),
+        cache_config=types.SimpleNamespace(mamba_cache_mode=mode),
+        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=step_tokens, max_num_seqs=16),
         max_in_flight_tokens=4096,
         speculative_config=None,
         num_speculative_tokens=0,
@@ -129,6 +130,25 @@ def test_blocks_beside_states_are_about_as_large_as_a_state():
     with pytest.raises(ValueError, match=f"--block-size 128 is too small beside .* leave it out for {tokens}"):
         other_layers.block_beside_states(setup, a_hybrid(), state, 128)
     assert other_layers.block_beside_states(setup, a_hybrid(), 50_000, None) == 128
+
+
+def test_prompts_go_on_while_others_decode():
+    """vLLM has prefill end with a block: a block as large as a step waits until nothing decodes."""
+    state = 2_146_304
+    setup = dataclasses.replace(a_setup(31), beside_states=12)
+    chosen = {
+        step: other_layers.block_beside_states(setup, a_hybrid(step_tokens=step), state, None)
+        for step in (512, 1023, 1024, 2047, 2048, 8192)
+    }
+    assert chosen == {512: 1024, 1023: 1024, 1024: 512, 2047: 512, 2048: 1024, 8192: 1024}
+    assert other_layers.block_beside_states(setup, a_hybrid(step_tokens=1024, mode="none"), state, None) == 1024
+    for given, step in ((1024, 1024), (1024, 1039), (2048, 2048)):
+        with pytest.raises(
+            ValueError, match=f"--block-size {given} leaves no room .* steps of {step} tokens.* {2 * given}"
+        ):
+            other_layers.block_beside_states(setup, a_hybrid(step_tokens=step), state, given)
+    for given, step in ((1024, 1040), (1024, 1023), (2048, 512)):
+        assert other_layers.block_beside_states(setup, a_hybrid(step_tokens=step), state, given) == given
 
 
 def hits(block_tokens, lengths):

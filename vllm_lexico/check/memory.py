@@ -113,7 +113,8 @@ def _beside_states(shape: ModelShape, sparsity: int, load: Load, state_bytes: in
     """A block has the code pages of all coded layers, or as many states as fit: see `serve/other_layers.py`."""
     coded = len(shape.coded)
     kept = States(len(shape.state_layers), state_bytes, STATES_PER_REQUEST)
-    layouts = {size: _layout(shape, sparsity, load.gpus, size) for size in STATE_BLOCK_SIZES}
+    sizes = [size for size in STATE_BLOCK_SIZES if state_blocks.leaves_room(size, load.chunk_tokens)]
+    layouts = {size: _layout(shape, sparsity, load.gpus, size) for size in sizes}
     counted = {
         size: state_blocks.count_blocks(layout, coded, kept, load.max_model_len, tail_pages(layout, load))
         for size, layout in layouts.items()

@@ -117,7 +117,8 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         given: by the user, or None.
 
     Raises:
-        ValueError: what the user gave would leave more than half of a block empty, and vLLM enlarges such blocks.
+        ValueError: what the user gave would leave more than half of a block empty, and vLLM enlarges such blocks; or
+            prompts would wait until nothing decodes, see `state_blocks.leaves_room`.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = -(-len(state_layers(model.hf_text_config)) // parallel.pipeline_parallel_size)
@@ -131,7 +132,9 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         tail_pages = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, model.max_model_len)
         return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
-    counted = {size: count(size) for size in refusals.STATE_BLOCK_SIZES}
+    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    sizes = [size for size in refusals.STATE_BLOCK_SIZES if not aligned or state_blocks.leaves_room(size, step_tokens)]
+    counted = {size: count(size) for size in sizes}
     raw_token_bytes = 2 * model.get_head_size() * heads * model.dtype.itemsize
     best = state_blocks.block_tokens(counted, state_blocks.plain_block_tokens(state_bytes, raw_token_bytes))
     if given is None:
@@ -139,6 +142,13 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
     layout = setup.layout(model.get_head_size(), heads, given, model.dtype)
     if 2 * layout.page_bytes * setup.beside_states < state_bytes:
         reason = f"--block-size {given} is too small beside states of {state_bytes:,} bytes; leave it out for {best}"
+        raise ValueError(refusals.as_sentence([reason]))
+    decoding = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    if aligned and given <= step_tokens < given + decoding:
+        reason = (
+            f"--block-size {given} leaves no room for what decodes in steps of {step_tokens} tokens, so prompts would "
+            f"wait for it to end; leave it out for {best}, or raise --max-num-batched-tokens to {2 * given}"
+        )
         raise ValueError(refusals.as_sentence([reason]))
     return given
 

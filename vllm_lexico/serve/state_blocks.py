@@ -70,6 +70,20 @@ def plain_block_tokens(state_bytes: int, raw_token_bytes: int) -> int:
     return SMALLEST_PAGE * -(-state_bytes // (SMALLEST_PAGE * raw_token_bytes))
 
 
+def leaves_room(block_tokens: int, step_tokens: int) -> bool:
+    """Whether prompts go on while others decode, where states are kept at the ends of blocks for prefix-cache hits.
+
+    vLLM then has a step of prefill end with a block, if a step may have as many tokens as a block. What decodes takes
+    some of a step's tokens; where a block wants all of them, no prompt goes on before the last request that decodes has
+    ended.
+
+    Args:
+        block_tokens: of a block.
+        step_tokens: of a step at most, `max_num_batched_tokens`.
+    """
+    return block_tokens > step_tokens or 2 * block_tokens <= step_tokens
+
+
 def block_tokens(counted: Mapping[int, StateBlocks], plain_tokens: int) -> int:
     """Tokens of a block with which a request takes hardly more than with any: the fewest of these.
 
