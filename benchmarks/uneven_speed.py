@@ -94,8 +94,12 @@ class Case:
     @property
     def bytes_ratio(self) -> float:
         """Of the layers' codes to the even ones'."""
-        own = sum(layout.page_bytes for parts in self.layers for layout in self.layouts(parts))
+        own = sum(self.code_bytes(parts) for parts in self.layers)
         return own / (len(self.layers) * self.layout.page_bytes)
+
+    def code_bytes(self, parts: Parts) -> int:
+        """Of a layer's codes in a page."""
+        return sum(layout.page_bytes for layout in self.layouts(parts))
 
     def even(self) -> Case:
         """The same with even layers."""
@@ -220,7 +224,10 @@ class CodedLayer:
             for own, part in zip(captured, parts, strict=True)
         ]
         pages, R = 1 + -(-len(key) // case.layout.block_tokens), case.layout.tail_tokens
-        own = torch.zeros(pages, sum(layout.page_bytes for layout in layouts), dtype=torch.uint8, device=device)
+        widest = max(
+            case.code_bytes(each) for each in case.layers
+        )  # an engine's layers lie in one run, at equal strides
+        own = torch.zeros(pages, widest, dtype=torch.uint8, device=device)[:, : case.code_bytes(parts)]
         shape = 1 + -(-SPAN_TOKENS // R), case.kv_heads, R, 2, case.head_dim
         tail, given = torch.zeros(shape, dtype=key.dtype, device=device), own.new_empty(1, case.layout.page_bytes)
         made = cls(
@@ -265,9 +272,10 @@ def _of_heads(layer: CapturedLayer, heads: Tensor) -> CapturedLayer:
 
 
 def span_coder(layers: Sequence[CodedLayer]) -> Callable[[], None]:
-    """What a step of decode does that codes a span of all layers."""
+    """What a step of decode does that codes a span of all layers, in as many launches as there are sparsities."""
     stacks = stacked([cache for layer in layers for cache in layer.parts.caches_to_stack()])
     layout, device = layers[0].parts.whole.layout, layers[0].batch[0].device
+    assert stacks, "layers that an engine codes together do not stack"
     span = torch.arange(SPAN_TOKENS, device=device)
     source, places = (-1 - layout.tail_tokens - span).int(), layout.block_tokens + span
 

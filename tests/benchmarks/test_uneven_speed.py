@@ -44,6 +44,17 @@ def test_cases_are_right_before_they_are_timed(small, index, capsys):
     assert "uneven_code_layers_ms" in capsys.readouterr().out
 
 
+def test_layers_of_unlike_bytes_are_coded_together_as_in_an_engine(small):
+    case = shrunk(small.CASES[0])
+    low, high = case.layers[0][1], case.layers[0][0]
+    case = replace(case, layers=((high._replace(number=1), low._replace(number=3)), (high._replace(number=2),) * 2))
+    layers = small.coded_layers(case, "cpu")
+    small.span_coder(layers)()
+    for layer in layers:
+        for part in layer.parts.parts:
+            assert part.cache.code_pages[1].any(), "nothing was coded"
+
+
 def test_heads_in_a_wrong_order_are_not_right(small, capsys):
     case = shrunk(small.CASES[1])
     (layer, _), order = small.decode_layers(case, "cpu"), case.order("cpu")
