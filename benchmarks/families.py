@@ -132,6 +132,7 @@ def write_rows(
     if "decode" in ours and "decode" in theirs:
         ours, theirs = ours["decode"]["spread"], theirs["decode"]["spread"]
         at = case | {"sequences": 8, "context": CONTEXT // options.shrink, "median_ms": ours["median_ms"]}
+        at |= {"peer_median_ms": theirs["median_ms"]}  # by which a peer that was disturbed is seen
         pair = ours["tokens_per_second"], theirs["tokens_per_second"]
         words = f"{family}: decode {pair[0]:,.0f} tokens/s, {pair[0] / pair[1]:.2f} times vLLM's without LEXICO"
         kept.write((at, "decode_tokens_per_second", pair[0], PLAIN, pair[1]), words)
