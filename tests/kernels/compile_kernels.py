@@ -16,7 +16,7 @@ import triton
 from lexico_kernels import CodeLayout, LayerStack, plan_decode
 from lexico_kernels import reconstruct as history
 from lexico_kernels import write_tail as tail
-from lexico_kernels.device.launch import fp8_fits
+from lexico_kernels.device.launch import LAYERS, fp8_fits
 from lexico_kernels.memory.pages import DecodePlan
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import pursuit
@@ -147,7 +147,9 @@ def main() -> None:
             addresses = torch.zeros(tokens, dtype=torch.int64)
             omp.omp_encode(key, key, cache, addresses.int(), addresses)
             if tokens == sizes[0]:
-                omp_layers.omp_encode_layers(LayerStack.of([cache]), addresses.int(), addresses)
+                for jobs in (32, LAYERS.few_jobs + 32):
+                    list_of = torch.zeros(jobs, dtype=torch.int64)
+                    omp_layers.omp_encode_layers(LayerStack.of([cache]), list_of.int(), list_of)
             if codec != "exact" and fp8_fits(head_dim, sparsity):
                 omp.omp_encode(key, key, fp8_cache(cache), addresses.int(), addresses)
             if codec == "packed16" and tokens == sizes[-1]:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from lexico_kernels import CodeLayout, LayerStack, ops, reference
+from lexico_kernels.device import launch
 from lexico_kernels.device.launch import PursuitLaunch
 from lexico_kernels.omp_encode import all_layers as omp_layers
 from lexico_kernels.omp_encode import clusters as cluster
@@ -43,7 +44,7 @@ def small_tiles(monkeypatch):
     """The same tiles in both kernels, so that their bits are the same."""
     row = PursuitLaunch(1 << 62, TILE, 128, 4, 3)
     monkeypatch.setattr(omp, "pursuit_launch", lambda *_: row)
-    monkeypatch.setattr(omp_layers, "LAYERS", omp_layers.LAYERS._replace(tile=TILE, tiles=2))
+    monkeypatch.setattr(omp_layers, "LAYERS", omp_layers.LAYERS._replace(tile=TILE, few_tile=TILE, tiles=2))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,25 @@ def test_triton_leaves_few_to_another_launch(fewer, codes, device):
     caches = layers_of(it, device, count=1)
     omp_layers.omp_encode_layers(LayerStack.of(caches), *entries(it, 33, 40, device), fewer=fewer)
     assert bool((caches[0].code_pages != 0xFF).any()) == codes
+
+
+@pytest.mark.parametrize(
+    ("jobs", "fewer", "tile", "programs"),
+    [(32, 0, 16, 2), (256, 0, 16, 4), (2048, 0, 16, 4), (2049, 0, 64, 4), (256, 64, 64, 4), (65, 64, 64, 2)],
+)
+def test_tiles_are_small_where_short_lists_are_not_left_to_another_launch(jobs, fewer, tile, programs, monkeypatch):
+    """A pass over the atoms takes as long for few vectors as for many, so few are dealt out to more programs."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launched.append((grid[0], constants["TILE"]))
+
+    monkeypatch.setattr(omp_layers, "LAYERS", launch.LAYERS)
+    monkeypatch.setattr(omp_layers, "_omp_encode_layers", Kernel())
+    source = torch.full((jobs,), -1, dtype=torch.int32)
+    omp_layers.omp_encode_layers(LayerStack.of(layers_of(layout(), "cpu")), source, source.long(), fewer=fewer)
+    assert launched == [(programs, tile)]
 
 
 @pytest.mark.parametrize("codec", ["packed16", "paper", "exact"])

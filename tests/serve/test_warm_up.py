@@ -23,6 +23,7 @@ SHAPES = {
     "later": Shape(8, 2, 64, coded_later=512),
     "hybrid": Shape(8, 2, 64, block_tokens=512, beside_states=2),
     "no_clusters": Shape(8, 2, 128, atoms=512, fp8=True, clusters=False),
+    "no_clusters_and_a_crowd": Shape(8, 2, 128, atoms=512, fp8=True, clusters=False, max_requests=80),
     "triton_alone": Shape(8, 2, 64, cuda_cpp=False),
     "exact": Shape(8, 2, 64, codec="exact"),
     "uneven": Shape(8, 4, 64, 7, atoms_by_head=((3, 11, 3, 11), (7, 3, 7, 7))),

@@ -25,6 +25,7 @@ from vllm.v1.worker.block_table import get_block_table_width
 
 from vllm_lexico.serve import decode_plan
 from vllm_lexico.serve.block_plan import BlockPlan, plan_blocks
+from vllm_lexico.serve.coding_plan import max_coded_tokens
 from vllm_lexico.serve.layer_parts import LayerParts, stacked
 from vllm_lexico.serve.prefill_plan import PrefillPlan, history_tokens, plan_prefill
 
@@ -87,10 +88,14 @@ def code_batches(layer: Layer) -> None:
 
 
 def code_layers(layer: Layer) -> None:
-    """Steps of decode code all layers at once."""
+    """Steps of decode code all layers at once, from short lists of jobs and from the longest."""
+    impl = layer.impl
+    requests = impl.vllm_config.scheduler_config.max_num_seqs
+    longest = max_coded_tokens(requests * (1 + impl.setup.num_draft_tokens), requests)
     for stack in stacked(layer.cache.caches_to_stack()):
-        entries = nowhere(2 * max(LAYERS.cluster_tokens, SPAN_TOKENS), stack.addresses.device)
-        ops.omp_encode_layers(stack, *entries, relative_error=layer.impl.setup.config.relative_error)
+        for jobs in sorted({2 * max(LAYERS.cluster_tokens, SPAN_TOKENS), longest}):
+            entries = nowhere(jobs, stack.addresses.device)
+            ops.omp_encode_layers(stack, *entries, relative_error=impl.setup.config.relative_error)
 
 
 def decode(layer: Layer) -> None:

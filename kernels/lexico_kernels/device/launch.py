@@ -33,6 +33,10 @@ class LayersLaunch(NamedTuple):
     cluster_tokens: int  # up to which clusters code, more are coded in Triton; all there where there are no clusters
     cluster_blocks: int  # that run at once; others would wait for these to end
     tile: int  # vectors of a Triton program
+    few_jobs: (
+        int  # jobs of a list up to which a program that codes all of it has `few_tile`: one in 32 is coded, mostly
+    )
+    few_tile: int
     tiles: int  # of one dictionary that are coded side by side, so that they share its way from memory
     atoms: int
     num_warps: int
@@ -72,7 +76,17 @@ STREAM_VECTORS = 20480
 STREAM_CAPABILITY = 9  # of GPUs that have what it is made of; its major number alone
 STREAM_DIM, STREAM_SPARSITY = 128, 16  # the only size of heads, and the largest sparsity
 
-LAYERS = LayersLaunch(cluster_tokens=64, cluster_blocks=120, tile=64, tiles=4, atoms=128, num_warps=4, num_stages=3)
+LAYERS = LayersLaunch(
+    cluster_tokens=64,
+    cluster_blocks=120,
+    tile=64,
+    few_jobs=2048,
+    few_tile=16,
+    tiles=4,
+    atoms=128,
+    num_warps=4,
+    num_stages=3,
+)
 
 WRITE_TAIL = Launch(tile=16, num_warps=4)
 WRITE_EXACT = Launch(tile=16, num_warps=4)

@@ -113,7 +113,11 @@ def _omp_encode_layers(
 def omp_encode_layers(
     layers: LayerStack, source: Tensor, destination: Tensor, *, relative_error: float = 0.0, fewer: int = 0
 ) -> None:
-    """Triton version of `reference.omp_encode_layers`. fewer: jobs that are left to another launch."""
+    """Triton version of `reference.omp_encode_layers`. fewer: jobs that are left to another launch.
+
+    A pass over the atoms takes as long for few vectors as for many, so where all lists come here, the tiles of short
+    ones are small, and more multiprocessors share the work.
+    """
     cache, M = layers.caches[0], source.shape[0]
     layout = cache.layout
     if fewer >= M:
@@ -124,14 +128,15 @@ def omp_encode_layers(
             tiles.omp_encode(nothing, nothing, each, source, destination)
         return
     Hk, SIZES, S_PAD = layout.num_kv_heads, Sizes.of(cache), tiles.padded_sparsity(cache)
-    grid = (min(LAYERS.tiles, triton.cdiv(M, LAYERS.tile)), 2 * Hk * len(layers.caches))
+    tile = LAYERS.few_tile if not fewer and LAYERS.few_jobs >= M else LAYERS.tile
+    grid = (min(LAYERS.tiles, triton.cdiv(M, tile)), 2 * Hk * len(layers.caches))
     _omp_encode_layers[grid](
         layers.addresses,
         Pages.tail(cache),
         Pages.codes(cache),
         (EncodeBook.by_atoms(cache.key), EncodeBook.by_atoms(cache.value)),
         Jobs(source, destination, M),
-        tiles.scratch_for(grid[0] * grid[1] * LAYERS.tile * S_PAD, source),
+        tiles.scratch_for(grid[0] * grid[1] * tile * S_PAD, source),
         fewer,
         max(relative_error, reference.MIN_RESIDUAL) ** 2,
         value_bits_for(max(cache.key.num_atoms, cache.value.num_atoms)),
@@ -140,7 +145,7 @@ def omp_encode_layers(
         SIZES=SIZES,
         S_PAD=S_PAD,
         CHUNK=fitting_atoms(LAYERS.atoms, SIZES.D_PAD, cache.key.atoms.element_size()),
-        TILE=LAYERS.tile,
-        num_warps=fitting_warps(LAYERS.num_warps, LAYERS.tile, SIZES.D_PAD),
+        TILE=tile,
+        num_warps=fitting_warps(LAYERS.num_warps, tile, SIZES.D_PAD),
         num_stages=LAYERS.num_stages,
     )
