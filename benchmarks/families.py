@@ -181,13 +181,18 @@ def run_together(
             left = max(last_start - time.monotonic(), 1)
             if next(process.answers(left), None) is None:
                 process.complain()
-                kept.fault(f"{job.name} did not start in time; see {process.log}")
+                kept.fault(f"{job.name} has not started; see {process.log}")
             else:
                 print(f"({job.name} has started)", flush=True)
                 started.append((job, process))
         for job, process in started:
-            for measure, result, _ in process.results(min(options.engine_seconds, deadline - time.monotonic())):
+            missing = set(job.measures)
+            for measure, result, _ in process.results(max(min(options.engine_seconds, deadline - time.monotonic()), 1)):
+                missing.discard(measure)
                 yield job, measure, result
+            if missing:
+                process.complain()
+                kept.fault(f"{job.name} has not measured {', '.join(sorted(missing))}; see {process.log}")
     finally:
         for process in processes:
             process.stop()

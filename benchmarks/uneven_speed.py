@@ -224,9 +224,8 @@ class CodedLayer:
             for own, part in zip(captured, parts, strict=True)
         ]
         pages, R = 1 + -(-len(key) // case.layout.block_tokens), case.layout.tail_tokens
-        widest = max(
-            case.code_bytes(each) for each in case.layers
-        )  # an engine's layers lie in one run, at equal strides
+        # An engine's layers lie in one run, at equal strides.
+        widest = max(case.code_bytes(each) for each in case.layers)
         own = torch.zeros(pages, widest, dtype=torch.uint8, device=device)[:, : case.code_bytes(parts)]
         shape = 1 + -(-SPAN_TOKENS // R), case.kv_heads, R, 2, case.head_dim
         tail, given = torch.zeros(shape, dtype=key.dtype, device=device), own.new_empty(1, case.layout.page_bytes)

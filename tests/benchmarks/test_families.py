@@ -14,6 +14,8 @@ for name in sys.argv[sys.argv.index("--measure") + 1 : sys.argv.index("--shrink"
     began = time.time()
     if name != "started":
         time.sleep(0.3)
+    if name == at.get("dies_at"):
+        sys.exit(1)
     print("engine=" + json.dumps([name, {"began": began, "ended": time.time()}, 0.0]), flush=True)
     if name == "started":
         sys.stdin.read()
@@ -31,12 +33,11 @@ def options(tmp_path):
     return argparse.Namespace(logs=tmp_path, engine_seconds=30, **passed_on)
 
 
-def run(families, options, tmp_path, starts, seconds=30):
+def run(families, options, tmp_path, starts, seconds=30, dies_at=(None, None, None)):
     script, kept = tmp_path / "engine.py", families.Kept(tmp_path)
     script.write_text(SCRIPT)
-    jobs = [
-        families.Job(f"engine {at}", ("fit", "decode"), {"start_seconds": start}) for at, start in enumerate(starts)
-    ]
+    settings = [{"start_seconds": start, "dies_at": name} for start, name in zip(starts, dies_at, strict=False)]
+    jobs = [families.Job(f"engine {at}", ("fit", "decode"), own) for at, own in enumerate(settings)]
     deadline = time.monotonic() + seconds
     return list(families.run_together(jobs, str(script), options, deadline, kept)), kept.faults
 
@@ -57,7 +58,15 @@ def test_an_engine_that_does_not_start_is_named_and_the_others_measure(families,
     results, faults = run(families, options, tmp_path, (0.0, 60.0), seconds=4)
     assert [(job.name, name) for job, name, _ in results] == [("engine 0", "fit"), ("engine 0", "decode")]
     (fault,) = faults
-    assert "engine 1 did not start in time" in fault
+    assert "engine 1 has not started" in fault
+
+
+def test_an_engine_that_ends_while_it_measures_is_named_with_what_lacks(families, options, tmp_path):
+    results, faults = run(families, options, tmp_path, (0.0, 0.0), dies_at=("decode", None))
+    names = [(job.name, name) for job, name, _ in results]
+    assert names == [("engine 0", "fit"), ("engine 1", "fit"), ("engine 1", "decode")]
+    (fault,) = faults
+    assert "engine 0 has not measured decode" in fault
 
 
 def test_rows_of_other_blocks_say_so_beside_the_same_peer(families, options, tmp_path):

@@ -93,7 +93,9 @@ def coded_specs(shape, sparsity, load):
         model_config=model,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         cache_config=SimpleNamespace(mamba_cache_mode="align"),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=load.chunk_tokens, max_num_seqs=256),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=load.chunk_tokens, max_num_scheduled_tokens=None, max_num_seqs=256
+        ),
         max_in_flight_tokens=load.in_flight_tokens,
         num_speculative_tokens=0,
     )

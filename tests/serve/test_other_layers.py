@@ -98,7 +98,7 @@ def test_a_spec_is_changed_once():
     assert layer.get_kv_cache_spec("asked") == ["asked", "changed", "asked"]
 
 
-def a_hybrid(state_layers=36, coded=12, step_tokens=8192, mode="align"):
+def a_hybrid(state_layers=36, coded=12, step_tokens=8192, mode="align", scheduled=None, requests=16, drafts=0):
     """An engine with the shape of Qwen3-Next: heads of 256, 2 KV heads."""
     kinds = ["linear_attention"] * state_layers + ["full_attention"] * coded
     text = types.SimpleNamespace(layer_types=kinds, num_hidden_layers=len(kinds), model_type="qwen3_next")
@@ -113,10 +113,12 @@ def a_hybrid(state_layers=36, coded=12, step_tokens=8192, mode="align"):
         model_config=model,
         parallel_config=types.SimpleNamespace(pipeline_parallel_size=1),
         cache_config=types.SimpleNamespace(mamba_cache_mode=mode),
-        scheduler_config=types.SimpleNamespace(max_num_batched_tokens=step_tokens, max_num_seqs=16),
+        scheduler_config=types.SimpleNamespace(
+            max_num_batched_tokens=step_tokens, max_num_scheduled_tokens=scheduled, max_num_seqs=requests
+        ),
         max_in_flight_tokens=4096,
         speculative_config=None,
-        num_speculative_tokens=0,
+        num_speculative_tokens=drafts,
     )
 
 
@@ -147,8 +149,18 @@ def test_prompts_go_on_while_others_decode():
             ValueError, match=f"--block-size {given} leaves no room .* steps of {step} tokens.* {2 * given}"
         ):
             other_layers.block_beside_states(setup, a_hybrid(step_tokens=step), state, given)
-    for given, step in ((1024, 1040), (1024, 1023), (2048, 512)):
-        assert other_layers.block_beside_states(setup, a_hybrid(step_tokens=step), state, given) == given
+    for given, step, more in (
+        (1024, 1040, {}),
+        (1024, 1023, {}),
+        (2048, 512, {}),
+        (1024, 2048, {"requests": 1024, "drafts": 1}),  # half a step is left, however much may decode
+    ):
+        assert other_layers.block_beside_states(setup, a_hybrid(step_tokens=step, **more), state, given) == given
+    with pytest.raises(ValueError, match="--block-size 1024 leaves no room"):
+        other_layers.block_beside_states(setup, a_hybrid(step_tokens=1500, requests=160, drafts=2), state, 1024)
+    assert other_layers.block_beside_states(setup, a_hybrid(scheduled=1024), state, None) == 512
+    with pytest.raises(ValueError, match=r"steps of 1024 tokens.*--max-num-scheduled-tokens to 2048"):
+        other_layers.block_beside_states(setup, a_hybrid(scheduled=1024), state, 1024)
 
 
 def hits(block_tokens, lengths):

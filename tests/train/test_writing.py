@@ -58,6 +58,17 @@ def test_why_not_in_one_line(stand_in, folder, capsys, program, reason):
         write(folder, "vllm")
 
 
+def test_nothing_is_left_of_what_vllm_puts_into_the_folder_for_such_files(stand_in, folder, tmp_path, monkeypatch):
+    """Its process ends at once, so that what would be removed when it ends stays."""
+    leaves = "import pathlib, tempfile\npathlib.Path(tempfile.gettempdir(), 'left').touch()\n"
+    stand_in(WRITES.replace("import numpy\n", leaves + "import numpy\n"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    assert write(folder) is not None
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_gpu_is_tried_again_without_graphs(stand_in, folder, capsys, device):
     stand_in(FAILS_WITH_GRAPHS)

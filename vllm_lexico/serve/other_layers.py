@@ -132,7 +132,8 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         tail_pages = tail.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, model.max_model_len)
         return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
-    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    scheduler = vllm_config.scheduler_config
+    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     sizes = [size for size in refusals.STATE_BLOCK_SIZES if not aligned or state_blocks.leaves_room(size, step_tokens)]
     counted = {size: count(size) for size in sizes}
     raw_token_bytes = 2 * model.get_head_size() * heads * model.dtype.itemsize
@@ -143,11 +144,12 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
     if 2 * layout.page_bytes * setup.beside_states < state_bytes:
         reason = f"--block-size {given} is too small beside states of {state_bytes:,} bytes; leave it out for {best}"
         raise ValueError(refusals.as_sentence([reason]))
-    decoding = vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
-    if aligned and given <= step_tokens < given + decoding:
+    decoding = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+    if aligned and not state_blocks.leaves_room(given, step_tokens) and step_tokens < given + decoding:
+        flag = "scheduled" if scheduler.max_num_scheduled_tokens else "batched"
         reason = (
             f"--block-size {given} leaves no room for what decodes in steps of {step_tokens} tokens, so prompts would "
-            f"wait for it to end; leave it out for {best}, or raise --max-num-batched-tokens to {2 * given}"
+            f"wait for it to end; leave it out for {best}, or raise --max-num-{flag}-tokens to {2 * given}"
         )
         raise ValueError(refusals.as_sentence([reason]))
     return given

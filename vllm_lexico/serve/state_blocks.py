@@ -79,7 +79,7 @@ def leaves_room(block_tokens: int, step_tokens: int) -> bool:
 
     Args:
         block_tokens: of a block.
-        step_tokens: of a step at most, `max_num_batched_tokens`.
+        step_tokens: of a step at most, `max_num_scheduled_tokens` or else `max_num_batched_tokens`.
     """
     return block_tokens > step_tokens or 2 * block_tokens <= step_tokens
 

@@ -124,7 +124,7 @@ def write(
         with log.open("w") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
-                env=os.environ | _seen(device, job.gpus),
+                env=os.environ | _seen(device, job.gpus) | {"TMPDIR": folder},  # what vLLM leaves there goes with it
             )  # fmt: skip
             try:
                 if meanwhile is not None:

@@ -147,7 +147,7 @@ ROWS = (
     ),
     Wire(
         config.SchedulerConfig,
-        "disable_hybrid_kv_cache_manager max_num_seqs max_num_batched_tokens",
+        "disable_hybrid_kv_cache_manager max_num_seqs max_num_batched_tokens max_num_scheduled_tokens",
         "every token would be kept in full precision, or buffers be too small",
     ),
     Wire(
