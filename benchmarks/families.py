@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 from bench import engine_loads
 from bench.engine_process import PASSED_ON, EngineProcess, Run, answer
 from bench.family_shapes import SHAPES
-from bench.parallel_jobs import ENVIRONMENT, Job, Kept, Result, run_jobs
+from bench.parallel_jobs import ENVIRONMENT, Job, Kept, Result, measured, run_jobs
 from bench.record import RESULTS
 from bench.shapes import write_model, write_random_dictionary
 
@@ -186,13 +186,8 @@ def run_together(
                 print(f"({job.name} has started)", flush=True)
                 started.append((job, process))
         for job, process in started:
-            missing = set(job.measures)
-            for measure, result, _ in process.results(max(min(options.engine_seconds, deadline - time.monotonic()), 1)):
-                missing.discard(measure)
-                yield job, measure, result
-            if missing:
-                process.complain()
-                kept.fault(f"{job.name} has not measured {', '.join(sorted(missing))}; see {process.log}")
+            seconds = max(min(options.engine_seconds, deadline - time.monotonic()), 1)
+            yield from measured(job, process, seconds, kept)
     finally:
         for process in processes:
             process.stop()

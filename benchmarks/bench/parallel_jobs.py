@@ -114,20 +114,28 @@ def run_jobs(
             process.stop()
 
 
+def measured(job: Job, process: EngineProcess, seconds: float, kept: Kept) -> Iterator[Result]:
+    """What an engine measures, as it comes, for at most so many seconds; what lacks in the end is a fault."""
+    missing, began = set(job.measures), time.monotonic()
+    try:
+        for measure, result, took in process.results(seconds):
+            missing.discard(measure)
+            print(f"({job.name} {measure}: {took:.1f} s, at {time.monotonic() - began:.1f} s)", flush=True)
+            yield job, measure, result
+    finally:
+        if missing:
+            process.complain()
+            kept.fault(f"{job.name} has not measured {', '.join(sorted(missing))}; see {process.log}")
+
+
 def _results(wave: Sequence[Job], processes: Sequence[EngineProcess], seconds: float, kept: Kept) -> Iterator[Result]:
     found: queue.Queue[Result | None] = queue.Queue()
 
     def read(job: Job, process: EngineProcess) -> None:
-        missing, began = set(job.measures), time.monotonic()
         try:
-            for measure, result, took in process.results(seconds):
-                missing.discard(measure)
-                print(f"({job.name} {measure}: {took:.1f} s, at {time.monotonic() - began:.1f} s)", flush=True)
-                found.put((job, measure, result))
+            for result in measured(job, process, seconds, kept):
+                found.put(result)
         finally:
-            if missing:
-                process.complain()
-                kept.fault(f"{job.name} has not measured {', '.join(sorted(missing))}; see {process.log}")
             found.put(None)
 
     threads = [threading.Thread(target=read, args=pair, daemon=True) for pair in zip(wave, processes, strict=True)]

@@ -113,14 +113,13 @@ def _beside_states(shape: ModelShape, sparsity: int, load: Load, state_bytes: in
     """A block has the code pages of all coded layers, or as many states as fit: see `serve/other_layers.py`."""
     coded = len(shape.coded)
     kept = States(len(shape.state_layers), state_bytes, STATES_PER_REQUEST)
-    sizes = [size for size in STATE_BLOCK_SIZES if state_blocks.leaves_room(size, load.chunk_tokens)]
-    layouts = {size: _layout(shape, sparsity, load.gpus, size) for size in sizes}
+    layouts = {size: _layout(shape, sparsity, load.gpus, size) for size in STATE_BLOCK_SIZES}
     counted = {
         size: state_blocks.count_blocks(layout, coded, kept, load.max_model_len, tail_pages(layout, load))
         for size, layout in layouts.items()
     }
     plain_tokens = state_blocks.plain_block_tokens(state_bytes, _raw_token_bytes(shape.heads, load))
-    tokens = state_blocks.block_tokens(counted, plain_tokens)
+    tokens = state_blocks.block_tokens(counted, plain_tokens, load.chunk_tokens)
     layout, blocks = layouts[tokens], counted[tokens]
     token_bytes = layout.cell_bytes * layout.num_kv_heads * coded
     return Plan(blocks.block_bytes, token_bytes, blocks.codes, blocks.tail + blocks.states)

@@ -133,11 +133,12 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         return state_blocks.count_blocks(layout, setup.beside_states, kept, model.max_model_len, tail_pages)
 
     scheduler = vllm_config.scheduler_config
-    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    sizes = [size for size in refusals.STATE_BLOCK_SIZES if not aligned or state_blocks.leaves_room(size, step_tokens)]
-    counted = {size: count(size) for size in sizes}
+    step_tokens = (scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens) if aligned else 0
+    counted = {size: count(size) for size in refusals.STATE_BLOCK_SIZES}
     raw_token_bytes = 2 * model.get_head_size() * heads * model.dtype.itemsize
-    best = state_blocks.block_tokens(counted, state_blocks.plain_block_tokens(state_bytes, raw_token_bytes))
+    best = state_blocks.block_tokens(
+        counted, state_blocks.plain_block_tokens(state_bytes, raw_token_bytes), step_tokens
+    )
     if given is None:
         return best
     layout = setup.layout(model.get_head_size(), heads, given, model.dtype)
@@ -145,7 +146,7 @@ def block_beside_states(setup: LexicoSetup, vllm_config: Any, state_bytes: int, 
         reason = f"--block-size {given} is too small beside states of {state_bytes:,} bytes; leave it out for {best}"
         raise ValueError(refusals.as_sentence([reason]))
     decoding = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
-    if aligned and not state_blocks.leaves_room(given, step_tokens) and step_tokens < given + decoding:
+    if not state_blocks.leaves_room(given, step_tokens) and step_tokens < given + decoding:
         flag = "scheduled" if scheduler.max_num_scheduled_tokens else "batched"
         reason = (
             f"--block-size {given} leaves no room for what decodes in steps of {step_tokens} tokens, so prompts would "

@@ -84,8 +84,8 @@ def leaves_room(block_tokens: int, step_tokens: int) -> bool:
     return block_tokens > step_tokens or 2 * block_tokens <= step_tokens
 
 
-def block_tokens(counted: Mapping[int, StateBlocks], plain_tokens: int) -> int:
-    """Tokens of a block with which a request takes hardly more than with any: the fewest of these.
+def block_tokens(counted: Mapping[int, StateBlocks], plain_tokens: int, step_tokens: int = 0) -> int:
+    """Tokens of a block with which a request takes hardly more than with any that leaves room: the fewest of these.
 
     Small blocks leave a part of each block of codes empty, large ones a part of each block of states; prefix-cache
     hits end at whole blocks. So blocks larger than vLLM's own are taken only where smaller ones would cost too much.
@@ -93,7 +93,9 @@ def block_tokens(counted: Mapping[int, StateBlocks], plain_tokens: int) -> int:
     Args:
         counted: by a block's tokens.
         plain_tokens: of vLLM's own, from `plain_block_tokens`.
+        step_tokens: see `leaves_room`; 0 where no states are kept for hits, so that all blocks do.
     """
+    counted = {tokens: blocks for tokens, blocks in counted.items() if leaves_room(tokens, step_tokens)}
     least = min(blocks.request_bytes for blocks in counted.values())
     best = min(tokens for tokens, blocks in counted.items() if blocks.request_bytes <= NEARLY * least)
     as_small = [

@@ -33,10 +33,8 @@ class LayersLaunch(NamedTuple):
     cluster_tokens: int  # up to which clusters code, more are coded in Triton; all there where there are no clusters
     cluster_blocks: int  # that run at once; others would wait for these to end
     tile: int  # vectors of a Triton program
-    few_jobs: (
-        int  # jobs of a list up to which a program that codes all of it has `few_tile`: one in 32 is coded, mostly
-    )
-    few_tile: int
+    few_jobs: int  # of a list, one in 32 of which is coded in the mean
+    few_tile: int  # vectors of a program for a list of so few, where no clusters are there
     tiles: int  # of one dictionary that are coded side by side, so that they share its way from memory
     atoms: int
     num_warps: int

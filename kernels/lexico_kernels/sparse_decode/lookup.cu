@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   start_lookup(memory, lookup + row * (long long)(KEY_ATOMS * ROW * 2));
   float unit[QUERIES], top[REDUCED];  // of scores in base 2: those of a query are all multiplied with it, later
 #pragma unroll
-  for (int g = 0; g < QUERIES; g++) unit[g] = CAP_BITS ? 1 : query_scale[row * ROW + g], top[g] = NO_SCORE;
+  for (int g = 0; g < QUERIES; g++) unit[g] = query_scale[row * ROW + g], top[g] = NO_SCORE;
   float largest_level = fmaxf(fabsf(value_level), 1e-30f);
 #pragma unroll
   for (int by = NUM_LEVELS / 2; by; by /= 2) {
@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     for (int g = 0; g < QUERIES; g++) {
       float score = sum[g] * key.scale();  // of no token, that of the first or the last once more
 #if CAP_BITS
-      score = soft_capped(score * query_scale[row * ROW + g] + offset[row * ROW + g]);
+      score = soft_capped(score * unit[g] + offset[row * ROW + g]);
 #endif
       top[g] = fmaxf(top[g], score);
       scores[g * MAX_TOKENS + index] = score;
@@ -341,6 +341,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   }
   ValueRecord value = load_value(tokens, thread);
   block_reduce<true>(top, scratch);
+#if CAP_BITS
+#pragma unroll
+  for (int g = 0; g < QUERIES; g++) unit[g] = 1;  // what is capped is in base 2
+#endif
 
   float total[QUERIES] = {}, scale[QUERIES];
   make_weights(scores, memory, tokens, unit, top, total);
