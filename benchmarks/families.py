@@ -5,7 +5,8 @@
     python benchmarks/families.py --families qwen --together --block-sizes 0 4096 --cache-gib 8
 
 Each family runs twice on the same GPU, without LEXICO (vLLM chooses all backends) and with it at 12.5 %, with
-torch.compile and FULL CUDA graphs, at 131,072 tokens; several GPUs take families in turn. --together starts all engines
+torch.compile and FULL CUDA graphs, at 131,072 tokens and with weights as a new model draws them
+(`bench/drawn_weights.py`); several GPUs take families in turn. --together starts all engines
 at once on one GPU, which must hold them, and measures one after another when all have started: the minutes that an
 engine compiles are had once. --block-sizes runs LEXICO with each of these blocks, 0 for its own choice. Rows go to
 benchmarks/results/families.jsonl:
@@ -31,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench import engine_loads
+from bench.drawn_weights import DRAWS
 from bench.engine_process import PASSED_ON, EngineProcess, Run, answer
 from bench.family_shapes import SHAPES
 from bench.parallel_jobs import ENVIRONMENT, Job, Kept, Result, measured, run_jobs
@@ -50,6 +52,7 @@ def serve(options: argparse.Namespace) -> None:
     from vllm import LLM
 
     llm = LLM(**json.loads(sys.stdin.readline()))
+    llm.collective_rpc("draw_weights")
     driver = engine_loads.Driver(llm)
     gc.collect()
     gc.freeze()  # as engine_speed.py does
@@ -96,7 +99,8 @@ def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) ->
         "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
         "enable_prefix_caching": True,
         "compilation_config": GRAPHS,
-    } | options.settings
+    }
+    common |= DRAWS | options.settings
     lexico = {"dictionary": str(dictionary), "sparsity": shape.sparsity}
     coded = {"attention_backend": "LEXICO", "additional_config": {"lexico": lexico}}
     gpus = (gpu,) if gpu else ()

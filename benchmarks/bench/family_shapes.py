@@ -36,7 +36,7 @@ GPT_OSS_20B: dict[str, Any] = USUAL | {
     "num_key_value_heads": 8,
     "head_dim": 64,
     "sliding_window": 128,
-    "num_local_experts": 8,  # of 32
+    "num_local_experts": 16,  # of 32
     "num_experts_per_tok": 4,
     "rope_theta": 150000.0,
     "rope_scaling": {
@@ -128,7 +128,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "gemma": Shape("Gemma 3 27B, 24 of 62 layers", GEMMA_3_27B, 15),
-    "gpt-oss": Shape("gpt-oss-20b, 8 of 32 experts", GPT_OSS_20B, 7),
+    "gpt-oss": Shape("gpt-oss-20b, 16 of 32 experts", GPT_OSS_20B, 7),
     "qwen": Shape("Qwen3-Next-80B, 24 of 48 layers, 32 of 512 experts", QWEN3_NEXT_80B, 31),
     "nemotron": Shape("Nemotron 3 Nano, 16 of 128 experts", NEMOTRON_3_NANO, 15),
 }
