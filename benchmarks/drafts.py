@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 
 from bench.draft_counts import Answered, answered, apart, straight
 from bench.record import RESULTS, record
+from bench.terminated import end_orderly
 from lexico_kernels.files import write_whole
 
 LENGTHS = (100, 300, 1000, 2000, 4000, 8000)
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--backend", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
+    end_orderly()
     (run if args.backend else orchestrate)(args)
 
 

@@ -34,7 +34,6 @@ import functools
 import gc
 import json
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -48,6 +47,7 @@ from bench import engine_loads as loads
 from bench.engine_process import EngineProcess, Run, answer
 from bench.record import RESULTS, record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
+from bench.terminated import end_orderly
 from lexico_kernels import CodeLayout
 
 FAST_START = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
@@ -307,7 +307,7 @@ def main() -> None:
     if options.serve:
         return serve(options)
     options.logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
+    end_orderly()
     with tempfile.TemporaryDirectory() as folder:
         measure_all(options, Path(folder))
     return None

@@ -27,7 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench.record import record
+from bench.terminated import end_orderly
 from bench.texts import TEXT
+
+from vllm_lexico.processes import stop
 
 ANSWER_TOKENS = 32
 PREEMPTED_TOKENS = 200
@@ -257,13 +260,18 @@ def orchestrate(args: argparse.Namespace) -> None:
             command = [sys.executable, __file__, args.model, "--engine", engine, "--backend", backend]
             command += ["--out", str(out), "--scale", str(args.scale), "--settings", json.dumps(args.settings)]
             jobs.append(([*command, "--lexico", json.dumps(args.lexico)], out))
-    for command, out in jobs:
-        out.unlink(missing_ok=True)  # an earlier run's answers must not stand for an engine that fails now
-        while len(running) >= args.parallel:
-            running.pop(0).wait()
-        running.append(subprocess.Popen(command, stderr=out.with_suffix(".log").open("w"), stdout=subprocess.DEVNULL))
-    for process in running:
-        process.wait()
+    try:
+        for command, out in jobs:
+            out.unlink(missing_ok=True)  # an earlier run's answers must not stand for an engine that fails now
+            while len(running) >= args.parallel:
+                running.pop(0).wait()
+            with out.with_suffix(".log").open("w") as log:
+                running.append(subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL, start_new_session=True))
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            stop(process)
     failed = [out for _, out in jobs if not out.exists()]
     for out in failed:
         print(f"{out.stem} failed:\n{out.with_suffix('.log').read_text()[-3000:]}", file=sys.stderr)
@@ -338,7 +346,11 @@ def main() -> None:
     parser.add_argument("--backend", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    (run if args.engine else orchestrate)(args)
+    if args.engine:
+        run(args)
+    else:
+        end_orderly()
+        orchestrate(args)
 
 
 if __name__ == "__main__":

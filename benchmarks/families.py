@@ -38,6 +38,7 @@ from bench.family_shapes import SHAPES
 from bench.parallel_jobs import ENVIRONMENT, Job, Kept, Result, measured, run_jobs
 from bench.record import RESULTS
 from bench.shapes import write_model, write_random_dictionary
+from bench.terminated import end_orderly
 
 PLAIN, CODED = "vLLM", "LEXICO"
 MEASURES = ("fit", "hits", "decode")
@@ -226,6 +227,7 @@ def main() -> int:
     if options.serve:
         serve(options)
         return 0
+    end_orderly()
     options.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         return 1 if measure_all(options, Path(folder)) else 0

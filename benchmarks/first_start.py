@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench.record import RESULTS, record
+from bench.terminated import end_orderly
 
 from vllm_lexico.processes import stop
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--serve-arguments", default="--max-model-len 4096", help="more arguments of `vllm serve`")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results (default: %(default)s)")
     args = parser.parse_args()
+    end_orderly()
     args.logs.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp())
     try:

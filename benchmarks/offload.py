@@ -42,6 +42,7 @@ from bench import engine_loads as loads
 from bench.engine_process import EngineProcess, Run, answer
 from bench.record import RESULTS, record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_dictionary
+from bench.terminated import end_orderly
 
 CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 ENGINES = ("FLASH_ATTN", "LEXICO-15", "LEXICO-7")
@@ -294,6 +295,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options)
+    end_orderly()
     options.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(1 if measure_all(options, Path(folder)) else 0)

@@ -29,7 +29,6 @@ import functools
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from bench.letters_model import write_letters_model
 from bench.parallel_jobs import Job, Kept, held, run_jobs
 from bench.record import RESULTS
 from bench.shapes import write_model, write_random_dictionary
+from bench.terminated import end_orderly
 
 from vllm_lexico.errors import refusal
 
@@ -246,7 +246,7 @@ def main() -> None:
 def measure_all(options: argparse.Namespace) -> int:
     """Everything that is asked for, one after another, and the faults; returns the exit status."""
     options.logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `timeout` ends it: engines must not stay behind
+    end_orderly()
     deadline, kept = time.monotonic() + options.seconds, Kept(options.results)
     parts = {"exact": exact, "speed": speed, "train": train}
     with tempfile.TemporaryDirectory() as folder:

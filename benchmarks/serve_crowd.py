@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
 from bench.record import record
+from bench.terminated import end_orderly
 from bench.texts import TEXT
 
 from vllm_lexico.processes import stop
@@ -82,15 +83,18 @@ def serve(model: str, backend: str, port: int, extra: list[str], log: Path) -> s
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return process
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            if process.poll() is not None or time.monotonic() > deadline:
-                stop(process)
-                sys.exit(f"serve_crowd: the server with {backend} did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(1)
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return process
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"serve_crowd: the server with {backend} did not start:\n{log.read_text()[-4000:]}")
+                time.sleep(1)
+    except BaseException:
+        stop(process)
+        raise
 
 
 def page(name: str, prompts: list[str], answers: dict[str, list[dict[str, Any]]], shown: int) -> str:
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--serve-arguments", default="--max-model-len 8192", help="more arguments of `vllm serve`")
     args = parser.parse_args()
+    end_orderly()
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = make_prompts(args.requests, *args.lengths)
     answers = {}

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under
 
 from bench.record import RESULTS, record
 from bench.shapes import LLAMA_3_1_8B, write_model, write_random_weights
+from bench.terminated import end_orderly
 
 from vllm_lexico.dictionary.file import load_dictionary
+from vllm_lexico.processes import stop
 
 HOW = (
     "as many vectors a layer and part; reading scaled by the weights a token meets over the KV heads it fills, "
@@ -74,14 +76,21 @@ def main() -> None:
         written = write_random_weights(folder, args.tokenizer)
         print(f"wrote {written / 2**30:.1f} GiB of random weights into {folder}", flush=True)
     command = [sys.executable, "-m", "vllm_lexico.cli", "train", args.model, "--name", args.name, "--out"]
+    end_orderly()
     started = time.monotonic()
-    process = subprocess.Popen([*command, str(args.file), *rest], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, str(args.file), *rest], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     kept = None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        kept = KEPT.search(line) or kept
-    if process.wait() or kept is None:
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept = KEPT.search(line) or kept
+        failed = process.wait()
+    finally:
+        stop(process)
+    if failed or kept is None:
         sys.exit("training.py: training failed, see above")
     seconds = time.monotonic() - started
     dictionary = load_dictionary(args.file)

@@ -1,8 +1,8 @@
 """Weights as a new model draws them, in the place of vLLM's dummy ones, on which not only quality depends.
 
-With `load_format="dummy"` vLLM draws every weight from -0.001 to 0.001. Where the projections of a model have biases, as
-those of gpt-oss have, its keys and values are then the biases and hardly anything else: all tokens have one code, their
-values are added up in the same few bins, and that is a case which no served model has and which takes longer. Used as
+With `load_format="dummy"` vLLM draws every weight from -0.001 to 0.001. Where the projections of a model have biases,
+as those of gpt-oss have, its keys and values are then the biases and hardly anything else: all tokens have one code,
+and their values are added up in the same few bins, which no served model does and which takes longer. Used as
 
     llm = LLM(..., load_format="dummy", **DRAWS)
     llm.collective_rpc("draw_weights")
@@ -30,7 +30,7 @@ class Draws:
 def draw_weights(model: torch.nn.Module) -> None:
     """Draw all floating-point parameters of two dimensions or more, and set biases to 0 and norms to 1.
 
-    Matrices get a deviation of their last dimension's inverse root, embeddings one of 1. Other vectors stay as they are.
+    Matrices get a deviation of their last dimension's inverse root, embeddings one of 1. Other vectors stay.
     """
     for path, module in model.named_modules():
         kind = type(module).__name__

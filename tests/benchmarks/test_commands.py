@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,38 @@ def test_links_of_the_docs_lead_somewhere(root: Path):
         for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+STARTS = re.compile(r"Popen|EngineProcess|run_jobs")  # processes, by a command
+TERMINATED = """
+import subprocess, sys
+sys.path.insert(0, sys.argv.pop(1))
+import first_start
+server = [sys.executable, "-c", "import os, time; print('up', os.getpid(), flush=True); time.sleep(600)"]
+own = subprocess.Popen
+first_start.subprocess.Popen = lambda command, **more: own(server, **more)
+first_start.main()
+"""
+
+
+def test_commands_that_start_processes_end_orderly_when_they_are_terminated(commands):
+    starting = [name for name, source in commands.items() if STARTS.search(source)]
+    assert {"first_start.py", "families.py", "training.py"} <= set(starting)
+    assert [name for name in starting if "end_orderly()" not in commands[name]] == []
+
+
+def test_a_terminated_benchmark_leaves_no_process(root: Path, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"rope_theta": 10000.0}')
+    command = [sys.executable, "-c", TERMINATED, root / "benchmarks", tmp_path / "model", "--name", "a/b"]
+    command += ["--logs", tmp_path, "--out", tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, until = tmp_path / "bf16-first.log", time.monotonic() + 60
+    while not (log.exists() and "up" in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    number = int(log.read_text().split()[1])
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
