@@ -59,8 +59,8 @@ QWEN3_NEXT_80B: dict[str, Any] = USUAL | {
     "model_type": "qwen3_next",
     "hidden_size": 2048,
     "intermediate_size": 5120,
-    "num_hidden_layers": 24,  # of 48
-    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+    "num_hidden_layers": 48,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
     "head_dim": 256,
@@ -129,6 +129,6 @@ class Shape(NamedTuple):
 SHAPES = {
     "gemma": Shape("Gemma 3 27B, 24 of 62 layers", GEMMA_3_27B, 15),
     "gpt-oss": Shape("gpt-oss-20b, 16 of 32 experts", GPT_OSS_20B, 7),
-    "qwen": Shape("Qwen3-Next-80B, 24 of 48 layers, 32 of 512 experts", QWEN3_NEXT_80B, 31),
+    "qwen": Shape("Qwen3-Next-80B, 32 of 512 experts", QWEN3_NEXT_80B, 31),
     "nemotron": Shape("Nemotron 3 Nano, 16 of 128 experts", NEMOTRON_3_NANO, 15),
 }

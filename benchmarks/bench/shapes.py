@@ -1,6 +1,7 @@
 """Models by their shape alone: a config.json for dummy weights, and a random dictionary that fits it.
 
-Speed and memory depend on shapes, not on what the numbers are; nothing here says anything about quality.
+Memory depends on shapes alone, and speed nearly: where tokens are alike, as those of models with biases are under dummy
+weights, so are their codes, and decode is slower (`drawn_weights.py`). Nothing here says anything about quality.
 """
 
 from __future__ import annotations
