@@ -1,6 +1,7 @@
 """Each name of vLLM that LEXICO relies on, renamed throughout vLLM: the start fails with a sentence that names it."""
 
 import dataclasses
+import functools
 import sys
 import types
 from types import FunctionType, SimpleNamespace
@@ -162,6 +163,26 @@ def test_another_behaviour_stops_the_start(monkeypatch, place, name, value, name
     monkeypatch.setattr(place, name, value)
     with pytest.raises(ValueError, match=named):
         start()
+
+
+def traced(function):
+    """A function as a tracer or a profiler wraps it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_functions_that_a_tracer_wraps_are_read_as_they_are_written(monkeypatch):
+    classes = {vllm.v1.core.sched.scheduler.Scheduler, vllm.v1.worker.gpu.block_table.BlockTables}
+    classes |= {row.owner for row in ROWS if isinstance(row, Wire)}
+    for owner in classes:
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, FunctionType) and not name.startswith("__"):
+                monkeypatch.setattr(owner, name, traced(value))
+    start()
 
 
 def test_a_name_that_pickles_by_value_stops_the_start(monkeypatch):

@@ -100,7 +100,9 @@ def _set_by_methods(owner: type) -> set[str]:
 
 
 def _functions(owner: type) -> list[FunctionType]:
-    return [one for one in vars(owner).values() if isinstance(one, FunctionType)]
+    """The functions of a class as they are written: tracers and profilers wrap them, which changes nothing."""
+    written = [inspect.unwrap(one) for one in vars(owner).values() if callable(one)]
+    return [one for one in written if isinstance(one, FunctionType)]
 
 
 def mentions(owner: type, word: str) -> bool:

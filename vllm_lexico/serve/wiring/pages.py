@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -28,8 +30,10 @@ def _masked_tables() -> str | None:
 def _steps_announced() -> str | None:
     """The scheduler, where this process has it."""
     scheduler = getattr(sys.modules.get("vllm.v1.core.sched.scheduler"), "Scheduler", None)
-    told = scheduler is None or "new_step_starts" in scheduler.schedule.__code__.co_names
-    return None if told else "is not called by Scheduler.schedule"
+    if scheduler is None:
+        return None
+    schedule: Any = inspect.unwrap(scheduler.schedule)  # as it is written, where a tracer or a profiler wraps it
+    return None if "new_step_starts" in schedule.__code__.co_names else "is not called by Scheduler.schedule"
 
 
 ROWS = (
