@@ -20,6 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_lexico import compat
 from vllm_lexico.compat.elsewhere import ELSEWHERE
 from vllm_lexico.serve import wiring
 from vllm_lexico.serve.backend import LexicoBackend
@@ -92,7 +93,7 @@ def test_this_vllm_is_what_is_relied_on():
 @pytest.mark.parametrize(("row", "name"), NAMES, ids=[f"{row.owner.__name__}.{name}" for row, name in NAMES])
 def test_a_renamed_name_stops_the_start(monkeypatch, row, name):
     rename(monkeypatch, row.owner, name)
-    with pytest.raises(ValueError, match=r"LEXICO does not fit vLLM .* tested with vLLM 0\.32 and 0\.33") as error:
+    with pytest.raises(ValueError, match=r"LEXICO does not fit vLLM .* tested with this version") as error:
         check([row], *OURS)
     assert f"{row.owner.__name__}.{name} is gone, so {row.breaks}" in str(error.value)
 
@@ -163,6 +164,17 @@ def test_another_behaviour_stops_the_start(monkeypatch, place, name, value, name
     monkeypatch.setattr(place, name, value)
     with pytest.raises(ValueError, match=named):
         start()
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [("0.33.1", "with this version, which something has changed"), ("0.41.0", "vLLM 0.32 and 0.33: install one")],
+)
+def test_the_advice_is_for_the_version_that_is_there(monkeypatch, version, advice):
+    monkeypatch.setattr("vllm.__version__", version)
+    sentence = str(compat.does_not_fit("Some.name is gone, so pages would be lost"))
+    assert f"LEXICO does not fit vLLM {version}: Some.name is gone, so pages would be lost. It was tested" in sentence
+    assert advice in sentence and sentence.endswith(", or choose another --attention-backend")
 
 
 def traced(function):

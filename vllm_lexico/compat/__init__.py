@@ -93,6 +93,11 @@ def tested_vllm() -> str:
     return " and ".join(TESTED_VLLM)
 
 
+def is_tested(version: str) -> bool:
+    """Whether a version of vLLM is one of the tested ones."""
+    return ".".join(version.split(".")[:2]) in TESTED_VLLM
+
+
 def vllm_version() -> str:
     """The version of the vLLM that is installed."""
     import vllm
@@ -104,10 +109,13 @@ def does_not_fit(what: str) -> ValueError:
     """The sentence that ends a start with a vLLM that LEXICO does not fit; `what` says why."""
     from vllm_lexico import last_word
 
-    sentence = (
-        f"LEXICO does not fit vLLM {vllm_version()}: {what}. It was tested with vLLM {tested_vllm()}: install one of "
-        "those, or choose another --attention-backend"
-    )
+    if is_tested(vllm_version()):
+        advice = (
+            "It was tested with this version, which something has changed, a plugin or a patch: start without it"
+        )
+    else:
+        advice = f"It was tested with vLLM {tested_vllm()}: install one of those"
+    sentence = f"LEXICO does not fit vLLM {vllm_version()}: {what}. {advice}, or choose another --attention-backend"
     last_word.say(sentence)
     return ValueError(sentence)
 
@@ -305,7 +313,7 @@ def publish_events_of_whole_prefixes(manager: Any) -> None:
 def warn_of_untested_version() -> None:
     """Log a warning, once a process, where vLLM is a version that this package was not tested with."""
     version = vllm_version()
-    if ".".join(version.split(".")[:2]) not in TESTED_VLLM:
+    if not is_tested(version):
         logger.warning(
             "LEXICO was tested with vLLM %s; this is %s. If it fails, install a tested one.", tested_vllm(), version
         )
