@@ -110,9 +110,7 @@ def does_not_fit(what: str) -> ValueError:
     from vllm_lexico import last_word
 
     if is_tested(vllm_version()):
-        advice = (
-            "It was tested with this version, which something has changed, a plugin or a patch: start without it"
-        )
+        advice = "It was tested with this version, which something has changed, a plugin or a patch: start without it"
     else:
         advice = f"It was tested with vLLM {tested_vllm()}: install one of those"
     sentence = f"LEXICO does not fit vLLM {vllm_version()}: {what}. {advice}, or choose another --attention-backend"
