@@ -14,6 +14,8 @@ benchmarks/results/families.jsonl:
 kv_cache_tokens           that fit into --cache-gib, as vLLM counts them when it starts.
 decode_tokens_per_second  of 8 sequences of 32k tokens.
 prefix_hit_tokens         of eight prompts of up to 32k tokens that are asked a second time, together.
+
+--measure profile, which gives no row, prints what a GPU does in a step of such a decode.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
-from bench import engine_loads
+from bench import engine_loads, step_profile
 from bench.drawn_weights import DRAWS
 from bench.engine_process import PASSED_ON, EngineProcess, Run, answer
 from bench.family_shapes import SHAPES
@@ -41,9 +43,10 @@ from bench.shapes import write_model, write_random_dictionary
 from bench.terminated import end_orderly
 
 PLAIN, CODED = "vLLM", "LEXICO"
-MEASURES = ("fit", "hits", "decode")
+MEASURES, PROFILE = ("fit", "hits", "decode"), "profile"
 GRAPHS = {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 MAX_MODEL_LEN, CONTEXT = 131072, 32768
+NEW_TOKENS = [*range(17, 25)]  # of eight requests that decode: their blocks end at different steps
 STARTED = "started"  # what an engine answers before it measures, where others start beside it
 HIT_LENGTHS = tuple(random.Random(0).sample(range(CONTEXT // 8, CONTEXT), 8))  # hits end at blocks, so of any length
 
@@ -62,14 +65,21 @@ def serve(options: argparse.Namespace) -> None:
         STARTED: dict,
         "fit": lambda: {"tokens": cache.kv_cache_size_tokens, "block_size": cache.block_size},
         "hits": lambda: hit_tokens(llm, driver, [length // options.shrink for length in HIT_LENGTHS]),
-        "decode": lambda: engine_loads.decode_after_fill(
-            driver, 8, context, options.steps, {"spread": [*range(17, 25)]}
-        ),
+        "decode": lambda: engine_loads.decode_after_fill(driver, 8, context, options.steps, {"spread": NEW_TOKENS}),
+        PROFILE: lambda: profile_decode(llm, driver, context),
     }
     for name in options.measure:
         answer(name, measures[name])
         if name == STARTED:
             sys.stdin.read()  # which ends when it is this engine's turn
+
+
+def profile_decode(llm: Any, driver: engine_loads.Driver, context: int) -> dict[str, Any]:
+    """What a GPU does in a step of decode of eight contexts; see `step_profile.summary`."""
+    contexts = driver.prompts([context // engine_loads.BLOCK_TOKENS * engine_loads.BLOCK_TOKENS] * 8)
+    driver.run(contexts, 1)
+    folder = Path(llm.llm_engine.vllm_config.profiler_config.torch_profiler_dir)
+    return step_profile.profile(driver, contexts, NEW_TOKENS, folder)
 
 
 def hit_tokens(llm: Any, driver: engine_loads.Driver, lengths: list[int]) -> dict[str, Any]:
@@ -107,10 +117,12 @@ def jobs_of(family: str, folder: Path, gpu: str, options: argparse.Namespace) ->
     gpus = (gpu,) if gpu else ()
     measures = tuple(options.measure)
     blocks = {size: {"block_size": size} if size else {} for size in options.block_sizes}
-    return [
-        Job(f"{family} {PLAIN}", measures, common | options.peer_settings, gpus),
-        *(Job(coded_name(family, size), measures, common | coded | own, gpus) for size, own in blocks.items()),
-    ]
+    jobs = {f"{family} {PLAIN}": common | options.peer_settings}
+    jobs |= {coded_name(family, size): common | coded | own for size, own in blocks.items()}
+    if PROFILE in measures:
+        for name, settings in jobs.items():
+            settings |= step_profile.settings(options.logs / f"{name} {PROFILE}".replace(" ", "-"))
+    return [Job(name, measures, settings, gpus) for name, settings in jobs.items()]
 
 
 def coded_name(family: str, block_size: int) -> str:
@@ -159,7 +171,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[str]:
     else:
         results = run_jobs(waves, __file__, options, deadline, kept)
     for job, measure, result in results:
-        print(f"{job.name} {measure}: {json.dumps(result)}", flush=True)
+        shown = step_profile.table(result) if measure == PROFILE else json.dumps(result)
+        print(f"{job.name} {measure}: {shown}", flush=True)
         found.setdefault(job.name, {})[measure] = result
         for block_size in options.block_sizes:
             write_rows(job.name.split()[0], block_size, found, kept, options)
@@ -202,9 +215,14 @@ def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
-    measures = f"of {', '.join(MEASURES)} (default: all)"
+    measures = f"of {', '.join(MEASURES)} (default: all of them) and {PROFILE}"
     parser.add_argument(
-        "--measure", nargs="+", choices=(STARTED, *MEASURES), default=list(MEASURES), metavar="MEASURE", help=measures
+        "--measure",
+        nargs="+",
+        choices=(STARTED, *MEASURES, PROFILE),
+        default=list(MEASURES),
+        metavar="MEASURE",
+        help=measures,
     )
     parser.add_argument("--gpus", type=int, default=8, help="use no more than this many (default: all)")
     parser.add_argument("--together", action="store_true", help="start all engines at once, on one GPU")
