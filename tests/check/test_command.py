@@ -72,6 +72,34 @@ def test_too_little_memory_is_said(write_family, capsys):
     assert any(line.startswith("sparsity 7") and "not one request" not in line for line in lines)
 
 
+def test_what_cannot_be_served_has_advice_and_no_command(write_family, capsys):
+    folder = write_family("Llama-3.1-8B")
+    for flags, advice in (
+        (["--gpu-memory", "12GiB"], "The weights alone do not fit: try --tensor-parallel-size 2."),
+        (["--gpu-memory", "19GiB"], "give a shorter --max-model-len, a larger --tensor-parallel-size, or GPUs with"),
+        (["--gpu-memory", "0.1GiB"], "Nothing is left for a cache: weights, dictionary and what vLLM works with take "),
+        (["--kv-cache-memory-bytes", "1MiB"], "give a larger --kv-cache-memory-bytes or leave it out"),
+    ):
+        words = " ".join(" ".join(lines_of(capsys, folder, *flags)).split())
+        assert advice in words and "vllm serve" not in words
+
+
+def test_memory_that_nobody_named_is_said_to_be_assumed(write_family, capsys, monkeypatch):
+    folder = write_family("Llama-3.1-8B")
+    monkeypatch.setattr("vllm_lexico.cli.check._memory_here", lambda: 0)
+    assert "80.0 GiB, assumed, as no GPU is here (--gpu-memory), of" in " ".join(lines_of(capsys, folder))
+    assert "assumed" not in " ".join(lines_of(capsys, folder, "--gpu-memory", "80GiB"))
+    monkeypatch.setattr("vllm_lexico.cli.check._memory_here", lambda: 24 << 30)
+    assert "24.0 GiB, of" in " ".join(lines_of(capsys, folder))
+
+
+def test_numbers_are_written_out(write_family, capsys):
+    for flag in ("--max-model-len", "--max-num-batched-tokens", "--tensor-parallel-size"):
+        with pytest.raises(SystemExit):
+            cli.main(["check", write_family("Llama-3.1-8B"), flag, "32k"])
+        assert f"argument {flag}: '32k' is no whole number; write it out, such as 32768" in capsys.readouterr().err
+
+
 def test_a_model_that_one_gpu_does_not_hold(write_family, capsys):
     words = " ".join(" ".join(lines_of(capsys, write_family("Qwen3-Next-80B"), "--gpu-memory", "80GiB")).split())
     assert "minutes on H100s that hold its weights with --data" in words
@@ -119,6 +147,7 @@ def test_a_cache_of_a_given_size(write_family, capsys):
     found = json.loads("\n".join(lines_of(capsys, write_family("Llama-3.1-8B"), *flags)))
     assert found["memory"]["cache_bytes"] == 1 << 30
     assert found["caches"][0]["tokens"] == (1 << 30) // 131072  # of bf16, all of it
+    assert f"--kv-cache-memory-bytes {1 << 30}" in lines_of(capsys, write_family("Llama-3.1-8B"), *flags[:-1])[-2]
 
 
 def test_it_needs_no_vllm(write_family, tmp_path):

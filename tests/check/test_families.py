@@ -143,7 +143,10 @@ def test_gpus_share_heads_and_weights(write_family, capsys):
     assert bytes_per_token == [32768, 16384, 4096]  # at least one head each
     assert two["memory"]["weight_bytes"] * 2 == one["memory"]["weight_bytes"]
     assert cli.main(["check", folder, "--tensor-parallel-size", "3"]) == 2
-    assert "a divisor or a multiple of the model's 8 KV heads" in capsys.readouterr().err
+    words = "allowed: 1, 2, 4, 8, 16 or 32, by which the model's 32 query heads and 8 KV heads can be dealt out"
+    assert words in capsys.readouterr().err
+    assert cli.main(["check", write_family("Qwen2.5-7B"), "--tensor-parallel-size", "8"]) == 2
+    assert "allowed: 1, 2, 4 or 28, by which the model's 28 query heads and 4 KV heads" in capsys.readouterr().err
 
 
 def test_every_family_has_a_row():

@@ -149,8 +149,8 @@ def test_not_a_dictionary(tmp_path):
         load_dictionary(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no safetensors file"):
         load_dictionary(tmp_path / "text.safetensors")
-    for absent in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ValueError, match="there is no dictionary file"):
+    for absent, words in ((tmp_path / "absent", "there is no dictionary file"), (tmp_path, "is a folder and no dict")):
+        with pytest.raises(ValueError, match=words):
             load_dictionary(absent)
 
 

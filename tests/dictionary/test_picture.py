@@ -63,6 +63,18 @@ def test_inspect_prints_and_draws(with_usage, tmp_path, capsys):
     assert pixels(tmp_path / "new" / "a.png") == (wide, high)
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_the_table(with_usage, tmp_path, capsys):
+    path = tmp_path / "some.safetensors"
+    with_usage.save(path)
+    for picture, words in (
+        ("a.xyz", "allowed: a file that ends with .png, .pdf, .svg or .jpg"),
+        (str(path / "a.png"), "allowed: a place that can be written to"),
+    ):
+        assert cli.main(["inspect", str(path), "--plot", picture]) == 2
+        shown = capsys.readouterr()
+        assert "--plot was given as" in shown.err and words in shown.err and not shown.out
+
+
 def test_inspect_prints_what_is_asked_by_layer(with_usage, tmp_path, capsys):
     layers, heads = with_usage.info.fingerprint.num_layers, with_usage.info.fingerprint.num_kv_heads
     shares = torch.full((layers, heads), 0.25)

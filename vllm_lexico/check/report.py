@@ -18,7 +18,7 @@ from vllm_lexico.check.model import (
     read_shape,
 )
 from vllm_lexico.check.source import Weights, config_folder, find_weights
-from vllm_lexico.errors import check_whole_number, refusal
+from vllm_lexico.errors import check_whole_number, either, refusal
 from vllm_lexico.train.model import check_overrides, count_parameters
 
 GIB = 1 << 30
@@ -37,7 +37,8 @@ MOST_GPUS = 64
 class Asked:
     """What the user asks about.
 
-    gpu_memory: bytes of each GPU. max_model_len, chunk_tokens: None for what vLLM takes by itself.
+    gpu_memory: bytes of each GPU; assumed: as no GPU is here and none was named.
+    max_model_len, chunk_tokens: None for what vLLM takes by itself.
     kv_cache: bytes of the cache on each GPU, as vLLM's --kv-cache-memory-bytes; None to count them.
     """
 
@@ -49,6 +50,7 @@ class Asked:
     chunk_tokens: int | None = None
     kv_cache: int | None = None
     overrides: str = ""
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         remedy = "leave it out for what vLLM takes by itself"
@@ -125,6 +127,8 @@ class Report:
             words += ["--tensor-parallel-size", str(self.asked.gpus)]
         if self.asked.utilization != UTILIZATION:
             words += ["--gpu-memory-utilization", f"{self.asked.utilization:g}"]
+        if self.asked.kv_cache is not None:
+            words += ["--kv-cache-memory-bytes", str(self.asked.kv_cache)]
         if self.asked.chunk_tokens is not None:
             words += ["--max-num-batched-tokens", str(self.asked.chunk_tokens)]
         if self.asked.overrides:
@@ -146,9 +150,7 @@ def make_report(asked: Asked) -> Report:
     except NothingCodedError as error:
         return Report(asked, None, [str(error)], 0)
     max_model_len = check_length(asked.max_model_len, shape)
-    if shape.heads.number % asked.gpus and asked.gpus % shape.heads.number:
-        allowed = f"a divisor or a multiple of the model's {shape.heads.number} KV heads"
-        raise ValueError(refusal("--tensor-parallel-size", asked.gpus, allowed, "give one of these"))
+    _check_gpus(asked.gpus, shape)
     reasons = verdict.reasons_against(shape, max_model_len)
     if reasons:
         return Report(asked, shape, reasons, max_model_len)
@@ -163,6 +165,16 @@ def make_report(asked: Asked) -> Report:
         plan = memory.coded_plan(shape, sparsity, load)
         rows.append(Row(sparsity, plan, plan.tokens(budget.cache, max_model_len)))
     return Report(asked, shape, reasons, max_model_len, dictionary, budget, tuple(rows))
+
+
+def _check_gpus(gpus: int, shape: ModelShape) -> None:
+    """Refuse a tensor-parallel size that vLLM does: query heads are dealt out alike, KV heads alike or repeated."""
+    heads, queries = shape.heads.number, getattr(shape.text, "num_attention_heads", None)
+    queries = queries if isinstance(queries, int) and queries > 0 else heads
+    sizes = [size for size in range(1, queries + 1) if queries % size == 0 and (heads % size == 0 or size % heads == 0)]
+    if gpus not in sizes:
+        words = f"{either(sizes)}, by which the model's {queries} query heads and {heads} KV heads can be dealt out"
+        raise ValueError(refusal("--tensor-parallel-size", gpus, words, "give one of these"))
 
 
 def _budget(asked: Asked, shape: ModelShape, weights: Weights | None, dictionary: DictionaryState) -> Budget:

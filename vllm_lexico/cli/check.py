@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from vllm_lexico.dictionary.names import printable
-from vllm_lexico.errors import refusal
+from vllm_lexico.errors import refusal, shown
 
 if TYPE_CHECKING:
     from vllm_lexico.check.report import Report
@@ -43,10 +43,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     same = parser.add_argument_group("the same as of vllm serve")
-    same.add_argument("--max-model-len", type=int, metavar="N", help="(default: the model's)")
-    same.add_argument("--tensor-parallel-size", type=int, default=1, metavar="T", help="(default: %(default)s)")
+    same.add_argument("--max-model-len", type=whole_number, metavar="N", help="such as 32768 (default: the model's)")
+    same.add_argument(
+        "--tensor-parallel-size", type=whole_number, default=1, metavar="T", help="(default: %(default)s)"
+    )
     same.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="(default: vLLM's, 0.92)")
-    same.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="(default: vLLM's for such a GPU)")
+    same.add_argument(
+        "--max-num-batched-tokens", type=whole_number, metavar="N", help="(default: vLLM's for such a GPU)"
+    )
     same.add_argument("--kv-cache-memory-bytes", metavar="SIZE", help="(default: what weights and the rest leave)")
     same.add_argument("--hf-overrides", default="", metavar="JSON", help="changes of the model's configuration")
     parser.set_defaults(run=run, after_interrupt="nothing was changed")
@@ -58,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_lexico.check.report import UTILIZATION, Asked, as_json, make_report
 
     utilization, cache = arguments.gpu_memory_utilization, arguments.kv_cache_memory_bytes
+    given = parse_size("--gpu-memory", arguments.gpu_memory) if arguments.gpu_memory else _memory_here()
     asked = Asked(
         model=arguments.model,
-        gpu_memory=parse_size("--gpu-memory", arguments.gpu_memory) if arguments.gpu_memory else _memory_here(),
+        gpu_memory=given or parse_size("--gpu-memory", DEFAULT_MEMORY),
+        assumed=not given,
         max_model_len=arguments.max_model_len,
         gpus=arguments.tensor_parallel_size,
         utilization=UTILIZATION if utilization is None else utilization,
@@ -71,6 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     report = make_report(asked)
     print(json.dumps(as_json(report), indent=1) if arguments.json else "\n".join(describe(report)))
     return 0 if report.supported else NOT_SUPPORTED
+
+
+def whole_number(given: str) -> int:
+    """A whole number of a flag; argparse names the flag."""
+    try:
+        return int(given)
+    except ValueError:
+        words = f"{shown(given)} is no whole number; write it out, such as 32768 for 32k"
+        raise argparse.ArgumentTypeError(words) from None
 
 
 def parse_size(flag: str, given: str, unit: int = GIB) -> int:
@@ -92,12 +107,10 @@ def parse_size(flag: str, given: str, unit: int = GIB) -> int:
 
 
 def _memory_here() -> int:
-    """Bytes of the GPU that is here, or of DEFAULT_MEMORY."""
+    """Bytes of the GPU that is here, or 0."""
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return parse_size("--gpu-memory", DEFAULT_MEMORY)
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
 
 def describe(report: "Report") -> list[str]:
@@ -172,6 +185,7 @@ def _memory(report: "Report") -> str:
     if asked.kv_cache is not None:
         return f"a cache of {_gib(budget.cache)}, as given"
     each = " on each GPU" if asked.gpus > 1 else ""
+    each += ", assumed, as no GPU is here (--gpu-memory)" if asked.assumed else ""
     weights = (
         f"{_gib(budget.weights)} (from {budget.weights_from})" if budget.weights else "of unknown size, not counted"
     )
@@ -216,12 +230,11 @@ def _table(report: "Report") -> list[str]:
 def _closing(report: "Report") -> list[str]:
     """What the table means, and what to do next."""
     from vllm_lexico.check.memory import SETTINGS
-    from vllm_lexico.check.report import gpus_needed
 
     windows, step = any(one.window for one in report.shape.others), report.asked.step_tokens
     words = (
         f"Tokens that fit: in requests of {report.max_model_len:,} tokens, as vLLM counts them when it starts. Each "
-        f"request also keeps its newest {SETTINGS.window} and its first {SETTINGS.sinks} tokens in full"
+        f"request also keeps its newest {SETTINGS.window} tokens in full, and the pages with its first {SETTINGS.sinks}"
     )
     if windows:
         words += (
@@ -231,13 +244,36 @@ def _closing(report: "Report") -> list[str]:
     if report.shape.keeps_states:
         words += ", and the states of the layers that have one"
     lines = textwrap.wrap(f"{words}.", WIDTH)
-    if gpus := gpus_needed(report):
-        lines += textwrap.wrap(f"The weights alone do not fit: try --tensor-parallel-size {gpus}.", WIDTH)
-    elif all(row.tokens < report.max_model_len for row in report.rows):
-        words = "Not one request of that length fits: give a shorter --max-model-len, a larger --tensor-parallel-size, "
-        lines += textwrap.wrap(f"{words}or GPUs with more memory.", WIDTH)
+    if advice := _when_nothing_fits(report):
+        return [*lines, *textwrap.wrap(advice, WIDTH)]
     other = """--additional-config '{"lexico": {"sparsity": 7}}'"""
     return [*lines, "", f"Serve it          {report.command}", f"Another sparsity  {other}"]
+
+
+def _when_nothing_fits(report: "Report") -> str:
+    """What to do where no cache holds a request, so that no command would serve the model; or nothing."""
+    from vllm_lexico.check.report import gpus_needed
+
+    budget, asked = report.budget, report.asked
+    if any(row.tokens >= report.max_model_len for row in report.rows):
+        return ""
+    if gpus := gpus_needed(report):
+        return f"The weights alone do not fit: try --tensor-parallel-size {gpus}."
+    if asked.kv_cache is not None:
+        return (
+            "Not one request of that length fits: give a larger --kv-cache-memory-bytes or leave it out, a shorter "
+            "--max-model-len, or a larger --tensor-parallel-size."
+        )
+    if budget is not None and budget.cache <= 0:
+        taken = (budget.weights or 0) + budget.dictionary + budget.allowance
+        return (
+            f"Nothing is left for a cache: weights, dictionary and what vLLM works with take {_gib(taken)} of "
+            f"{_gib(int(budget.total * asked.utilization))}. It needs GPUs with more memory, or more of them."
+        )
+    return (
+        "Not one request of that length fits: give a shorter --max-model-len, a larger --tensor-parallel-size, or GPUs "
+        "with more memory."
+    )
 
 
 def _gib(num_bytes: int) -> str:

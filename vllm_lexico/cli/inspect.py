@@ -1,6 +1,7 @@
 """`vllm-lexico inspect`: check a dictionary file, and show in words and a picture what it is and what it loses."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from vllm_lexico.dictionary.names import printable, train_command
 from vllm_lexico.dictionary.picture import plot_dictionary
 from vllm_lexico.dictionary.tensors import ASKED_SHARES
 from vllm_lexico.dictionary.usage import dead_atoms, effective_atoms
+from vllm_lexico.errors import either, refusal
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 EXAMPLES = """examples:
   vllm-lexico inspect ~/.cache/vllm-lexico/Qwen_Qwen2.5-7B-Instruct.safetensors
       print the table and write the picture next to the file
@@ -44,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     A picture that was asked for by name and cannot be had is an error; the usual one is only missed in a note.
     """
+    if arguments.plot:
+        check_picture(arguments.plot)
     dictionary = load_dictionary(arguments.file)
     _print_facts(dictionary)
     _print_layers(dictionary)
@@ -52,6 +57,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\npicture: {arguments.plot}")
     elif not arguments.no_plot:
         draw(dictionary, arguments.file.with_suffix(".png"))
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be written, before anything is printed.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(refusal("--plot", str(path), f"a file that ends with {either(PICTURES)}", "rename it"))
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(refusal("--plot", str(path), "a place that can be written to", "give another one"))
 
 
 def draw(dictionary: Dictionary, path: Path) -> None:

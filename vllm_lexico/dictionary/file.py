@@ -211,6 +211,8 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and, if asked for, tensors of a safetensors file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder and no dictionary file; name a file in it that ends with .safetensors")
     if not path.is_file():
         raise ValueError(f"there is no dictionary file {path}; {REMEDY}")
     try:
