@@ -102,6 +102,24 @@ def test_a_mistyped_argument_is_not_obeyed_either(capsys):
     assert end.value.code == 2 and "unrecognized arguments: \\x1b[31mmore" in words and "\x1b" not in words
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["train", "some/model"], 141), (["inspect", "file"], 0), (["eval", "--report", "folder"], 0)],
+)
+def test_a_reader_that_goes_away_ends_what_is_not_done_with_a_status(command, status, monkeypatch, capsys):
+    def prints(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("vllm_lexico.cli.train.train_dictionary", prints)
+    monkeypatch.setattr("vllm_lexico.cli.inspect.load_dictionary", prints)
+    monkeypatch.setattr("vllm_lexico.cli.eval.report", prints, raising=False)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    if command[0] == "eval":
+        monkeypatch.setattr("vllm_lexico.cli.eval.run", prints)
+    assert cli.main(command) == status
+    assert ("nobody reads what it prints any more; " in capsys.readouterr().err) == bool(status)
+
+
 def test_as_a_module_with_a_reader_that_has_seen_enough(root):
     path = root / "dictionaries" / "HuggingFaceTB_SmolLM2-135M-Instruct.safetensors"
     command = [sys.executable, "-P", "-u", "-m", "vllm_lexico.cli", "inspect", str(path), "--no-plot"]

@@ -20,7 +20,13 @@ def fetch(repo: str, file: str, *, kind: str = "model", remedy: str) -> Path:
         ValueError: in one sentence, why it cannot be had.
     """
     from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     if isinstance(cached := try_to_load_from_cache(repo, file, repo_type=kind), str):
         return Path(cached)
@@ -38,9 +44,10 @@ def fetch(repo: str, file: str, *, kind: str = "model", remedy: str) -> Path:
     except OfflineModeIsEnabled as error:
         reason = "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or"
         raise ValueError(f"{file} of the {kind} {repo} {reason} {remedy}") from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"the {kind} {repo} has no {file} on the Hugging Face hub; {remedy}") from error
     except Exception as error:  # what the client raises for a hub that does not answer is of many kinds
+        # A hub that is overloaded or limits requests has no answer either, which the client calls a missing entry.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(f"the {kind} {repo} has no {file} on the Hugging Face hub; {remedy}") from error
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise ValueError(
             f"{file} of the {kind} {repo} is not in the hub's cache, and the Hugging Face hub does not answer "

@@ -31,6 +31,17 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def without_ranks() -> dict[str, str]:
+    """This process's environment for one that is no rank of the group that this process belongs to.
+
+    With what tells vLLM of its data-parallel ranks an engine waits for the others, who do not know of it.
+    """
+    return {name: value for name, value in os.environ.items() if name not in RANKS and not name.startswith("VLLM_DP_")}
+
+
 def has_ended(process: subprocess.Popen) -> bool:
     """Whether a process has ended. It is not reaped: until `stop` its number, and its group's, are no one else's."""
     if process.returncode is not None:

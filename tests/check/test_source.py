@@ -59,12 +59,17 @@ def hub_error(kind):
         ("GatedRepoError", "is for those who accepted its terms: accept them on its page, and log in"),
         ("RemoteEntryNotFoundError", "has no config.json on the Hugging Face hub; name a folder with the model"),
         ("OfflineModeIsEnabled", "is not in the hub's cache, and HF_HUB_OFFLINE is set: unset it, or name a folder"),
-        ("LocalEntryNotFoundError", "has no config.json on the Hugging Face hub"),
     ],
 )
 def test_a_model_that_the_hub_does_not_give(kind, words, hub, capsys):
     hub.error = hub_error(kind)
     assert f"the model org/model {words}" in error(capsys, "org/model")
+
+
+def test_a_hub_that_is_overloaded_is_no_missing_file(hub, capsys):
+    hub.error = hub_error("LocalEntryNotFoundError")
+    words = error(capsys, "org/model")
+    assert "the Hugging Face hub does not answer (LocalEntryNotFoundError: no network): go online once" in words
 
 
 def test_a_hub_that_does_not_answer(hub, capsys):

@@ -20,6 +20,7 @@ from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.first_start import find_or_train
 from vllm_lexico.dictionary.info import DictionaryInfo
 from vllm_lexico.dictionary.names import file_name
+from vllm_lexico.processes import without_ranks
 from vllm_lexico.serve.setup import LexicoSetup, _checked_dictionary
 
 FINGERPRINT = ModelFingerprint("llama", 1, 2, 16, 64, "{}")
@@ -42,6 +43,22 @@ def addresses(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_answers", lambda repo, file: False)
     _checked_dictionary.cache_clear()
     return tmp_path
+
+
+def test_a_cache_that_cannot_be_written_is_named(addresses, monkeypatch):
+    (addresses / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(addresses / "file"))
+    with pytest.raises(ValueError, match=r"the dictionary of some/model cannot be kept in .*file.* set XDG_CACHE_HOME"):
+        find_or_train("some/model", FINGERPRINT)
+
+
+def test_no_rank_is_told_that_it_is_one(monkeypatch):
+    for name in ("VLLM_DP_SIZE", "VLLM_DP_RANK", "VLLM_DP_MASTER_IP", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    left = without_ranks()
+    assert left["VLLM_LOGGING_LEVEL"] == "ERROR" and "PATH" in left
+    assert not [name for name in left if name.startswith("VLLM_DP_") or name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ def test_agreement_is_a_share_of_the_reference_s_answer():
     assert [measure.name for measure in gsm8k.measures(rows)] == ["gsm8k", "gsm8k_flexible"]
 
 
+def test_an_answer_is_found_by_what_was_left_of_its_prompt():
+    answers = {(3, 4, 5): [1], (9, 3, 4, 5): [2], (5,): [3]}
+    assert gsm8k.answer_to([3, 4, 5], answers) == [1] and gsm8k.answer_to([7, 7, 3, 4, 5], answers) == [1]
+    assert gsm8k.answer_to([9, 3, 4, 5], answers) == [2]
+    with pytest.raises(StopIteration):
+        gsm8k.answer_to([1, 2], answers)
+
+
 def test_losses_are_those_of_the_tokens_that_came():
     step = [None, {7: SimpleNamespace(logprob=-0.5)}, {8: SimpleNamespace(logprob=-2.0), 9: SimpleNamespace(logprob=0)}]
     assert token_losses([3, 7, 8], step) == [0.5, 2.0]
@@ -98,6 +106,9 @@ class _Any(dict):
     def __init__(self, tokens):
         super().__init__()
         self.tokens = tokens
+
+    def __contains__(self, prompt):
+        return True
 
     def __missing__(self, prompt):
         return self.tokens

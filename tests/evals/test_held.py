@@ -25,6 +25,7 @@ from vllm_lexico.evals.held import (
     Held,
     PoolMeter,
     block_bytes,
+    capacity_tokens,
     plain_sequence_bytes,
     plain_token_bytes,
     summarize_held,
@@ -109,6 +110,24 @@ def unlike_groups():
 def test_bytes_are_those_of_the_allocation(make, block, token):
     made = make()
     assert (block_bytes(made), token_bytes(made, LONGEST)) == (block, token)
+
+
+ROOM = LAYERS * 32 * 1_024  # bytes of a block for any of these groups
+
+
+@pytest.mark.parametrize(
+    ("made", "tokens"),
+    [
+        (lambda: config(40, ROOM, (NAMES, full())), 40 * 16),
+        (lambda: config(40, ROOM, (NAMES[:4], full()), (NAMES[4:8], full(32))), int(40 / (1 / 16 + 1 / 32))),
+        (lambda: config(40, ROOM, (NAMES[:4], windowed(512)), (NAMES[4:8], full())), 40 * 16),
+        (lambda: config(40, ROOM, (NAMES[:4], STATE), (NAMES[4:8], full())), 40 * 16),  # states do not grow
+        (lambda: config(40, ROOM, (NAMES, windowed(LONGEST))), 40 * 16),  # a window of the longest sequence does
+        (lambda: config(40, ROOM, (NAMES, windowed(64))), 40 * 16),  # nothing does
+    ],
+)
+def test_tokens_that_the_pool_holds(made, tokens):
+    assert capacity_tokens(made(), LONGEST) == tokens
 
 
 def beside_windows(codes=False):

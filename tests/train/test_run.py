@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import lexico_kernels.files
@@ -294,3 +295,19 @@ def test_two_trainings_of_one_file_are_refused(tiny_model, tmp_path, texts, lear
     assert len(learned) == 1
     train(tiny_model, settings_for(texts), out)
     assert out.is_file() and not folder.exists()
+
+
+def test_a_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    package = project / "site-packages" / "vllm_lexico" / "train"
+    package.mkdir(parents=True)
+    (package / "run.py").write_text("")
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(run, "__file__", str(package / "run.py"))
+    assert run._version() == run._release()
+    subprocess.run([*git, "add", "-f", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert run._version() == f"{run._release()} ({commit})"

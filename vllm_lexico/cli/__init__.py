@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where `check` says no; 2 when the user has to change something; 130 when interrupted, 143
-        when terminated.
+        when terminated, 141 when the output's reader went away before the work was done.
     """
     parser = _Parser(
         prog="vllm-lexico",
@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             return arguments.run(arguments) or 0
     except BrokenPipeError:  # the reader of our output has seen enough, as in `vllm-lexico inspect FILE | head`
         sys.stdout = None
-        return 0
+        if getattr(arguments, "only_prints", False) or getattr(arguments, "report", None):
+            return 0
+        print(f"vllm-lexico: nobody reads what it prints any more; {arguments.after_interrupt}", file=sys.stderr)
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:  # OSError: what transformers and the hub raise for a model that is not there
         print(f"vllm-lexico: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     )
     same.add_argument("--kv-cache-memory-bytes", metavar="SIZE", help="(default: what weights and the rest leave)")
     same.add_argument("--hf-overrides", default="", metavar="JSON", help="changes of the model's configuration")
-    parser.set_defaults(run=run, after_interrupt="nothing was changed")
+    parser.set_defaults(run=run, after_interrupt="nothing was changed", only_prints=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

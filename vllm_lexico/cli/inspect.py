@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     picture = parser.add_mutually_exclusive_group()
     picture.add_argument("--plot", metavar="PATH", type=Path, help="picture to write (default: FILE with suffix .png)")
     picture.add_argument("--no-plot", action="store_true", help="do not write a picture")
-    parser.set_defaults(run=run, after_interrupt="nothing was changed")
+    parser.set_defaults(run=run, after_interrupt="nothing was changed", only_prints=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from lexico_kernels.files import cache_folder
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.dictionary.names import file_name, train_command
 from vllm_lexico.dictionary.search import DictionaryNotFoundError, find_dictionary
+from vllm_lexico.processes import without_ranks
 
 logger = logging.getLogger("vllm.lexico")
 
@@ -59,7 +60,14 @@ def find_or_train(model_name: str, fingerprint: ModelFingerprint, overrides: str
 @contextmanager
 def _alone(out: Path, model_name: str) -> Iterator[None]:
     """Hold the lock of a dictionary file; it goes with the process, however that ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".lock").touch()
+    except OSError as error:
+        raise ValueError(
+            f"the dictionary of {model_name} cannot be kept in {out.parent} ({error.strerror}); set XDG_CACHE_HOME to "
+            "a folder that can be written to, or name a dictionary that is there"
+        ) from error
     lock = FileLock(out.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
@@ -95,7 +103,7 @@ def _train(model_name: str, out: Path, overrides: str, max_model_len: int | None
 def _run(command: list[str]) -> int:
     """Exit status of a training; it does not outlive this process, nor the one that wants its dictionary."""
     # Its standard input is a pipe whose other end closes when this process ends, however that is: `--end-with-parent`.
-    training = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)  # 2: our stderr
+    training = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, env=without_ranks())  # 2: our stderr
     try:
         while training.poll() is None:
             _check_wanted()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lexico import register
+from vllm_lexico.evals import held
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.harness import HarnessModel
 from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
@@ -160,10 +161,7 @@ class Engine:
 
     def capacity_tokens(self) -> int:
         """Tokens that the pool holds, without sequences' tails."""
-        config = self.scheduler.kv_cache_config
-        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-        blocks_per_token = sum(1 / spec.block_size for spec in specs if not getattr(spec, "sliding_window", None))
-        return int(config.num_blocks / blocks_per_token)
+        return held.capacity_tokens(self.scheduler.kv_cache_config, self.max_model_len)
 
     def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Any]:
         """Answers to prompts of token ids, all at once; `params` are those of vLLM's SamplingParams."""

@@ -99,6 +99,18 @@ def plain_sequence_bytes(kv_cache_config: Any, tokens: int) -> int:
     return sum(count * _plain_bytes(spec) * _kept_tokens(spec, tokens) for count, spec in _groups(kv_cache_config))
 
 
+def capacity_tokens(kv_cache_config: Any, max_model_len: int) -> int:
+    """Tokens of sequences that the pool holds, without their tails, windows and states.
+
+    Where nothing grows to the end of a sequence, as many as one layer's pages could hold.
+    """
+    specs = [spec for _, spec in _growing(kv_cache_config, max_model_len)]
+    if not specs:
+        groups = _groups(kv_cache_config)
+        return kv_cache_config.num_blocks * max(spec.block_size for _, spec in groups) // len(groups)
+    return int(kv_cache_config.num_blocks / sum(1 / spec.block_size for spec in specs))
+
+
 def _growing(kv_cache_config: Any, max_model_len: int) -> list[tuple[int, Any]]:
     """Groups whose pages of a sequence grow with it to its end."""
     groups = _groups(kv_cache_config)

@@ -339,9 +339,11 @@ def _release() -> str:
 
 def _version() -> str:
     """The release, and the commit when this is a source checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:  # an installed package may lie in a checkout of something else, whose commit says nothing of this
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return _release()
-    return f"{_release()} ({commit})"
+    return f"{_release()} ({found.stdout.strip()})"

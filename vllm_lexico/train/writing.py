@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vllm_lexico.processes import stop
+from vllm_lexico.processes import stop, without_ranks
 from vllm_lexico.train.own_text import join
 from vllm_lexico.train.progress import Progress
 from vllm_lexico.train.state import Kept, RunFolder
@@ -124,7 +124,7 @@ def write(
         with log.open("w") as file:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
-                env=os.environ | _seen(device, job.gpus) | {"TMPDIR": folder},  # what vLLM leaves there goes with it
+                env=without_ranks() | _seen(device, job.gpus) | {"TMPDIR": folder},  # which vLLM fills
             )  # fmt: skip
             try:
                 if meanwhile is not None:

@@ -75,8 +75,18 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
     engine.expect(total if limit is None else min(limit, total))
     results = evaluator.evaluate(engine.harness.lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
-    rows = prediction_rows(results["samples"][TASK], engine.harness.lm, engine.harness.answers)
+    samples, lm = results["samples"][TASK], engine.harness.lm
+    rows = prediction_rows(samples, lm, engine.harness.answers)
+    prompts = {sample["doc_id"]: tuple(lm.tok_encode(sample["arguments"][0][0])) for sample in samples}
+    if cut := sum(prompt not in engine.harness.answers for prompt in prompts.values()):
+        engine.note(f"{cut} of {len(prompts)} prompts lost their first tokens, so that an answer fits --max-model-len")
     return rows, {"all": engine.meter.take()}
+
+
+def answer_to(prompt: Sequence[int], answers: Mapping[Any, list[int]]) -> list[int]:
+    """The answer to a prompt, of which the harness asks no more than its end where it and an answer are too long."""
+    asked = (tuple(prompt[first:]) for first in range(len(prompt)))
+    return answers[next(end for end in asked if end in answers)]
 
 
 def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapping[Any, list[int]]) -> list[dict]:
@@ -92,7 +102,7 @@ def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapp
                 "target": sample["target"].split("####")[-1].strip(),
                 "prompt_hash": sample["prompt_hash"],
                 "answer": sample["resps"][0][0],
-                "tokens": answers[tuple(lm.tok_encode(prompt))],
+                "tokens": answer_to(lm.tok_encode(prompt), answers),
             }
         name = ours[sample["filter"]]
         rows[sample["doc_id"]] |= {name: int(sample["exact_match"]), f"{name}_match": sample["filtered_resps"][0]}
