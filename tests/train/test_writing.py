@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from writers import DIES, FAILS, FAILS_WITH_GRAPHS, HANGS, WRITES
 
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.train import rounds, vllm_writer, writing
 from vllm_lexico.train.learn import LearnSettings
+from vllm_lexico.train.own_text import sequences_from_model
 from vllm_lexico.train.progress import Progress, Stage
 from vllm_lexico.train.run import train_dictionary
 from vllm_lexico.train.settings import TrainSettings
@@ -172,3 +174,12 @@ def test_an_engine_tells_how_much_is_written(monkeypatch):
     vllm_writer._count_steps(engine, 2, 7, told.append)  # of the next wave: it counts anew, and once
     engine.step()
     assert told[3:] == [8]
+
+
+def test_a_model_that_computes_no_numbers_writes_nothing(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert sequences_from_model(model, 8, 2, 0, 2).shape == (2, 8)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="computes numbers that are not finite, so it writes no text"):
+        sequences_from_model(model, 8, 2, 0, 2)

@@ -28,6 +28,9 @@ def sequences_from_model(
 
     Returns:
         int64 [count, length] token ids, on the CPU.
+
+    Raises:
+        ValueError: what the model computes is no number.
     """
     torch.manual_seed(seed)
     start, others = model.config.get_text_config().bos_token_id, _tokens_of_other_inputs(model.config)
@@ -44,6 +47,11 @@ def sequences_from_model(
         prompt = words[torch.randint(len(words), (rows, 1), device=model.device)]
         if start is not None:
             prompt = torch.cat((torch.full_like(prompt, start), prompt), 1)
+        if not at and not model(prompt[:1]).logits.isfinite().all():  # where draws would fail, on a GPU without a word
+            raise ValueError(
+                "the model computes numbers that are not finite, so it writes no text and has no keys to learn from; "
+                "fix its weights, or give another --dtype"
+            )
         sampled = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
