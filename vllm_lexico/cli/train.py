@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -182,6 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.end_with_parent:
         _end_with_parent()
     settings = settings_of(arguments)
+    check_served(arguments.model, settings)
     try:
         path = train_dictionary(
             arguments.model,
@@ -239,6 +241,39 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
         package_text=asked("package_text"),
         continue_from=arguments.continue_from,
     )
+
+
+def check_served(model: str, settings: TrainSettings) -> None:
+    """Refuse a model that LEXICO never serves, which its configuration alone says, for the reasons that `check` gives.
+
+    What it serves with one flag of vLLM alone is said on stderr.
+
+    Args:
+        model: hub id or folder.
+        settings: of the training.
+
+    Raises:
+        ValueError: with the reasons; or the configuration cannot be read, or describes no decoder with attention.
+        OSError: the model is not there.
+    """
+    from vllm_lexico.check.model import NothingCodedError, read_shape
+    from vllm_lexico.check.verdict import reasons_against
+
+    try:
+        shape = read_shape(model, model, settings.hf_overrides)
+    except NothingCodedError as error:
+        raise ValueError(f"LEXICO does not serve {model}: {error}") from error
+    tokens = settings.max_model_len or shape.usual
+    window = shape.binding_window(tokens)
+    if reasons := reasons_against(shape, window or tokens):
+        raise ValueError(f"LEXICO does not serve {model} ({shape.whole.model_type}): {'; '.join(reasons)}")
+    if window:
+        print(
+            f"vllm-lexico: warning: all layers of {printable(model)} look back {window:,} tokens, fewer than the "
+            f"{tokens:,} that a sequence may have, so LEXICO serves it, and this dictionary, only with "
+            f"--disable-sliding-window or with --max-model-len {window} or less",
+            file=sys.stderr,
+        )
 
 
 def _end_with_parent() -> None:
