@@ -38,6 +38,7 @@ def test_the_line_says_what_was_chosen(tmp_path):
     assert "in float32, 22,528 tokens of its own text (256 each), 8,192 vectors" in words
     assert "2 rounds, 512 atoms that heads share; a GPU learns from more" in words
     assert "the given text" in cpu_words(replace(given, data=(str(tmp_path),)), Plan(2, 5, 1, 8192))
+    assert " 1 round, 512 atoms" in cpu_words(given, Plan(1, 5, 1, 8192))
 
 
 def test_it_is_printed_once_before_work_begins(tiny_model, tmp_path, capsys):

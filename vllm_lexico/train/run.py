@@ -54,6 +54,7 @@ from vllm_lexico.train.settings import (
     cpu_dtype,
     cpu_words,
     own_tokens,
+    rounds_in_words,
     share_layers,
 )
 from vllm_lexico.train.state import RunFolder
@@ -272,7 +273,8 @@ def kept_words(run: RunFolder, shares: list[tuple[str, list[int]]], plan: Plan) 
     text = "the text and " if run.facts(TEXT) is not None else ""
     if not text and not any(done):
         return "nothing is finished yet that could be kept"
-    return f"{text}{min(done)} of {plan.rounds} rounds are kept in {run.folder}"
+    verb = "is" if plan.rounds == 1 and not text else "are"
+    return f"{text}{min(done)} of {rounds_in_words(plan.rounds)} {verb} kept in {run.folder}"
 
 
 def _collect(
