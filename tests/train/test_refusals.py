@@ -1,11 +1,12 @@
 """What `vllm-lexico train` refuses: in one line, with status 2, before the model's weights are loaded."""
 
 import json
+import shutil
 
 import pytest
 
 from vllm_lexico import cli
-from vllm_lexico.train import rounds
+from vllm_lexico.train import model, rounds, writing
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,53 @@ def test_models(tmp_path, config, words, capsys):
         (model / "config.json").write_text(json.dumps(config))
     assert words in refusal([str(model), "--out", str(tmp_path / "d.safetensors")], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.fixture
+def no_vllm_starts(monkeypatch):
+    def start(*_, **__):
+        raise AssertionError("vLLM is started")
+
+    monkeypatch.setattr(writing, "has_vllm", lambda: True)
+    monkeypatch.setattr(writing, "write", start)
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer.json", "tokenizer_config.json")])
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("adding", [[], ["--rounds", "0", "--continue-from", "absent"]])
+def test_a_folder_without_weights(tiny_model, tmp_path, texts, no_vllm_starts, kept, data, adding, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "training_args.bin").touch()
+    (folder / "model.safetensors").symlink_to(tmp_path / "absent")  # as of a cache whose blobs are gone
+    for name in ("config.json", *kept):
+        shutil.copy(tiny_model / name, folder)
+    arguments = [str(folder), *adding, *(["--data", *texts] if data else []), "--out", str(tmp_path / "d.safetensors")]
+    assert refusal(arguments, capsys) == (
+        f"vllm-lexico: error: the folder {folder} has config.json but no weights (*.safetensors or "
+        "pytorch_model*.bin); give the whole checkpoint\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # transformers makes an empty tokenizer for the second
+def test_a_folder_without_a_tokenizer(tiny_model, tmp_path, texts, weights, kind, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((tiny_model / "config.json").read_text()) | {"model_type": kind}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / weights).touch()
+    arguments = [str(folder), "--out", str(tmp_path / "d.safetensors"), "--data", *texts]
+    assert refusal(arguments, capsys) == (
+        f"vllm-lexico: error: the folder {folder} has no tokenizer that transformers can read (as tokenizer.json), "
+        "which the text of --data needs; give the whole checkpoint\n"
+    )
+
+
+def test_a_model_of_the_hub_is_not_asked_for_its_files(monkeypatch):
+    monkeypatch.setattr(model, "read_tokenizer", lambda _: None)
+    model.check_folder("some/model", reads=True)
 
 
 def test_a_folder_that_cannot_be_written(tiny_model, tmp_path, capsys):

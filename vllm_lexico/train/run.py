@@ -29,7 +29,7 @@ from vllm_lexico.train.asked_only import add_shares
 from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.in_turn import comes_in_turn, refuse_writing
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
-from vllm_lexico.train.model import ModelFacts, read_facts
+from vllm_lexico.train.model import ModelFacts, check_folder, read_facts
 from vllm_lexico.train.own_text import read_tokenizer
 from vllm_lexico.train.package_text import package_documents, package_text_identity
 from vllm_lexico.train.progress import Progress, Stage
@@ -101,6 +101,7 @@ def train_dictionary(
     if out is not None:
         check_out(out, name)
     facts = read_facts(model, settings.hf_overrides, settings.max_model_len)
+    check_folder(model, reads=bool(settings.data))
     if out is None:
         out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
         check_out(out, name)
