@@ -1,7 +1,10 @@
 """What `vllm-lexico train` refuses: in one line, with status 2, before the model's weights are loaded."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -183,3 +186,49 @@ def test_a_folder_that_cannot_be_written(tiny_model, tmp_path, capsys):
     (tmp_path / "file").touch()
     arguments = [str(tiny_model), "--out", str(tmp_path / "file" / "d.safetensors")]
     assert str(tmp_path / "file") in refusal(arguments, capsys)
+
+
+def refuse_folders(monkeypatch, refused):
+    """No folder can be made in `refused`, whoever asks: root may do so everywhere."""
+    mkdir = os.mkdir
+
+    def make(path, *more, **options):
+        if Path(path).parent == refused:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *more, **options)
+
+    monkeypatch.setattr(os, "mkdir", make)
+
+
+@pytest.mark.parametrize("file", ["d.safetensors", "new/folder/d.safetensors"])
+def test_a_folder_that_takes_nothing(tiny_model, tmp_path, monkeypatch, file, capsys):
+    out = tmp_path / file
+    refuse_folders(monkeypatch, tmp_path)
+    assert refusal([str(tiny_model), "--out", str(out)], capsys) == (
+        f"vllm-lexico: error: --out is {out}, and {tmp_path} cannot be written to (Read-only file system); "
+        "allowed: a file in a folder that can; name another\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_folder_that_takes_nothing(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "d.safetensors").symlink_to(tmp_path / "other" / "d.safetensors")
+    refuse_folders(monkeypatch, tmp_path / "other")
+    error = refusal([str(tiny_model), "--out", str(tmp_path / "d.safetensors")], capsys)
+    assert f"and {tmp_path / 'other'} cannot be written to (Read-only file system)" in error
+
+
+def test_a_cache_that_takes_nothing(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    refuse_folders(monkeypatch, tmp_path)
+    error = refusal([str(tiny_model), "--name", "me/tiny"], capsys)
+    out = tmp_path / "vllm-lexico" / "me_tiny.safetensors"
+    assert f"--out is not given, and its default is {out}, and {tmp_path} cannot be written to (Read-only" in error
+    assert error.endswith("; give --out\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_proc_is_no_place_for_a_file(tiny_model, capsys):
+    error = refusal([str(tiny_model), "--out", "/proc/d.safetensors"], capsys)
+    assert "--out is /proc/d.safetensors, and /proc cannot be written to (" in error

@@ -57,7 +57,7 @@ from vllm_lexico.train.settings import (
     rounds_in_words,
     share_layers,
 )
-from vllm_lexico.train.state import RunFolder
+from vllm_lexico.train.state import RunFolder, check_writable
 from vllm_lexico.train.vllm_writer import WriterJob
 from vllm_lexico.train.writing import TEXT, own_text
 
@@ -100,11 +100,13 @@ def train_dictionary(
     name = plain_name(model if name is None else name)
     if out is not None:
         check_out(out, name)
+        check_writable(out, given=True)
     facts = read_facts(model, settings.hf_overrides, settings.max_model_len)
     check_folder(model, reads=bool(settings.data))
     if out is None:
         out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
         check_out(out, name)
+        check_writable(out, given=False)
     longest = facts.longest or settings.length
     kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
     settings = _settled(model, settings, facts, longest, kind)
