@@ -1,5 +1,6 @@
 """What `vllm-lexico train` refuses: in one line, with status 2, before the model's weights are loaded."""
 
+import argparse
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_lexico import cli
+from vllm_lexico.cli import train as command
 from vllm_lexico.train import model, rounds, writing
 
 
@@ -68,6 +70,56 @@ def refusal(arguments: list[str], capsys) -> str:
 )
 def test_flags(tiny_model, arguments, words, capsys):
     assert words in refusal([str(tiny_model), *arguments], capsys)
+
+
+DATA = ["--data", str(Path(__file__).parent)]
+NOTHING = ["--rounds", "0", "--continue-from", "d.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--writer", "auto"),
+        ("--writer", "vllm"),
+        ("--writer", "transformers"),
+        ("--text-tokens", "256"),
+        ("--package-text", "0.8"),
+        ("--package-text", "0.0"),
+    ],
+)
+@pytest.mark.parametrize("beside", [DATA, NOTHING])
+def test_flags_that_only_matter_where_the_model_writes(tiny_model, flag, given, beside, capsys):
+    words = "--data, which is all that is read" if beside is DATA else "--rounds 0, which learns nothing"
+    error = refusal([str(tiny_model), *beside, flag, given], capsys)
+    assert f"{flag} is {given}; allowed: none with {words}; change it" in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"), [("--vectors", "9000"), ("--passes", "3"), ("--sparsity", "10"), ("--key-metric", "0.5")]
+)
+@pytest.mark.parametrize("data", [[], DATA])
+def test_flags_of_learning_where_nothing_is_learned(tiny_model, flag, given, data, capsys):
+    error = refusal([str(tiny_model), *NOTHING, *data, flag, given], capsys)
+    assert f"{flag} is {given}; allowed: none with --rounds 0, which learns nothing; change it" in error
+
+
+def test_a_length_of_vllms_texts_that_transformers_writes(tiny_model, capsys):
+    error = refusal([str(tiny_model), "--writer", "transformers", "--text-tokens", "256"], capsys)
+    assert "--text-tokens is 256; allowed: none with --writer transformers, as it is for texts that vLLM" in error
+
+
+def test_what_is_usual_where_no_flag_is_given():
+    """No flag that is refused beside another counts as given by itself."""
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    for more in ([], DATA, NOTHING, [*NOTHING, *DATA], ["--continue-from", "d.safetensors", *DATA]):
+        settings = command.settings_of(parser.parse_args(["train", "some/model", "--device", "cpu", *more]))
+        assert (settings.writer, settings.text_tokens, settings.package_text) == ("auto", 256, 0.8)
+        assert (settings.learn.sparsity, settings.learn.key_metric, settings.learn.atom_bits) == (10, 0.5, 8)
+    given = ["--writer", "vllm", "--sparsity", "7", "--key-metric", "0", "--package-text", "0", "--atom-bits", "4"]
+    settings = command.settings_of(parser.parse_args(["train", "some/model", "--device", "cpu", *given]))
+    assert (settings.writer, settings.package_text) == ("vllm", 0)
+    assert (settings.learn.sparsity, settings.learn.key_metric, settings.learn.atom_bits) == (7, 0, 4)
 
 
 def test_a_file_that_is_something_else_is_not_replaced(tiny_model, tmp_path, capsys):

@@ -41,6 +41,16 @@ EXAMPLES = """examples:
   vllm-lexico train ./my-finetune --name me/my-finetune --out my-finetune.safetensors
       serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'"""
 
+# What would do nothing beside other flags, and why.
+WRITING = ("writer", "text_tokens", "package_text")
+LEARNING = ("vectors", "passes", "sparsity", "key_metric")
+IDLE = {
+    "--continue-from": (("atoms", "atom_bits", "shared"), "whose file decides it"),
+    "--data": (WRITING, "which is all that is read"),
+    "--rounds 0": ((*WRITING, *LEARNING), "which learns nothing"),
+    "--writer transformers": (("text_tokens",), "as it is for texts that vLLM writes"),
+}
+
 EXIT_SECONDS = 30.0  # after which a training whose parent is gone no longer waits for its current step
 
 
@@ -100,7 +110,6 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
     )
     parser.add_argument(
         "--writer",
-        default="auto",
         choices=WRITERS,
         help="what has the model write its text where there is no --data (default: vLLM if it is installed and can)",
     )
@@ -155,12 +164,10 @@ def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> No
     parser.add_argument(
         "--key-metric",
         type=float,
-        default=learn.key_metric,
-        help="how far errors of keys are weighted by the queries they meet, 0 (not at all) to 1 (%(default)s)",
+        help="how far errors of keys are weighted by the queries they meet, 0 (not at all) to 1 "
+        f"(default: {learn.key_metric})",
     )
-    parser.add_argument(
-        "--sparsity", type=int, default=learn.sparsity, help="atoms per vector while learning (%(default)s)"
-    )
+    parser.add_argument("--sparsity", type=int, help=f"atoms per vector while learning (default: {learn.sparsity})")
     parser.add_argument("--passes", type=int, help=f"how often each vector is learned from ({_usual('passes')})")
     parser.add_argument(
         "--rounds",
@@ -205,25 +212,22 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
     """What the command line asks for; the rest is what is usual on the device.
 
     Raises:
-        ValueError: a value is out of range, or contradicts the dictionary that is adapted.
+        ValueError: a value is out of range, contradicts the dictionary that is adapted, or would do nothing.
     """
     kind = "cpu" if checked_devices(arguments.device) == ["cpu"] else "cuda"
     usual = (ADAPTING if arguments.continue_from else EFFORTS)[kind]
-    for name in ("atoms", "atom_bits", "shared") if arguments.continue_from else ():
-        given = getattr(arguments, name)
-        check(f"--{name.replace('_', '-')}", given, given is None, "none with --continue-from, whose file decides it")
+    _refuse_idle(arguments)
 
     def asked(name: str, effort: Effort = usual) -> Any:
         given = getattr(arguments, name)
         return getattr(effort, name) if given is None else given
 
+    named = {name: getattr(arguments, name) for name in ("atom_bits", "sparsity", "key_metric")}
     learn = LearnSettings(
         atoms=asked("atoms", EFFORTS[kind]),
-        atom_bits=arguments.atom_bits or LearnSettings().atom_bits,
         shared=asked("shared", EFFORTS[kind]),
-        sparsity=arguments.sparsity,
         batch=usual.batch,
-        key_metric=arguments.key_metric,
+        **{name: given for name, given in named.items() if given is not None},
     )
     return TrainSettings(
         data=tuple(arguments.data),
@@ -236,11 +240,25 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
         seed=arguments.seed,
         hf_overrides=arguments.hf_overrides,
         max_model_len=arguments.max_model_len,
-        writer=arguments.writer,
+        writer=arguments.writer or "auto",
         text_tokens=asked("text_tokens"),
         package_text=asked("package_text"),
         continue_from=arguments.continue_from,
     )
+
+
+def _refuse_idle(arguments: argparse.Namespace) -> None:
+    """Refuse what was given and would do nothing: ValueError with why."""
+    there = {
+        "--continue-from": bool(arguments.continue_from),
+        "--data": bool(arguments.data),
+        "--rounds 0": arguments.rounds == 0 and bool(arguments.continue_from),
+        "--writer transformers": arguments.writer == "transformers",
+    }
+    for beside, (names, why) in IDLE.items():
+        for name in names if there[beside] else ():
+            given = getattr(arguments, name)
+            check(f"--{name.replace('_', '-')}", given, given is None, f"none with {beside}, {why}")
 
 
 def check_served(model: str, settings: TrainSettings) -> None:
