@@ -5,7 +5,6 @@ import json
 import pytest
 
 from vllm_lexico import cli
-from vllm_lexico.cli import train as command
 from vllm_lexico.train import rounds, run, writing
 
 HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -71,10 +70,10 @@ def test_what_is_never_served_is_refused_as_by_check(write, texts, capsys, nothi
     ],
 )
 def test_windows_in_all_layers_are_warned_of(write, capsys, monkeypatch, config, flags, warns):
-    def train(*_, **__):
+    def read(*_):
         raise ValueError("training has begun")
 
-    monkeypatch.setattr(command, "train_dictionary", train)
+    monkeypatch.setattr(run, "read_facts", read)
     assert cli.main(["train", write(config), *flags]) == 2
     *warning, error = capsys.readouterr().err.splitlines()
     assert error == "vllm-lexico: error: training has begun" and len(warning) == warns

@@ -190,7 +190,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.end_with_parent:
         _end_with_parent()
     settings = settings_of(arguments)
-    check_served(arguments.model, settings)
     try:
         path = train_dictionary(
             arguments.model,
@@ -199,6 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
             out=arguments.out,
             device=arguments.device,
             verbose=arguments.verbose,
+            check_first=lambda: check_served(arguments.model, settings),
         )
     except BaseException as error:
         arguments.after_interrupt = getattr(error, "__notes__", [arguments.after_interrupt])[-1]

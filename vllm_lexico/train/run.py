@@ -10,7 +10,7 @@ rounds anneals: the step falls to nothing, and codes are the stored ones.
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -70,6 +70,7 @@ def train_dictionary(
     out: Path | None = None,
     device: str | None = None,
     verbose: bool = False,
+    check_first: Callable[[], None] | None = None,
 ) -> Path:
     """Train the dictionary of a transformers model and write it. Everything that can be known is checked before.
 
@@ -83,6 +84,7 @@ def train_dictionary(
         device: "cuda" for every GPU that PyTorch sees, which share the layers, "cuda:1" for one, or "cpu" (default:
             cuda when there is one).
         verbose: tell every layer's errors after each round. What interrupts it gets a note that says what is kept.
+        check_first: called before anything of the model is read; what it raises is raised.
 
     Returns:
         The file's path.
@@ -101,23 +103,18 @@ def train_dictionary(
     if out is not None:
         check_out(out, name)
         check_writable(out, given=True)
+    if check_first is not None:
+        check_first()
     facts = read_facts(model, settings.hf_overrides, settings.max_model_len)
     check_folder(model, reads=bool(settings.data))
-    if out is None:
-        out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
-        check_out(out, name)
-        check_writable(out, given=False)
+    out = _out_or_default(out, name, facts)
     longest = facts.longest or settings.length
-    kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
-    settings = _settled(model, settings, facts, longest, kind)
+    settings = _settled(model, settings, facts, longest, torch.device(devices[0]).type)
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     if settings.rounds == 0:
         return add_shares(model, settings, name, longest, out, devices[0])
-    plan = Plan.of(settings, facts.fingerprint, longest, kind)
-    together = layers_at_once(kind, 1 if settings.learn.shared else heads)
-    beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
-    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, -(-beside // len(devices)), devices[0])
-    shares = share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
+    plan = Plan.of(settings, facts.fingerprint, longest, torch.device(devices[0]).type)
+    in_turn, shares = _share(model, settings, facts, plan, devices)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
     job = Job(model, settings, facts.fingerprint, plan, run, started, verbose, in_turn)
     with run.locked():
@@ -126,6 +123,26 @@ def train_dictionary(
         _collect(run, shares, name, facts, settings, plan, made).save(out)
         run.remove()
     return out
+
+
+def _out_or_default(out: Path | None, name: str, facts: ModelFacts) -> Path:
+    """The file to write; ValueError where the default cannot be. A given one was checked before the model was read."""
+    if out is None:
+        out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
+        check_out(out, name)
+        check_writable(out, given=False)
+    return out
+
+
+def _share(
+    model: str, settings: TrainSettings, facts: ModelFacts, plan: Plan, devices: list[str]
+) -> tuple[bool, list[tuple[str, list[int]]]]:
+    """Whether the model's layers come in turn, and each device's layers."""
+    kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
+    together = layers_at_once(kind, 1 if settings.learn.shared else heads)
+    beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
+    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, -(-beside // len(devices)), devices[0])
+    return in_turn, share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
 
 
 def _settled(model: str, settings: TrainSettings, facts: ModelFacts, longest: int, kind: str) -> TrainSettings:
