@@ -16,7 +16,7 @@ class Letters:
 
     eos_token_id = None
 
-    def __call__(self, text: str, truncation: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, truncation: bool, verbose: bool) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
 

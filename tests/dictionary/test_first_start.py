@@ -203,7 +203,7 @@ def test_the_real_training_of_a_local_model(addresses, monkeypatch):
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
     model = addresses / "tiny model"

@@ -37,7 +37,7 @@ def tiny_model(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {"<s>": 0, "</s>": 1} | {chr(97 + at): at + 2 for at in range(26)}

@@ -1,6 +1,7 @@
 """Training that is interrupted, runs out of memory, or adapts a dictionary that is there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,19 +11,38 @@ from vllm_lexico import cli
 from vllm_lexico.train import rounds
 from vllm_lexico.train.identity import file_checksum
 from vllm_lexico.train.layer_learners import LayerLearners, Parent
+from vllm_lexico.train.rounds import rounds_name
+from vllm_lexico.train.run import kept_words
+from vllm_lexico.train.settings import Plan
+from vllm_lexico.train.writing import TEXT
 
 
 def test_what_interrupts_a_run_says_what_is_kept_and_how_to_go_on(tiny_model, tmp_path, texts, learned, capsys):
     out = tmp_path / "d.safetensors"
     small = ["--atoms", "16", "--vectors", "512", "--sequence-tokens", "64", "--passes", "1", "--device", "cpu"]
     command = ["train", str(tiny_model), "--data", *texts, *small, "--rounds", "3", "--out", str(out)]
-    for stop_at, words in ((0, "nothing is finished yet that could be kept"), (2, f"2 of 3 rounds are kept in {out}")):
+    first = "nothing is finished yet that could be kept"
+    for stop_at, words in ((0, first), (2, f"2 of 3 rounds are kept in {out}.partial")):
         learned.clear()
         learned.stop_at = stop_at
         assert cli.main(command) == 130
         said = capsys.readouterr()
         assert f"interrupted; {words}" in said.err and "the same command goes on from there" in said.err
     assert "round 2/3  mean " in said.out and "  layer " not in said.out
+
+
+@pytest.mark.parametrize(
+    ("text", "rounds_done", "rounds", "words"),
+    [
+        (True, 0, 1, "the text and 0 of 1 round are kept in d.partial"),
+        (False, 1, 1, "1 of 1 round is kept in d.partial"),
+        (False, 1, 2, "1 of 2 rounds are kept in d.partial"),
+    ],
+)
+def test_one_round_is_singular(text, rounds_done, rounds, words):
+    facts = {TEXT: {} if text else None, rounds_name([0]): {"rounds_done": rounds_done}}
+    run = SimpleNamespace(folder="d.partial", facts=facts.get)
+    assert kept_words(run, [("cpu", [0])], Plan(rounds, 1, 1, 1)) == words
 
 
 @pytest.mark.parametrize(

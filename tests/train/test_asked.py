@@ -11,7 +11,7 @@ from small_runs import settings_for, train
 from vllm_lexico import cli
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
 from vllm_lexico.train import asked
-from vllm_lexico.train.asked import REPEAT, Asking, asked_most, drawn_by_repetition, measure_shares
+from vllm_lexico.train.asked import REPEAT, Asking, asked_most, drawn_by_repetition, measure_shares, words_for_shares
 from vllm_lexico.train.capture import load_model, text_model
 from vllm_lexico.train.model import read_facts
 
@@ -149,3 +149,9 @@ def test_shares_are_added_to_a_file_and_nothing_else_changes(tiny_model, tmp_pat
     assert "a dictionary of me/tiny, and --rounds 0 would only measure" in capsys.readouterr().err
     assert cli.main(["train", str(tiny_model), "--rounds", "0", "--data", *texts]) == 2
     assert "--rounds is 0; allowed: 1 or more, and 0 with --continue-from" in capsys.readouterr().err
+
+
+def test_one_text_is_singular():
+    shares = torch.tensor([[0.5, 0.5]])
+    assert " (0.50); 1 text of 64 tokens in " in words_for_shares(shares, [3], torch.zeros(1, 64), 0.0)
+    assert " (0.50); 2 texts of 64 tokens in " in words_for_shares(shares, [3], torch.zeros(2, 64), 0.0)

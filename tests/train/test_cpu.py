@@ -38,6 +38,7 @@ def test_the_line_says_what_was_chosen(tmp_path):
     assert "in float32, 22,528 tokens of its own text (256 each), 8,192 vectors" in words
     assert "2 rounds, 512 atoms that heads share; a GPU learns from more" in words
     assert "the given text" in cpu_words(replace(given, data=(str(tmp_path),)), Plan(2, 5, 1, 8192))
+    assert " 1 round, 512 atoms" in cpu_words(given, Plan(1, 5, 1, 8192))
 
 
 def test_it_is_printed_once_before_work_begins(tiny_model, tmp_path, capsys):
@@ -46,5 +47,5 @@ def test_it_is_printed_once_before_work_begins(tiny_model, tmp_path, capsys):
     assert cli.main(["train", str(tiny_model), *small]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("on a CPU: the model in ") and sum(line.startswith("on a CPU") for line in lines) == 1
-    assert cli.main(["train", str(tiny_model), *small, "--text-tokens", "8"]) == 2
+    assert cli.main(["train", str(tiny_model), "--device", "cpu", "--text-tokens", "8"]) == 2
     assert "--text-tokens is 8; allowed: 64 or more" in capsys.readouterr().err

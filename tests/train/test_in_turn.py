@@ -57,8 +57,8 @@ def test_a_layer_comes_once_for_as_many_texts_as_are_under_way(tiny_model, monke
         layer.register_forward_hook(lambda *_, number=number: seen.append(number))
     texts = torch.randint(60, (5, 32), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(capturing, "TOGETHER_TOKENS", 3 * 32)
-    whole = capture(load_model(str(tiny_model), "cpu", "float32"), texts, 16, [0, 1], (2, 16), 1, 1)
-    assert torch.equal(capture(model, texts, 16, [0, 1], (2, 16), 1, 1), whole)
+    whole = capture(load_model(str(tiny_model), "cpu", "float32"), texts, 16, [0, 1], (2, 64), 1, 1)
+    assert torch.equal(capture(model, texts, 16, [0, 1], (2, 64), 1, 1), whole)
     assert seen == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1] and turns_of(text_model(model)).brought == 4
 
 
@@ -135,7 +135,7 @@ def test_weights_are_counted_in_the_checkpoints_own_dtype(tiny_model, monkeypatc
 def test_on_a_gpu_layers_come_from_host_memory(tiny_model):
     texts = torch.randint(60, (5, 32), generator=torch.Generator().manual_seed(3))
     whole, turned = (load_model(str(tiny_model), "cuda", "float32", in_turn=in_turn) for in_turn in (False, True))
-    kept = [capture(model, texts, 16, [0, 1], (2, 16), 1, 2) for model in (whole, turned)]
+    kept = [capture(model, texts, 16, [0, 1], (2, 64), 1, 2) for model in (whole, turned)]
     assert kept[1].is_cuda
     torch.testing.assert_close(*kept, atol=1e-5, rtol=1e-5)  # threads have cuBLAS handles of their own
     assert {weight.device.type for part in turns_layers(turned) for weight in part.parameters()} == {"cpu"}
@@ -158,7 +158,7 @@ def test_it_is_not_written_with_one_layer_at_a_time(tiny_model, tmp_path, monkey
         train(tiny_model, settings_for(), tmp_path / "d.safetensors")
     (model, dtype, overrides, beside, device), tokens = asked[0], 3 * 48  # 768 vectors of 2 heads in 3 rounds
     assert (model, dtype, overrides, device) == (str(tiny_model), "float32", "", "cpu")
-    assert beside == tokens * 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, numbers, bytes
+    assert beside == tokens * 2 * 2 * 2 * 64 * 4  # layers, K and V, heads, numbers, bytes
 
 
 def test_vllm_writes_with_all_gpus_where_one_does_not_hold_the_model(tiny_model, tmp_path, monkeypatch):

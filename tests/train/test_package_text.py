@@ -60,7 +60,7 @@ class Letters:
 
     eos_token_id = None
 
-    def __call__(self, text, truncation):
+    def __call__(self, text, truncation, verbose):
         return {"input_ids": list(text.encode())}
 
 

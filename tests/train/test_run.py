@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(tiny_model, tmp_path, learn
     assert same(resumed, whole)
 
     info = whole.info
-    assert info.model_name == "me/tiny" and info.fingerprint.head_dim == 16
+    assert info.model_name == "me/tiny" and info.fingerprint.head_dim == 64
     assert info.data == ("text sampled from the model itself" if own_text else "a.jsonl.xz, b.txt")
     sequences = 3 * (3 if own_text else 4)  # of 48 or 32 kept positions, for 768 vectors of two heads
     assert info.tokens_seen == sequences * 64 and info.vectors_seen == sequences * (48 if own_text else 32) * 2
@@ -180,7 +180,7 @@ def test_command_line(tiny_model, tmp_path, capsys):
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["inspect", str(out), "--no-plot"]) == 0
     words = capsys.readouterr().out
-    for expected in ("dictionary of me/tiny", "llama, 2 layers, 2 KV heads of 16", "sampled from the model", " mean "):
+    for expected in ("dictionary of me/tiny", "llama, 2 layers, 2 KV heads of 64", "sampled from the model", " mean "):
         assert expected in words
 
 

@@ -48,7 +48,7 @@ class Tokenizer:
 
     eos_token_id = 1
 
-    def __call__(self, text, truncation):
+    def __call__(self, text, truncation, verbose):
         return {"input_ids": [ord(letter) for letter in text]}
 
 
@@ -178,3 +178,18 @@ def test_the_real_library_streams_a_folder(tmp_path):
     assert {next(texts), next(texts)} == {next(texts), next(texts)} == {"one", "two"}
     with pytest.raises(ValueError, match="cannot be read as a Hugging Face dataset"):
         next(read_dataset(f"{tmp_path}:default:absent", seed=0))
+
+
+def test_a_text_longer_than_the_models_context_is_no_cause_for_a_warning(tiny_model, tmp_path, monkeypatch):
+    """transformers' speaks of indexing errors, and nothing reads a text in one piece."""
+    from transformers import AutoTokenizer
+    from transformers.tokenization_utils_base import logger
+
+    tokenizer, said = AutoTokenizer.from_pretrained(tiny_model, model_max_length=64), []
+    monkeypatch.setattr(logger, "warning", lambda words, *_, **__: said.append(words))
+    (tmp_path / "a.txt").write_text("abc" * 300)
+    texts = TextSequences([str(tmp_path / "a.txt")], tokenizer, 512, 0)
+    texts.identity()
+    assert texts.take(1, 0).shape == (1, 512) and not said
+    tokenizer("abc" * 300)
+    assert "Token indices sequence length is longer" in said[0]  # what is not to be said

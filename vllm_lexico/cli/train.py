@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -39,6 +40,16 @@ EXAMPLES = """examples:
       adapt a dictionary to your text, in a fraction of the time
   vllm-lexico train ./my-finetune --name me/my-finetune --out my-finetune.safetensors
       serve with it: --additional-config '{"lexico": {"dictionary": "my-finetune.safetensors"}}'"""
+
+# What would do nothing beside other flags, and why.
+WRITING = ("writer", "text_tokens", "package_text")
+LEARNING = ("vectors", "passes", "sparsity", "key_metric")
+IDLE = {
+    "--continue-from": (("atoms", "atom_bits", "shared"), "whose file decides it"),
+    "--data": (WRITING, "which is all that is read"),
+    "--rounds 0": ((*WRITING, *LEARNING), "which learns nothing"),
+    "--writer transformers": (("text_tokens",), "as it is for texts that vLLM writes"),
+}
 
 EXIT_SECONDS = 30.0  # after which a training whose parent is gone no longer waits for its current step
 
@@ -99,7 +110,6 @@ def _add_reading(parser: argparse.ArgumentParser, default: TrainSettings) -> Non
     )
     parser.add_argument(
         "--writer",
-        default="auto",
         choices=WRITERS,
         help="what has the model write its text where there is no --data (default: vLLM if it is installed and can)",
     )
@@ -154,12 +164,10 @@ def _add_learning(parser: argparse.ArgumentParser, default: TrainSettings) -> No
     parser.add_argument(
         "--key-metric",
         type=float,
-        default=learn.key_metric,
-        help="how far errors of keys are weighted by the queries they meet, 0 (not at all) to 1 (%(default)s)",
+        help="how far errors of keys are weighted by the queries they meet, 0 (not at all) to 1 "
+        f"(default: {learn.key_metric})",
     )
-    parser.add_argument(
-        "--sparsity", type=int, default=learn.sparsity, help="atoms per vector while learning (%(default)s)"
-    )
+    parser.add_argument("--sparsity", type=int, help=f"atoms per vector while learning (default: {learn.sparsity})")
     parser.add_argument("--passes", type=int, help=f"how often each vector is learned from ({_usual('passes')})")
     parser.add_argument(
         "--rounds",
@@ -190,6 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
             out=arguments.out,
             device=arguments.device,
             verbose=arguments.verbose,
+            check_first=lambda: check_served(arguments.model, settings),
         )
     except BaseException as error:
         arguments.after_interrupt = getattr(error, "__notes__", [arguments.after_interrupt])[-1]
@@ -203,25 +212,22 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
     """What the command line asks for; the rest is what is usual on the device.
 
     Raises:
-        ValueError: a value is out of range, or contradicts the dictionary that is adapted.
+        ValueError: a value is out of range, contradicts the dictionary that is adapted, or would do nothing.
     """
     kind = "cpu" if checked_devices(arguments.device) == ["cpu"] else "cuda"
     usual = (ADAPTING if arguments.continue_from else EFFORTS)[kind]
-    for name in ("atoms", "atom_bits", "shared") if arguments.continue_from else ():
-        given = getattr(arguments, name)
-        check(f"--{name.replace('_', '-')}", given, given is None, "none with --continue-from, whose file decides it")
+    _refuse_idle(arguments)
 
     def asked(name: str, effort: Effort = usual) -> Any:
         given = getattr(arguments, name)
         return getattr(effort, name) if given is None else given
 
+    named = {name: getattr(arguments, name) for name in ("atom_bits", "sparsity", "key_metric")}
     learn = LearnSettings(
         atoms=asked("atoms", EFFORTS[kind]),
-        atom_bits=arguments.atom_bits or LearnSettings().atom_bits,
         shared=asked("shared", EFFORTS[kind]),
-        sparsity=arguments.sparsity,
         batch=usual.batch,
-        key_metric=arguments.key_metric,
+        **{name: given for name, given in named.items() if given is not None},
     )
     return TrainSettings(
         data=tuple(arguments.data),
@@ -234,11 +240,58 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
         seed=arguments.seed,
         hf_overrides=arguments.hf_overrides,
         max_model_len=arguments.max_model_len,
-        writer=arguments.writer,
+        writer=arguments.writer or "auto",
         text_tokens=asked("text_tokens"),
         package_text=asked("package_text"),
         continue_from=arguments.continue_from,
     )
+
+
+def _refuse_idle(arguments: argparse.Namespace) -> None:
+    """Refuse what was given and would do nothing: ValueError with why."""
+    there = {
+        "--continue-from": bool(arguments.continue_from),
+        "--data": bool(arguments.data),
+        "--rounds 0": arguments.rounds == 0 and bool(arguments.continue_from),
+        "--writer transformers": arguments.writer == "transformers",
+    }
+    for beside, (names, why) in IDLE.items():
+        for name in names if there[beside] else ():
+            given = getattr(arguments, name)
+            check(f"--{name.replace('_', '-')}", given, given is None, f"none with {beside}, {why}")
+
+
+def check_served(model: str, settings: TrainSettings) -> None:
+    """Refuse a model that LEXICO never serves, which its configuration alone says, for the reasons that `check` gives.
+
+    What it serves with one flag of vLLM alone is said on stderr.
+
+    Args:
+        model: hub id or folder.
+        settings: of the training.
+
+    Raises:
+        ValueError: with the reasons; or the configuration cannot be read, or describes no decoder with attention.
+        OSError: the model is not there.
+    """
+    from vllm_lexico.check.model import NothingCodedError, read_shape
+    from vllm_lexico.check.verdict import reasons_against
+
+    try:
+        shape = read_shape(model, model, settings.hf_overrides)
+    except NothingCodedError as error:
+        raise ValueError(f"LEXICO does not serve {model}: {error}") from error
+    tokens = settings.max_model_len or shape.usual
+    window = shape.binding_window(tokens)
+    if reasons := reasons_against(shape, window or tokens):
+        raise ValueError(f"LEXICO does not serve {model} ({shape.whole.model_type}): {'; '.join(reasons)}")
+    if window:
+        print(
+            f"vllm-lexico: warning: all layers of {printable(model)} look back {window:,} tokens, fewer than the "
+            f"{tokens:,} that a sequence may have, so LEXICO serves it, and this dictionary, only with "
+            f"--disable-sliding-window or with --max-model-len {window} or less",
+            file=sys.stderr,
+        )
 
 
 def _end_with_parent() -> None:

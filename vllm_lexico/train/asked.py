@@ -231,6 +231,6 @@ def words_for_shares(shares: torch.Tensor, layers: Sequence[int], texts: torch.T
     most = ", ".join(f"{layers[row]} ({by_layer[row]:.2f})" for row in order[:4])
     count, tokens = texts.shape
     return (
-        f"asked most when a text is repeated: layers {most}; {count} texts of {tokens} tokens in "
+        f"asked most when a text is repeated: layers {most}; {count} text{'s' * (count != 1)} of {tokens} tokens in "
         f"{time.monotonic() - started:.1f} s"
     )

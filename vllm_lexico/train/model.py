@@ -3,11 +3,14 @@
 import inspect
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.errors import refusal
+from vllm_lexico.train.own_text import read_tokenizer
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TAKEN = (
     "decoders with transformers' common attention, such as Llama, Qwen, Mistral, Gemma, gpt-oss and Nemotron-H, and "
     "the language models of those that read images too"
@@ -83,6 +86,30 @@ def read_config(model: str, overrides: str = "") -> Any:
                 refusal("--hf-overrides", overrides, f"what fits {model} ({_first_sentence(error)})", "correct it")
             ) from error
     return config
+
+
+def check_folder(model: str, *, reads: bool) -> None:
+    """Refuse a folder that has a model's configuration and lacks other files. What the hub has is not asked for.
+
+    Args:
+        model: hub id or folder.
+        reads: whether text is given to read, which takes a tokenizer.
+
+    Raises:
+        ValueError: it has no weights, or no tokenizer where text is read.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    if not any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern)):
+        raise ValueError(
+            f"the folder {model} has config.json but no weights ({' or '.join(WEIGHTS)}); give the whole checkpoint"
+        )
+    if reads and read_tokenizer(model) is None:
+        raise ValueError(
+            f"the folder {model} has no tokenizer that transformers can read (as tokenizer.json), which the text of "
+            f"--data needs; give the whole checkpoint"
+        )
 
 
 def check_overrides(given: str) -> None:

@@ -89,9 +89,11 @@ def read_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception:  # of many kinds; prompts can do without
         return None
+    # Of a folder without its files, transformers makes some models' tokenizers with special tokens alone.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def end_tokens(model: str, text: Any, tokenizer: Any) -> list[int]:

@@ -10,7 +10,7 @@ rounds anneals: the step falls to nothing, and codes are the stored ones.
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -29,7 +29,7 @@ from vllm_lexico.train.asked_only import add_shares
 from vllm_lexico.train.identity import file_checksum, model_identity
 from vllm_lexico.train.in_turn import comes_in_turn, refuse_writing
 from vllm_lexico.train.layer_learners import FinishedLayers, layers_at_once
-from vllm_lexico.train.model import ModelFacts, read_facts
+from vllm_lexico.train.model import ModelFacts, check_folder, read_facts
 from vllm_lexico.train.own_text import read_tokenizer
 from vllm_lexico.train.package_text import package_documents, package_text_identity
 from vllm_lexico.train.progress import Progress, Stage
@@ -54,9 +54,10 @@ from vllm_lexico.train.settings import (
     cpu_dtype,
     cpu_words,
     own_tokens,
+    rounds_in_words,
     share_layers,
 )
-from vllm_lexico.train.state import RunFolder
+from vllm_lexico.train.state import RunFolder, check_writable
 from vllm_lexico.train.vllm_writer import WriterJob
 from vllm_lexico.train.writing import TEXT, own_text
 
@@ -69,6 +70,7 @@ def train_dictionary(
     out: Path | None = None,
     device: str | None = None,
     verbose: bool = False,
+    check_first: Callable[[], None] | None = None,
 ) -> Path:
     """Train the dictionary of a transformers model and write it. Everything that can be known is checked before.
 
@@ -82,6 +84,7 @@ def train_dictionary(
         device: "cuda" for every GPU that PyTorch sees, which share the layers, "cuda:1" for one, or "cpu" (default:
             cuda when there is one).
         verbose: tell every layer's errors after each round. What interrupts it gets a note that says what is kept.
+        check_first: called before anything of the model is read; what it raises is raised.
 
     Returns:
         The file's path.
@@ -99,21 +102,19 @@ def train_dictionary(
     name = plain_name(model if name is None else name)
     if out is not None:
         check_out(out, name)
+        check_writable(out, given=True)
+    if check_first is not None:
+        check_first()
     facts = read_facts(model, settings.hf_overrides, settings.max_model_len)
-    if out is None:
-        out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
-        check_out(out, name)
+    check_folder(model, reads=bool(settings.data))
+    out = _out_or_default(out, name, facts)
     longest = facts.longest or settings.length
-    kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
-    settings = _settled(model, settings, facts, longest, kind)
+    settings = _settled(model, settings, facts, longest, torch.device(devices[0]).type)
     check("--sequence-tokens", settings.length, settings.length <= longest, f"up to {longest}, the model's longest")
     if settings.rounds == 0:
         return add_shares(model, settings, name, longest, out, devices[0])
-    plan = Plan.of(settings, facts.fingerprint, longest, kind)
-    together = layers_at_once(kind, 1 if settings.learn.shared else heads)
-    beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
-    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, -(-beside // len(devices)), devices[0])
-    shares = share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
+    plan = Plan.of(settings, facts.fingerprint, longest, torch.device(devices[0]).type)
+    in_turn, shares = _share(model, settings, facts, plan, devices)
     run = RunFolder(out.with_name(out.name + ".partial"), _identity(model, name, facts, settings, plan, shares))
     job = Job(model, settings, facts.fingerprint, plan, run, started, verbose, in_turn)
     with run.locked():
@@ -122,6 +123,26 @@ def train_dictionary(
         _collect(run, shares, name, facts, settings, plan, made).save(out)
         run.remove()
     return out
+
+
+def _out_or_default(out: Path | None, name: str, facts: ModelFacts) -> Path:
+    """The file to write; ValueError where the default cannot be. A given one was checked before the model was read."""
+    if out is None:
+        out = cache_folder() / file_name(name, facts.fingerprint.rope if facts.overridden else "")
+        check_out(out, name)
+        check_writable(out, given=False)
+    return out
+
+
+def _share(
+    model: str, settings: TrainSettings, facts: ModelFacts, plan: Plan, devices: list[str]
+) -> tuple[bool, list[tuple[str, list[int]]]]:
+    """Whether the model's layers come in turn, and each device's layers."""
+    kind, heads = torch.device(devices[0]).type, facts.fingerprint.num_kv_heads
+    together = layers_at_once(kind, 1 if settings.learn.shared else heads)
+    beside = plan.sequences * settings.kept_tokens * bytes_per_token(settings, facts.fingerprint)
+    in_turn = comes_in_turn(model, settings.dtype, settings.hf_overrides, -(-beside // len(devices)), devices[0])
+    return in_turn, share_layers(facts.fingerprint.layers, devices[:1] if in_turn else devices, together)
 
 
 def _settled(model: str, settings: TrainSettings, facts: ModelFacts, longest: int, kind: str) -> TrainSettings:
@@ -272,7 +293,8 @@ def kept_words(run: RunFolder, shares: list[tuple[str, list[int]]], plan: Plan) 
     text = "the text and " if run.facts(TEXT) is not None else ""
     if not text and not any(done):
         return "nothing is finished yet that could be kept"
-    return f"{text}{min(done)} of {plan.rounds} rounds are kept in {run.folder}"
+    verb = "is" if plan.rounds == 1 and not text else "are"
+    return f"{text}{min(done)} of {rounds_in_words(plan.rounds)} {verb} kept in {run.folder}"
 
 
 def _collect(

@@ -204,9 +204,15 @@ def cpu_words(settings: TrainSettings, plan: Plan) -> str:
             text += f" beside {settings.package_text:.0%} of the package's"
     return (
         f"on a CPU: the model in {'its own dtype' if settings.dtype == 'auto' else settings.dtype}, {text}, "
-        f"{settings.vectors:,} vectors for each of K and V of a layer, {plan.rounds} rounds, {learn.atoms} atoms"
+        f"{settings.vectors:,} vectors for each of K and V of a layer, {rounds_in_words(plan.rounds)}, "
+        f"{learn.atoms} atoms"
         f"{' that heads share' if learn.shared else ''}; a GPU learns from more (--help says what can be set)"
     )
+
+
+def rounds_in_words(count: int) -> str:
+    """ "1 round", "2 rounds"."""
+    return f"{count} round{'s' * (count != 1)}"
 
 
 def check(name: str, given: Any, valid: bool, allowed: str) -> None:

@@ -8,6 +8,8 @@ run stops this one.
 import hashlib
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +45,29 @@ class Kept:
 
     tensors: dict[str, torch.Tensor]
     facts: Any
+
+
+def check_writable(out: Path, *, given: bool) -> None:
+    """See, before any work is done, that a folder can be made beside the file to write; nothing is left there.
+
+    Args:
+        out: the file; of folders that are missing too, the first one that is there has to take another.
+        given: whether it was named by --out.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    for path in dict.fromkeys((out.absolute(), Path(os.path.realpath(out)))):  # state is beside a link, not its target
+        folder = next(parent for parent in path.parents if parent.exists())
+        try:
+            with tempfile.TemporaryDirectory(prefix=".lexico-", dir=folder):
+                pass
+        except OSError as error:
+            subject = f"--out is {out}" if given else f"--out is not given, and its default is {out}"
+            raise ValueError(
+                f"{subject}, and {folder} cannot be written to ({error.strerror}); allowed: a file in a folder that "
+                f"can; {'name another' if given else 'give --out'}"
+            ) from error
 
 
 @dataclass(frozen=True)

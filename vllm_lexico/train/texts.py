@@ -184,7 +184,7 @@ class TextSequences:
         for text in self._documents[name] if of_file else read_dataset(name, self.seed, once=True):
             digest.update(text.encode() + b"\0")
             if tokens < self.length:
-                tokens += len(self.tokenizer(text[:LONG_TEXT], truncation=False)["input_ids"])
+                tokens += len(self._tokenize(text[:LONG_TEXT]))
             elif not of_file:
                 break
         if tokens < self.length:
@@ -201,11 +201,16 @@ class TextSequences:
         for row in range(count):
             ids: list[int] = []
             while len(ids) < self.length:
-                ids += self.tokenizer(next(streams[row % len(streams)]), truncation=False)["input_ids"]
+                ids += self._tokenize(next(streams[row % len(streams)]))
                 if self.tokenizer.eos_token_id is not None:
                     ids.append(self.tokenizer.eos_token_id)
             sequences[row] = torch.tensor(ids[: self.length])
         return sequences
+
+    def _tokenize(self, text: str) -> list[int]:
+        """All of a text; no warning where it is longer than the model's context, since it is cut into sequences."""
+        ids: list[int] = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        return ids
 
     def _pieces(self, at: int, number: int | None) -> Iterator[str]:
         name, piece = self._sources[at], self.length * CHARACTERS_PER_TOKEN
