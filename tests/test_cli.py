@@ -42,6 +42,7 @@ def test_interrupted(command, words, capsys, monkeypatch):
 
     for place in ("train.train_dictionary", "inspect.load_dictionary", "push.push_dictionary"):
         monkeypatch.setattr(f"vllm_lexico.cli.{place}", interrupt)
+    monkeypatch.setattr("vllm_lexico.check.source.config_folder", lambda model: None)
     monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", interrupt)
     monkeypatch.setattr("vllm_lexico.check.report.make_report", interrupt)
     assert cli.main(command) == 130

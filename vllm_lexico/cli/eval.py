@@ -3,9 +3,11 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_lexico.errors import check_whole_number, refusal
 from vllm_lexico.evals.settings import (
@@ -21,6 +23,9 @@ from vllm_lexico.evals.settings import (
     QaSettings,
     WikitextSettings,
 )
+
+if TYPE_CHECKING:
+    from vllm_lexico.evals.caches import Cache
 
 EXAMPLES = """examples:
   vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/first-look --quick
@@ -139,6 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     named = arguments.caches if arguments.caches is not None else QUICK_CACHES if arguments.quick else DEFAULT_CACHES
     caches = parse_caches(named, arguments.dictionary)
     settings = settings_of(arguments, arguments.data or Path())
+    _check_places(arguments, caches, settings.engine.get("revision"))
     if not arguments.data:
         settings = replace(settings, data=str(fetch_data(tasks)))
     failures = run_evaluation(
@@ -160,6 +166,37 @@ def run(arguments: argparse.Namespace) -> None:
             f"{len(failures)} of {len(caches) * len(tasks)} results are missing: {', '.join(failures)}; the reasons "
             f"are above and in each cache's folder"
         )
+
+
+def _check_places(arguments: argparse.Namespace, caches: "Sequence[Cache]", revision: Any) -> None:
+    """Refuse what is named and not there, before data is fetched or an engine starts: each would fail on its own.
+
+    Args:
+        arguments: of the command line.
+        caches: that it names, of which LEXICO's may name dictionaries of their own.
+        revision: of the model on the hub that vLLM will be given, or None.
+
+    Raises:
+        ValueError: the folder of results cannot be one, or there is no such model, dictionary or argument of vLLM's.
+    """
+    from vllm_lexico.check.source import config_folder
+    from vllm_lexico.config import TRAIN
+    from vllm_lexico.dictionary.file import read_info
+    from vllm_lexico.dictionary.search import find_dictionary
+    from vllm_lexico.evals.folder import check_out
+    from vllm_lexico.evals.identity import weights_of
+
+    check_out(arguments.out)
+    if not isinstance(revision, str) or Path(arguments.model).exists() or weights_of(arguments.model, revision) is None:
+        config_folder(arguments.model)
+    fingerprint: Any = None  # a dictionary that is named is taken whatever the model is
+    for dictionary in dict.fromkeys([arguments.dictionary, *(cache.dictionary for cache in caches)]):
+        if dictionary not in (None, TRAIN):
+            read_info(find_dictionary(dictionary, arguments.model, fingerprint))
+    if (given := _json_object(arguments.engine_arguments)) and find_spec("vllm") is not None:
+        from vllm_lexico.evals.engine import check_arguments  # imports vLLM, which takes seconds
+
+        check_arguments(given)
 
 
 def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:

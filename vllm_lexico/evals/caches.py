@@ -51,6 +51,11 @@ class Cache:
         """Name of the folder that has its results."""
         return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-.")
 
+    @property
+    def dictionary(self) -> str | None:
+        """What it names as LEXICO's dictionary; None where it names none."""
+        return self.engine.get("additional_config", {}).get(LEXICO, {}).get("dictionary")
+
 
 def parse_cache(name: str, dictionary: str | None = None) -> Cache:
     """Read a cache's name (see the module).

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from vllm_lexico import __version__
 from vllm_lexico.config import TRAIN
-from vllm_lexico.evals.caches import LEXICO, Cache
+from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.fields import Fields, Printable
 from vllm_lexico.evals.settings import EvalSettings
 from vllm_lexico.evals.tasks import TASKS
@@ -124,9 +124,11 @@ def _commit_of(model: str, revision: str | None) -> str | None:
 
 def dictionary_of(cache: Cache) -> str | None:
     """Checksum of the dictionary file that a cache of LEXICO names; None where it names none, or one of the hub."""
-    named = cache.engine.get("additional_config", {}).get(LEXICO, {}).get("dictionary", TRAIN)
+    named = cache.dictionary
+    if named is None or named == TRAIN:
+        return None
     path = Path(named).expanduser()
-    return file_checksum(path) if named != TRAIN and path.is_file() else None
+    return file_checksum(path) if path.is_file() else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
