@@ -125,9 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Not at the top, since these import torch: a parser, and so --help, must not wait for it.
     from vllm_lexico.evals.caches import parse_caches
     from vllm_lexico.evals.fetch import fetch_data
-    from vllm_lexico.evals.results.losses import loss_lines
-    from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
-    from vllm_lexico.evals.results.tables import overview, report
+    from vllm_lexico.evals.results.summary import read_metrics
+    from vllm_lexico.evals.results.tables import report
     from vllm_lexico.evals.run import run_evaluation
     from vllm_lexico.evals.tasks import parse_tasks
 
@@ -155,17 +154,28 @@ def run(arguments: argparse.Namespace) -> None:
         parallel=arguments.parallel,
         timeout_seconds=arguments.timeout,
     )
-    metrics = read_metrics(arguments.out)
-    print(overview(metrics))
-    written = [name for name in (METRICS_FILE, TABLE_FILE, PICTURE_FILE) if (arguments.out / name).exists()]
-    print(f"\nin {arguments.out}: {', '.join(written)}; more tables: vllm-lexico eval --report {arguments.out}")
-    if lines := loss_lines(metrics):
-        print("\n" + "\n".join(lines))
+    _print_results(arguments.out)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(caches) * len(tasks)} results are missing: {', '.join(failures)}; the reasons "
             f"are above and in each cache's folder"
         )
+
+
+def _print_results(out: Path) -> None:
+    """Print the overview of a folder's results and what is lost; nothing where it has no result."""
+    from vllm_lexico.evals.results.losses import loss_lines
+    from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
+    from vllm_lexico.evals.results.tables import overview
+
+    metrics = read_metrics(out)
+    if not any(cache["tasks"] for cache in metrics["caches"].values()):
+        return
+    print(overview(metrics))
+    written = [name for name in (METRICS_FILE, TABLE_FILE, PICTURE_FILE) if (out / name).exists()]
+    print(f"\nin {out}: {', '.join(written)}; more tables: vllm-lexico eval --report {out}")
+    if lines := loss_lines(metrics):
+        print("\n" + "\n".join(lines))
 
 
 def _check_places(arguments: argparse.Namespace, caches: "Sequence[Cache]", revision: Any) -> None:
