@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_finished_results_are_kept_and_failed_ones_tried_again(settings, tmp_pat
     assert (out / "lexico-15" / "gsm8k.json").stat().st_mtime_ns == before
     assert "3 of 4 results are in" in capsys.readouterr().err
     assert list(json.loads((out / "bf16" / "job.json").read_text())["identities"]) == ["wikitext"]
+
+
+def test_a_log_is_lines(settings, tmp_path, start, capsys):
+    """A bar would write itself anew twice a second."""
+    run_evaluation(settings, parse_caches("bf16,lexico:15"), TASKS, tmp_path / "out", start=start)
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert "\r" not in said and "|" not in said and len(lines) <= 8
+    assert all(re.match(r"\d of 4 results; ((bf16|lexico:15) starts; )?\d+ s gone", line) for line in lines)
+    assert lines[-1].startswith("3 of 4 results; ") and lines[-1].endswith(" s gone")
 
 
 @pytest.mark.parametrize(
