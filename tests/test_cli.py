@@ -24,6 +24,7 @@ def test_help_has_examples(command, capsys):
         cli.main([*command, "--help"])
     words = capsys.readouterr().out
     assert end.value.code == 0 and f"examples:\n  vllm-lexico {' '.join(command)}" in words
+    assert "%%" not in words and "%(" not in words  # argparse formats the help of options, and no description
 
 
 @pytest.mark.parametrize(

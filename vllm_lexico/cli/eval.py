@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         "eval",
         help="measure what KV caches cost and what the model can still do with them",
         description="Run LEXICO, bf16 and vLLM's other KV caches through the same vLLM on the same prompts, greedy, "
-        "and write every prediction, the figures with 95 %% intervals and the picture of quality against bytes.",
+        "and write every prediction, the figures with 95 % intervals and the picture of quality against bytes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
