@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vllm_lexico.errors import check_whole_number, refusal
 from vllm_lexico.evals.settings import (
     DEFAULT_CACHES,
     DEFAULT_TASKS,
+    ENGINE_FLAGS,
     QUICK,
     QUICK_CACHES,
+    TASK_FLAGS,
     CodeSettings,
     EvalSettings,
     Gsm8kSettings,
@@ -46,7 +48,6 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted one stopped, and tries again what failed. More caches and tasks may be
 added to a folder; other settings need another."""
 
-Settings = TypeVar("Settings", Gsm8kSettings, WikitextSettings, NeedleSettings, QaSettings, PairsSettings, CodeSettings)
 CACHES = f"""separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
 --kv-cache-dtype of vLLM; each with +name=value after it for a setting of LEXICO, block_size or
 backend (default: {DEFAULT_CACHES}; {QUICK_CACHES} with --quick)"""
@@ -87,7 +88,7 @@ def add(commands: Any) -> None:
     engine.add_argument("--max-model-len", type=int, help="(default: what the tasks need)")
     engine.add_argument("--max-num-seqs", type=int, help="(default: vLLM's)")
     engine.add_argument("--gpu-memory-utilization", type=float, help="(default: vLLM's)")
-    engine.add_argument("--enforce-eager", action="store_true", help="start sooner, run slower")
+    engine.add_argument("--enforce-eager", action="store_const", const=True, help="start sooner, run slower")
     engine.add_argument("--engine-arguments", default="{}", metavar="JSON", help="more of vLLM's LLM(), as an object")
     engine.add_argument("--parallel", type=int, default=1, metavar="N", help="caches at a time (%(default)s)")
     engine.add_argument("--timeout", type=float, metavar="SECONDS", help="after which a cache is given up")
@@ -216,43 +217,23 @@ def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
         arguments: of the command line.
         data: folder of the files that the tasks read.
     """
-    flags = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
-    engine = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    if arguments.enforce_eager or arguments.quick:
+    engine = {name: value for name, flag in ENGINE_FLAGS.items() if (value := _value(arguments, flag)) is not None}
+    if arguments.quick:
         engine["enforce_eager"] = True
     defaults = EvalSettings(arguments.model, str(data), engine | _json_object(arguments.engine_arguments))
     if arguments.quick:
         defaults = replace(defaults, **QUICK)
-    return replace(
-        defaults,
-        qa=_with(defaults.qa, passages=_sizes(arguments.qa_passages), samples=arguments.qa_samples),
-        pairs=_with(defaults.pairs, pairs=_sizes(arguments.pairs), samples=arguments.pairs_samples),
-        code=_with(defaults.code, solved=arguments.code_solved, samples=arguments.code_samples),
-        gsm8k=_with(defaults.gsm8k, shots=arguments.shots, limit=arguments.gsm8k_limit),
-        wikitext=_with(
-            defaults.wikitext,
-            length=arguments.wikitext_length,
-            skip=arguments.wikitext_skip,
-            count=arguments.wikitext_windows,
-            chunk=arguments.chunk_tokens,
-        ),
-        needle=_with(
-            defaults.needle,
-            lengths=_sizes(arguments.needle_lengths),
-            samples=arguments.needle_samples,
-            keys=arguments.needle_keys,
-        ),
-    )
+    tasks: dict[str, Any] = {}
+    for task, flags in TASK_FLAGS.items():
+        given = {name: value for name, flag in flags.items() if (value := _value(arguments, flag)) is not None}
+        tasks[task] = replace(getattr(defaults, task), **given)
+    return replace(defaults, **tasks)
 
 
-def _with(settings: Settings, **given: Any) -> Settings:
-    """Settings of a task, changed where something was given."""
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
-
-
-def _sizes(given: list[int] | None) -> tuple[int, ...] | None:
-    """Sizes of contexts; None where none were given."""
-    return None if given is None else tuple(given)
+def _value(arguments: argparse.Namespace, flag: str) -> Any:
+    """What a flag was given, sizes as a tuple; None where it was left out."""
+    value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _folder(given: str) -> Path | None:
