@@ -24,6 +24,7 @@ def test_help_has_examples(command, capsys):
         cli.main([*command, "--help"])
     words = capsys.readouterr().out
     assert end.value.code == 0 and f"examples:\n  vllm-lexico {' '.join(command)}" in words
+    assert "%%" not in words and "%(" not in words  # argparse formats the help of options, and no description
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_interrupted(command, words, capsys, monkeypatch):
 
     for place in ("train.train_dictionary", "inspect.load_dictionary", "push.push_dictionary"):
         monkeypatch.setattr(f"vllm_lexico.cli.{place}", interrupt)
+    monkeypatch.setattr("vllm_lexico.check.source.config_folder", lambda model: None)
     monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", interrupt)
     monkeypatch.setattr("vllm_lexico.check.report.make_report", interrupt)
     assert cli.main(command) == 130

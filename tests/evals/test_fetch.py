@@ -87,6 +87,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=head))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr("vllm_lexico.check.source.config_folder", Path)  # the model is there
     return fake
 
 

@@ -3,19 +3,31 @@
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
+from vllm_lexico import cli
 from vllm_lexico.evals.caches import parse_caches
 from vllm_lexico.evals.folder import alone_in
+from vllm_lexico.evals.identity import differences, identities
 from vllm_lexico.evals.run import run_evaluation
-from vllm_lexico.evals.settings import EvalSettings, Gsm8kSettings, NeedleSettings, WikitextSettings
+from vllm_lexico.evals.settings import (
+    ENGINE_FLAGS,
+    OTHER_ENGINE_FLAG,
+    TASK_FLAGS,
+    EvalSettings,
+    Gsm8kSettings,
+    NeedleSettings,
+    WikitextSettings,
+)
+from vllm_lexico.evals.tasks import TASKS as ALL_TASKS
 
 TASKS = ("gsm8k", "wikitext")
 # Writes what a worker writes: results of all tasks for lexico, of the first for bf16, and for fp8 only a log.
@@ -92,21 +104,67 @@ def test_finished_results_are_kept_and_failed_ones_tried_again(settings, tmp_pat
     assert list(json.loads((out / "bf16" / "job.json").read_text())["identities"]) == ["wikitext"]
 
 
+def test_a_log_is_lines(settings, tmp_path, start, capsys):
+    """A bar would write itself anew twice a second."""
+    run_evaluation(settings, parse_caches("bf16,lexico:15"), TASKS, tmp_path / "out", start=start)
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert "\r" not in said and "|" not in said and len(lines) <= 8
+    assert all(re.match(r"\d of 4 results; ((bf16|lexico:15) starts; )?\d+ s gone", line) for line in lines)
+    assert lines[-1].startswith("3 of 4 results; ") and lines[-1].endswith(" s gone")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"gsm8k": Gsm8kSettings(limit=3)}, "gsm8k limit was None, now is 3"),
-        ({"model": "org/other"}, "model was 'org/model', now is 'org/other'"),
-        ({"engine": {"max_model_len": 512, "dtype": "float32"}}, "engine dtype was None, now is 'float32'"),
+        ({"gsm8k": Gsm8kSettings(limit=3)}, "--gsm8k-limit was left out, now is 3"),
+        ({"wikitext": WikitextSettings(count=2)}, "--wikitext-windows was left out, now is 2"),
+        ({"wikitext": WikitextSettings(chunk=64)}, "--chunk-tokens was 128, now is 64"),
+        ({"model": "org/other"}, "MODEL was 'org/model', now is 'org/other'"),
+        ({"engine": {"max_model_len": 512, "enforce_eager": True}}, "--enforce-eager was left out, now is given"),
+        ({"engine": {"max_model_len": 256}}, "--max-model-len was 512, now is 256"),
+        ({"engine": {}}, "--max-model-len was 512, now is left out"),
+        (
+            {"engine": {"max_model_len": 512, "dtype": "float32"}},
+            "--engine-arguments dtype was left out, now is 'float32'",
+        ),
     ],
 )
-def test_other_settings_are_refused_by_name(settings, tmp_path, start, changed, words):
+def test_other_settings_are_refused_by_their_flags(settings, tmp_path, start, changed, words):
     out, caches = tmp_path / "out", parse_caches("lexico:15")
     run_evaluation(settings, caches, TASKS, out, start=start)
     values = {"model": settings.model, "data": settings.data, "engine": settings.engine} | changed
     with pytest.raises(ValueError, match=words):
         run_evaluation(EvalSettings(**values), caches, TASKS, out, start=start)
     assert len(start.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (NeedleSettings((300, 400), 2, 2), ["--needle-lengths was 300, now is 300 400"]),
+        (NeedleSettings((300,), 3, 4, 1), ["--needle-keys was 2, now is 4", "--needle-samples was 2, now is 3"]),
+    ],
+)
+def test_sizes_are_said_as_they_are_typed(settings, changed, words):
+    (cache,) = parse_caches("lexico:15")
+    was, now = (
+        identities(each, cache, ("needle",))["needle"] for each in (settings, replace(settings, needle=changed))
+    )
+    assert [said for said in differences(was, now) if said.startswith("--")] == words
+    assert ("needle seed was 0, now is 1" in differences(was, now)) == (changed.seed == 1)
+
+
+def test_every_setting_of_a_task_has_a_flag(capsys):
+    """But for seeds, which the command line does not take."""
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    options = re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)
+    assert {*ENGINE_FLAGS.values(), OTHER_ENGINE_FLAG} <= set(options)
+    for task in ALL_TASKS:
+        flags = TASK_FLAGS[task]
+        assert {*flags, "seed"} == {field.name for field in fields(getattr(EvalSettings("m", "d"), task))} | {"seed"}
+        assert set(flags.values()) <= set(options)
 
 
 def test_tasks_without_results_and_memory_may_change(settings, tmp_path, start):
@@ -122,7 +180,8 @@ def test_another_dictionary_is_refused(settings, tmp_path, start):
     out = tmp_path / "out"
     run_evaluation(settings, parse_caches("lexico:15", "one.safetensors"), TASKS, out, start=start)
     with pytest.raises(
-        ValueError, match=r"lexico:15 additional_config was .*one.safetensors.*, now is .*two.safetensors"
+        ValueError,
+        match=r"configuration: lexico:15 --dictionary was 'one.safetensors', now is 'two.safetensors'; allowed",
     ):
         run_evaluation(settings, parse_caches("lexico:15", "two.safetensors"), TASKS, out, start=start)
 

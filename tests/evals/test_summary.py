@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,29 @@ def test_few_samples_are_said_in_results_and_in_words(make_results, capsys, monk
     monkeypatch.setattr("vllm_lexico.evals.results.summary.FEW_SAMPLES", 20)
     write_summary(out)
     assert read_metrics(out)["few_samples"] == {} and "Few samples" not in report(read_metrics(out))
+
+
+def test_where_all_results_are_missing_there_is_no_table(make_results, settings, capsys, monkeypatch):
+    out = make_results(("bf16", 1, 1000.0), tasks=("gsm8k",))
+    (out / "bf16" / "gsm8k.json").unlink()
+    (out / "bf16" / "gsm8k.error").write_text("RuntimeError: no memory\n")
+    write_summary(out)
+    monkeypatch.setattr("vllm_lexico.check.source.config_folder", Path)
+    monkeypatch.setattr("vllm_lexico.evals.run.run_evaluation", lambda *_, **__: {"bf16 gsm8k": "no memory"})
+    asked = ["--out", str(out), "--data", settings.data, "--caches", "bf16", "--tasks", "gsm8k"]
+    assert cli.main(["eval", settings.model, *asked]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "1 of 1 results are missing: bf16 gsm8k" in said.err
+    assert cli.main(["eval", "--report", str(out)]) == 0
+    words = capsys.readouterr().out
+    assert (
+        "|" not in words
+        and "\n\nNo cache has a result.\n\n### Failed\n\n- bf16, gsm8k: `RuntimeError: no memory`" in words
+    )
+    make_results(("bf16", 1, 1000.0), tasks=("gsm8k",))
+    write_summary(out)
+    assert cli.main(["eval", settings.model, *asked]) == 2
+    assert "| `bf16` | 1,000 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

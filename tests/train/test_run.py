@@ -16,6 +16,7 @@ from small_runs import same, settings_for, train
 
 import vllm_lexico.files
 from vllm_lexico import cli
+from vllm_lexico.cli import train as cli_train
 from vllm_lexico.dictionary.file import load_dictionary
 from vllm_lexico.dictionary.fingerprint import ModelFingerprint
 from vllm_lexico.train import asked, rounds, run, settings, state
@@ -311,3 +312,12 @@ def test_a_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert run._version() == f"{run._release()} ({commit})"
+
+
+def test_a_picture_of_something_else_is_not_overwritten(tmp_path):
+    out = tmp_path / "mine.safetensors"
+    assert cli_train.other_picture(None) is None and cli_train.other_picture(out) is None
+    (tmp_path / "mine.png").write_bytes(b"a photograph")
+    assert cli_train.other_picture(out) == tmp_path / "mine.losses.png"
+    out.write_bytes(b"")  # a dictionary that is trained anew has its picture there
+    assert cli_train.other_picture(out) is None

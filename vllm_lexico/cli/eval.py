@@ -3,16 +3,20 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vllm_lexico.errors import check_whole_number, refusal
 from vllm_lexico.evals.settings import (
     DEFAULT_CACHES,
     DEFAULT_TASKS,
+    ENGINE_FLAGS,
     QUICK,
     QUICK_CACHES,
+    TASK_FLAGS,
     CodeSettings,
     EvalSettings,
     Gsm8kSettings,
@@ -21,6 +25,9 @@ from vllm_lexico.evals.settings import (
     QaSettings,
     WikitextSettings,
 )
+
+if TYPE_CHECKING:
+    from vllm_lexico.evals.caches import Cache
 
 EXAMPLES = """examples:
   vllm-lexico eval Qwen/Qwen2.5-Coder-1.5B-Instruct --out results/first-look --quick
@@ -41,7 +48,6 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted one stopped, and tries again what failed. More caches and tasks may be
 added to a folder; other settings need another."""
 
-Settings = TypeVar("Settings", Gsm8kSettings, WikitextSettings, NeedleSettings, QaSettings, PairsSettings, CodeSettings)
 CACHES = f"""separated by commas: lexico:S or lexico:K/V (atoms per vector of keys and values), bf16, or a
 --kv-cache-dtype of vLLM; each with +name=value after it for a setting of LEXICO, block_size or
 backend (default: {DEFAULT_CACHES}; {QUICK_CACHES} with --quick)"""
@@ -53,7 +59,7 @@ def add(commands: Any) -> None:
         "eval",
         help="measure what KV caches cost and what the model can still do with them",
         description="Run LEXICO, bf16 and vLLM's other KV caches through the same vLLM on the same prompts, greedy, "
-        "and write every prediction, the figures with 95 %% intervals and the picture of quality against bytes.",
+        "and write every prediction, the figures with 95 % intervals and the picture of quality against bytes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -82,7 +88,7 @@ def add(commands: Any) -> None:
     engine.add_argument("--max-model-len", type=int, help="(default: what the tasks need)")
     engine.add_argument("--max-num-seqs", type=int, help="(default: vLLM's)")
     engine.add_argument("--gpu-memory-utilization", type=float, help="(default: vLLM's)")
-    engine.add_argument("--enforce-eager", action="store_true", help="start sooner, run slower")
+    engine.add_argument("--enforce-eager", action="store_const", const=True, help="start sooner, run slower")
     engine.add_argument("--engine-arguments", default="{}", metavar="JSON", help="more of vLLM's LLM(), as an object")
     engine.add_argument("--parallel", type=int, default=1, metavar="N", help="caches at a time (%(default)s)")
     engine.add_argument("--timeout", type=float, metavar="SECONDS", help="after which a cache is given up")
@@ -120,9 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Not at the top, since these import torch: a parser, and so --help, must not wait for it.
     from vllm_lexico.evals.caches import parse_caches
     from vllm_lexico.evals.fetch import fetch_data
-    from vllm_lexico.evals.results.losses import loss_lines
-    from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
-    from vllm_lexico.evals.results.tables import overview, report
+    from vllm_lexico.evals.results.summary import read_metrics
+    from vllm_lexico.evals.results.tables import report
     from vllm_lexico.evals.run import run_evaluation
     from vllm_lexico.evals.tasks import parse_tasks
 
@@ -139,6 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     named = arguments.caches if arguments.caches is not None else QUICK_CACHES if arguments.quick else DEFAULT_CACHES
     caches = parse_caches(named, arguments.dictionary)
     settings = settings_of(arguments, arguments.data or Path())
+    _check_places(arguments, caches, settings.engine.get("revision"))
     if not arguments.data:
         settings = replace(settings, data=str(fetch_data(tasks)))
     failures = run_evaluation(
@@ -149,17 +155,59 @@ def run(arguments: argparse.Namespace) -> None:
         parallel=arguments.parallel,
         timeout_seconds=arguments.timeout,
     )
-    metrics = read_metrics(arguments.out)
-    print(overview(metrics))
-    written = [name for name in (METRICS_FILE, TABLE_FILE, PICTURE_FILE) if (arguments.out / name).exists()]
-    print(f"\nin {arguments.out}: {', '.join(written)}; more tables: vllm-lexico eval --report {arguments.out}")
-    if lines := loss_lines(metrics):
-        print("\n" + "\n".join(lines))
+    _print_results(arguments.out)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(caches) * len(tasks)} results are missing: {', '.join(failures)}; the reasons "
             f"are above and in each cache's folder"
         )
+
+
+def _print_results(out: Path) -> None:
+    """Print the overview of a folder's results and what is lost; nothing where it has no result."""
+    from vllm_lexico.evals.results.losses import loss_lines
+    from vllm_lexico.evals.results.summary import METRICS_FILE, PICTURE_FILE, TABLE_FILE, read_metrics
+    from vllm_lexico.evals.results.tables import overview
+
+    metrics = read_metrics(out)
+    if not any(cache["tasks"] for cache in metrics["caches"].values()):
+        return
+    print(overview(metrics))
+    written = [name for name in (METRICS_FILE, TABLE_FILE, PICTURE_FILE) if (out / name).exists()]
+    print(f"\nin {out}: {', '.join(written)}; more tables: vllm-lexico eval --report {out}")
+    if lines := loss_lines(metrics):
+        print("\n" + "\n".join(lines))
+
+
+def _check_places(arguments: argparse.Namespace, caches: "Sequence[Cache]", revision: Any) -> None:
+    """Refuse what is named and not there, before data is fetched or an engine starts: each would fail on its own.
+
+    Args:
+        arguments: of the command line.
+        caches: that it names, of which LEXICO's may name dictionaries of their own.
+        revision: of the model on the hub that vLLM will be given, or None.
+
+    Raises:
+        ValueError: the folder of results cannot be one, or there is no such model, dictionary or argument of vLLM's.
+    """
+    from vllm_lexico.check.source import config_folder
+    from vllm_lexico.config import TRAIN
+    from vllm_lexico.dictionary.file import read_info
+    from vllm_lexico.dictionary.search import find_dictionary
+    from vllm_lexico.evals.folder import check_out
+    from vllm_lexico.evals.identity import weights_of
+
+    check_out(arguments.out)
+    if not isinstance(revision, str) or Path(arguments.model).exists() or weights_of(arguments.model, revision) is None:
+        config_folder(arguments.model)
+    fingerprint: Any = None  # a dictionary that is named is taken whatever the model is
+    for dictionary in dict.fromkeys([arguments.dictionary, *(cache.dictionary for cache in caches)]):
+        if dictionary not in (None, TRAIN):
+            read_info(find_dictionary(dictionary, arguments.model, fingerprint))
+    if (given := _json_object(arguments.engine_arguments)) and find_spec("vllm") is not None:
+        from vllm_lexico.evals.engine import check_arguments  # imports vLLM, which takes seconds
+
+        check_arguments(given)
 
 
 def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
@@ -169,43 +217,23 @@ def settings_of(arguments: argparse.Namespace, data: Path) -> EvalSettings:
         arguments: of the command line.
         data: folder of the files that the tasks read.
     """
-    flags = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
-    engine = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    if arguments.enforce_eager or arguments.quick:
+    engine = {name: value for name, flag in ENGINE_FLAGS.items() if (value := _value(arguments, flag)) is not None}
+    if arguments.quick:
         engine["enforce_eager"] = True
     defaults = EvalSettings(arguments.model, str(data), engine | _json_object(arguments.engine_arguments))
     if arguments.quick:
         defaults = replace(defaults, **QUICK)
-    return replace(
-        defaults,
-        qa=_with(defaults.qa, passages=_sizes(arguments.qa_passages), samples=arguments.qa_samples),
-        pairs=_with(defaults.pairs, pairs=_sizes(arguments.pairs), samples=arguments.pairs_samples),
-        code=_with(defaults.code, solved=arguments.code_solved, samples=arguments.code_samples),
-        gsm8k=_with(defaults.gsm8k, shots=arguments.shots, limit=arguments.gsm8k_limit),
-        wikitext=_with(
-            defaults.wikitext,
-            length=arguments.wikitext_length,
-            skip=arguments.wikitext_skip,
-            count=arguments.wikitext_windows,
-            chunk=arguments.chunk_tokens,
-        ),
-        needle=_with(
-            defaults.needle,
-            lengths=_sizes(arguments.needle_lengths),
-            samples=arguments.needle_samples,
-            keys=arguments.needle_keys,
-        ),
-    )
+    tasks: dict[str, Any] = {}
+    for task, flags in TASK_FLAGS.items():
+        given = {name: value for name, flag in flags.items() if (value := _value(arguments, flag)) is not None}
+        tasks[task] = replace(getattr(defaults, task), **given)
+    return replace(defaults, **tasks)
 
 
-def _with(settings: Settings, **given: Any) -> Settings:
-    """Settings of a task, changed where something was given."""
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
-
-
-def _sizes(given: list[int] | None) -> tuple[int, ...] | None:
-    """Sizes of contexts; None where none were given."""
-    return None if given is None else tuple(given)
+def _value(arguments: argparse.Namespace, flag: str) -> Any:
+    """What a flag was given, sizes as a tuple; None where it was left out."""
+    value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _folder(given: str) -> Path | None:

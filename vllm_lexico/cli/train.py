@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lexico_kernels.files import cache_folder
-
 from vllm_lexico.cli.inspect import draw
 from vllm_lexico.dictionary.atoms import ATOM_BITS
 from vllm_lexico.dictionary.file import load_dictionary
@@ -67,7 +65,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id or folder of a transformers model")
     _add_reading(parser, default)
     _add_learning(parser, default)
-    parser.add_argument("--out", type=Path, help=f"file to write (default: in {cache_folder()})")
+    parser.add_argument("--out", type=Path, help="file to write (default: in XDG_CACHE_HOME or ~/.cache)")
     parser.add_argument("--name", help="name under which the model is served (default: MODEL)")
     parser.add_argument(
         "--device",
@@ -190,6 +188,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.end_with_parent:
         _end_with_parent()
     settings = settings_of(arguments)
+    picture = other_picture(arguments.out)
     try:
         path = train_dictionary(
             arguments.model,
@@ -205,7 +204,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise
     size, words = path.stat().st_size / 2**20, printable(str(path))
     print(f"wrote {words} ({size:.1f} MiB); look at it with: vllm-lexico inspect {words}")
-    draw(load_dictionary(path), path.with_suffix(".png"))
+    draw(load_dictionary(path), picture or path.with_suffix(".png"))
+
+
+def other_picture(out: Path | None) -> Path | None:
+    """Where the picture goes if at its usual place, beside a file that is still to be written, there is one already."""
+    if out is None or out.exists() or not out.with_suffix(".png").exists():
+        return None
+    return out.with_name(f"{out.stem}.losses.png")
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainSettings:

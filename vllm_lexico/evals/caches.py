@@ -51,6 +51,26 @@ class Cache:
         """Name of the folder that has its results."""
         return re.sub(r"[^A-Za-z0-9._]+", "-", self.name).strip("-.")
 
+    @property
+    def dictionary(self) -> str | None:
+        """What it names as LEXICO's dictionary; None where it names none."""
+        return self._of_lexico.get("dictionary")
+
+    @property
+    def engine_without_dictionary(self) -> dict[str, Any]:
+        """The arguments of vLLM's engine but for what `dictionary` is."""
+        if self.dictionary is None:
+            return self.engine
+        settings = {name: value for name, value in self._of_lexico.items() if name != "dictionary"}
+        return self.engine | {"additional_config": self.engine["additional_config"] | {LEXICO: settings}}
+
+    @property
+    def _of_lexico(self) -> dict[str, Any]:
+        """LEXICO's settings; none in what a file has in their place."""
+        config = self.engine.get("additional_config")
+        settings = config.get(LEXICO) if isinstance(config, dict) else None
+        return settings if isinstance(settings, dict) else {}
+
 
 def parse_cache(name: str, dictionary: str | None = None) -> Cache:
     """Read a cache's name (see the module).

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from vllm_lexico import register
+from vllm_lexico.errors import refusal
 from vllm_lexico.evals import held
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.harness import HarnessModel
@@ -56,6 +59,25 @@ def check_cache(name: str, unread: Sequence[str], token_bytes: float, plain_toke
         raise RuntimeError(
             f"vLLM started with {name}, but {' and '.join(reasons)}; the platform does not have this cache"
         )
+
+
+def check_arguments(given: Iterable[str]) -> None:
+    """Refuse names of --engine-arguments that vLLM's LLM() does not take.
+
+    Raises:
+        ValueError: in one sentence, with the known name that is most alike.
+    """
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {each.name for each in fields(EngineArgs)} | set(signature(LLM.__init__).parameters)
+    known -= {"self", "model", "kwargs"}  # the model is given without a name
+    for name in given:
+        if name not in known:
+            alike = get_close_matches(name, known, 1)
+            remedy = f"write {alike[0]}, or remove it" if alike else "remove it"
+            allowed = f"the {len(known)} names of arguments of vLLM's LLM() but for model"
+            raise ValueError(refusal("--engine-arguments", name, allowed, remedy))
 
 
 def model_tokens(model: str, arguments: Mapping[str, Any]) -> int:

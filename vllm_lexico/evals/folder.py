@@ -40,11 +40,18 @@ class CacheFolder:
     damaged: Mapping[str, str]
 
 
+def check_out(out: Path) -> None:
+    """Refuse a file, or a folder that would lie in one; ValueError in one sentence."""
+    there = next((path for path in (out, *out.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        where = "is a file" if there == out else f"would lie in {there}, which is a file"
+        raise ValueError(f"--out {out} {where}; allowed: a folder, which may be missing; give another")
+
+
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Hold the lock of a folder, which goes with this process, however that ends; ValueError where another has it."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; allowed: a folder, which may be missing; give another")
+    check_out(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK_FILE)
     try:

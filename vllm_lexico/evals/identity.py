@@ -13,15 +13,17 @@ from pydantic import ConfigDict
 
 from vllm_lexico import __version__
 from vllm_lexico.config import TRAIN
-from vllm_lexico.evals.caches import LEXICO, Cache
+from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.fields import Fields, Printable
-from vllm_lexico.evals.settings import EvalSettings
+from vllm_lexico.evals.settings import ENGINE_FLAGS, OTHER_ENGINE_FLAG, TASK_FLAGS, EvalSettings
 from vllm_lexico.evals.tasks import TASKS
 from vllm_lexico.train.identity import MODEL_SUFFIXES, file_checksum
 from vllm_lexico.versions import VLLM, version
 
 # Engine arguments that decide where and how fast it runs, not what comes out: a run may go on with others.
 FREE_ENGINE = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+# Flags without a value, and with several.
+SWITCHES, SIZES = ("--enforce-eager",), ("--qa-passages", "--pairs", "--needle-lengths")
 SAMPLE_BYTES = 1 << 20
 # None where it was not known; then it is not compared.
 UNKNOWN_AT_FIRST = ("weights", "dictionary")
@@ -124,37 +126,60 @@ def _commit_of(model: str, revision: str | None) -> str | None:
 
 def dictionary_of(cache: Cache) -> str | None:
     """Checksum of the dictionary file that a cache of LEXICO names; None where it names none, or one of the hub."""
-    named = cache.engine.get("additional_config", {}).get(LEXICO, {}).get("dictionary", TRAIN)
+    named = cache.dictionary
+    if named is None or named == TRAIN:
+        return None
     path = Path(named).expanduser()
-    return file_checksum(path) if named != TRAIN and path.is_file() else None
+    return file_checksum(path) if path.is_file() else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what a result belongs to that those to be made now do not share with it.
+    """In words, what a result belongs to that those to be made now do not share with it, by the flags that set it.
 
     Args:
         before, now: identities. Facts of a cache or a task are compared where both are of the same one.
     """
     return [
-        f"{name} was {old!r}, now is {new!r}"
+        f"{name} was {_words(name, old)}, now is {_words(name, new)}"
         for name, old, new in _compared(before, now)
         if old != new and not (name in UNKNOWN_AT_FIRST and None in (old, new))
     ]
 
 
+def _words(name: str, value: Any) -> str:
+    """A value as it was typed, where the name is a flag's."""
+    if name in SWITCHES and value is True:
+        return "given"
+    if name in SIZES and isinstance(value, list):
+        return " ".join(map(str, value))
+    return "left out" if value is None and "--" in name else repr(value)
+
+
 def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Names of facts, and both values of each."""
-    same_task = before["task"] == now["task"]
+    """Names of facts, flags where they have one, and both values of each."""
+    task, same_task = now["task"], before["task"] == now["task"]
     old_cache, new_cache = Cache(**before["cache"]), Cache(**now["cache"])
     same_cache = old_cache.folder.lower() == new_cache.folder.lower()
-    for name in ["model", "weights", *(["dictionary"] if same_cache else [])]:
+    yield "MODEL", before["model"], now["model"]
+    for name in ["weights", *(["dictionary"] if same_cache else [])]:
         yield name, before[name], now[name]
-    parts = [(f"{part} ", before[part], now[part]) for part in ("versions", "engine")]
+    named = [(f"versions {name}", old, new) for name, old, new in _pairs(before["versions"], now["versions"])]
+    for name, old, new in _pairs(before["engine"], now["engine"]):
+        named.append((ENGINE_FLAGS.get(name, f"{OTHER_ENGINE_FLAG} {name}"), old, new))
     if same_task:
-        parts += [(f"{now['task']} ", before[part], now[part]) for part in ("settings", "data")]
+        flags = TASK_FLAGS[task]
+        for name, old, new in _pairs(before["settings"], now["settings"]):
+            named.append((flags.get(name, f"{task} {name}"), old, new))
+        named += [(f"{task} {name}", old, new) for name, old, new in _pairs(before["data"], now["data"])]
     if same_cache:
-        yield "cache", old_cache.name, new_cache.name
-        parts += [(f"{new_cache.name} ", old_cache.engine, new_cache.engine)]
-    for where, old, new in parts:
-        for name in sorted({*old, *new}):
-            yield f"{where}{name}", old.get(name), new.get(name)
+        named.append(("cache", old_cache.name, new_cache.name))
+        named.append((f"{new_cache.name} --dictionary", old_cache.dictionary, new_cache.dictionary))
+        engines = old_cache.engine_without_dictionary, new_cache.engine_without_dictionary
+        named += [(f"{new_cache.name} {name}", old, new) for name, old, new in _pairs(*engines)]
+    yield from named
+
+
+def _pairs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Names that either has, and both values; None for what one lacks."""
+    for name in sorted({*before, *now}):
+        yield name, before.get(name), now.get(name)

@@ -14,6 +14,7 @@ from typing import Any
 from lexico_kernels.files import write_whole
 from tqdm import tqdm
 
+from vllm_lexico.evals.bar import Bar, Position
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.folder import alone_in, missing_tasks, settle
 from vllm_lexico.evals.identity import identities
@@ -81,7 +82,7 @@ def run_evaluation(
             print(f"{kept} of {total} results are in {out} already and are kept", file=sys.stderr)
         # Ended from outside, it must end its processes too: each is in a session of its own and would run on.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with tqdm(total=total, initial=kept, unit="result", smoothing=0) as bar:
+        with Bar(total, kept) as bar:
             try:
                 while waiting or jobs.running:
                     while waiting and len(jobs.running) < parallel:
@@ -113,7 +114,6 @@ class _Jobs:
         self.start, self.timeout_seconds = start, timeout_seconds
         self.running: list[Running] = []
         self.failures: dict[str, str] = {}
-        self._shown = ""
 
     def begin(self, cache: Cache, tasks: tuple[str, ...]) -> None:
         """Start a cache's process; what its tasks left before is gone, so that nothing old is read as new."""
@@ -127,7 +127,7 @@ class _Jobs:
         process = self.start(job, folder / LOG_FILE)
         self.running.append(Running(cache, tasks, folder, process, time.monotonic()))
 
-    def collect(self, bar: Any) -> int:
+    def collect(self, bar: Bar) -> int:
         """Show how far the processes are, and take in those that have ended, or took too long; returns how many."""
         ended = 0
         for one in list(self.running):
@@ -142,12 +142,7 @@ class _Jobs:
             self.running.remove(one)
             self.failures |= _report(one, f"ended after {limit:g} s" if timed_out else None)
             ended += 1
-        words = "; ".join(map(_describe, self.running))
-        if words != self._shown:
-            bar.set_postfix_str(words)
-            self._shown = words
-        elif sys.stderr.isatty():
-            bar.refresh()  # the clock; a file would only grow
+        bar.show([_position(one) for one in self.running])
         return ended
 
 
@@ -161,12 +156,12 @@ def check_data(settings: EvalSettings, tasks: Sequence[str]) -> None:
         )
 
 
-def _describe(one: Running) -> str:
+def _position(one: Running) -> Position:
     """A cache and how far it is."""
     progress = read_progress(one.folder)
     if progress is None:
-        return f"{one.cache.name} starts"
-    return f"{one.cache.name} {progress['task']} {progress['done']}/{progress['total']}"
+        return Position(f"{one.cache.name} starts")
+    return Position(f"{one.cache.name} {progress['task']}", f"{progress['done']}/{progress['total']}")
 
 
 def _report(one: Running, reason: str | None) -> dict[str, str]:

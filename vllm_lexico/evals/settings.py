@@ -13,6 +13,28 @@ DEFAULT_TASKS = "qa,pairs,code,gsm8k,wikitext,needle"
 QUICK_CACHES = "lexico:15,bf16"
 DEFAULT_CACHES = "lexico:15,lexico:11,lexico:7,bf16,fp8,turboquant_4bit_nc,turboquant_3bit_nc"
 
+# Flags of the command line: of a task's settings, and of arguments of vLLM's engine; the rest of those have one flag.
+TASK_FLAGS = {
+    "qa": {"passages": "--qa-passages", "samples": "--qa-samples"},
+    "pairs": {"pairs": "--pairs", "samples": "--pairs-samples"},
+    "code": {"solved": "--code-solved", "samples": "--code-samples"},
+    "gsm8k": {"shots": "--shots", "limit": "--gsm8k-limit"},
+    "wikitext": {
+        "length": "--wikitext-length",
+        "skip": "--wikitext-skip",
+        "count": "--wikitext-windows",
+        "chunk": "--chunk-tokens",
+    },
+    "needle": {"lengths": "--needle-lengths", "samples": "--needle-samples", "keys": "--needle-keys"},
+}
+ENGINE_FLAGS = {
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "enforce_eager": "--enforce-eager",
+}
+OTHER_ENGINE_FLAG = "--engine-arguments"
+
 
 def _check(flag: str, value: int | None, low: int, high: int) -> None:
     if value is not None:

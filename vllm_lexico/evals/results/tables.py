@@ -28,9 +28,10 @@ def report(metrics: Mapping[str, Any]) -> str:
     rows = list(flat_rows(metrics))
     config = metrics["config"]
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items() if version)
-    parts = [f"## {Path(config['model']).name}\n\n{versions}.", overview(metrics), "### Where another cache is above\n"]
-    above = list(dominating(metrics))
-    parts[-1] += "\n" + ("\n".join(f"- {words}" for words in above) if above else "Nowhere in these figures.")
+    parts = [f"## {Path(config['model']).name}\n\n{versions}.", overview(metrics)]
+    if rows:
+        above = "\n".join(f"- {words}" for words in dominating(metrics)) or "Nowhere in these figures."
+        parts.append(f"### Where another cache is above\n\n{above}")
     for metric in dict.fromkeys(row["metric"] for row in rows):
         parts.append(f"### {metric}\n\n" + metric_table([row for row in rows if row["metric"] == metric]))
     failures = [
@@ -46,7 +47,10 @@ def report(metrics: Mapping[str, Any]) -> str:
 
 
 def overview(metrics: Mapping[str, Any]) -> str:
-    """One line per cache, one column per task; below it what tasks have few samples, and what results note."""
+    """One line per cache, one column per task; below it what tasks have few samples, and what results note.
+
+    A sentence in place of the table where no cache has a result.
+    """
     rows = {(row["cache"], row["metric"]): row for row in flat_rows(metrics)}
     shown = [column for column in OVERVIEW if any(metric == column[0] for _, metric in rows)]
     head = ["cache", "bytes per token", "% of 16 bits", *(heading for _, heading, _, _ in shown)]
@@ -64,6 +68,8 @@ def overview(metrics: Mapping[str, Any]) -> str:
                 text += f", {row['ratio']:.3f} of bf16"
             cells.append(text)
         lines.append(cells)
+    if not lines:
+        return "No cache has a result."
     return "\n\n".join([table(head, lines), *few_samples(metrics), *_notes(metrics)])
 
 
