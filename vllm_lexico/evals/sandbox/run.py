@@ -87,6 +87,7 @@ def run_program(
     limits = limits or Limits()
     token = secrets.token_hex(16)  # a program that ends by itself cannot say that it passed
     job = {"program": program, "tests": list(tests), "token": token, "guard": guard, "namespaces": namespaces}
+    job["parent"] = os.getpid()
     with tempfile.TemporaryDirectory(prefix="vllm-lexico-program-", ignore_cleanup_errors=True) as folder:
         if os.geteuid() == 0:
             os.chown(folder, NOBODY, NOBODY)
