@@ -255,6 +255,16 @@ def test_what_a_system_lacks_is_said(monkeypatch):
     assert run.Layers(frozenset({"network", "files", "user"})).missing() == []
 
 
+def test_root_of_a_namespace_that_has_no_other_user_runs_programs():
+    unshare = ["unshare", "-r", sys.executable, "-P", "-c"]
+    if os.geteuid() or subprocess.run(["unshare", "-r", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets no user have a namespace")
+    program = "open('x', 'w').write('x')\nassert open('x').read() == 'x'"
+    code = f"from vllm_lexico.evals.sandbox.run import *; x = find_layers(); o = run_program({program!r}, []); "
+    check = "assert 'user' not in x.names and (o.passed or 'files' not in x.names), o"
+    subprocess.run([*unshare, code + check], check=True)
+
+
 def test_a_sandbox_that_does_not_run_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "child.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(run, "CHILD", tmp_path / "child.py")
