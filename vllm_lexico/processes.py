@@ -46,7 +46,10 @@ def has_ended(process: subprocess.Popen) -> bool:
     """Whether a process has ended. It is not reaped: until `stop` its number, and its group's, are no one else's."""
     if process.returncode is not None:
         return True
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # SIGCHLD is ignored here, perhaps inherited so: the system has reaped it
+        return True
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -54,7 +57,8 @@ def stop(process: subprocess.Popen) -> None:
     if process.returncode is not None:
         return
     if not has_ended(process):
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # ended just now, and reaped by the system
+            os.killpg(process.pid, signal.SIGTERM)
         until = time.monotonic() + STOP_SECONDS
         while not has_ended(process) and time.monotonic() < until:
             time.sleep(POLL_SECONDS)

@@ -1,5 +1,6 @@
 """Processes of caches: nothing that they started outlives them, and they do not outlive what started them."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -86,6 +87,20 @@ def test_stop_ends_a_process_that_does_not_listen(monkeypatch):
     process.stdout.readline()
     stop(process)
     assert process.returncode == -9
+
+
+def test_processes_are_stopped_where_the_system_reaps_them():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        ended = subprocess.Popen(["true"], start_new_session=True)
+        assert wait_for(lambda: has_ended(ended))
+        stop(ended)
+        sleeping = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        assert not has_ended(sleeping)
+        stop(sleeping)
+        assert not runs(sleeping.pid) and ended.returncode is not None and sleeping.returncode is not None
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_last_lines(tmp_path):

@@ -1,9 +1,11 @@
 """Programs that hang, fork, write, eat memory or lie do no harm, whichever of the sandbox's layers stops them."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -90,8 +92,46 @@ def test_a_program_that_sleeps_is_ended_by_the_wall_s_and_nothing_of_it_is_left(
     assert str(path) not in processes()
 
 
+RUNNING = """
+    import signal, sys
+    from pathlib import Path
+    from vllm_lexico.evals.sandbox import run
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run.CHILD = Path(sys.argv[1])
+    run.run_program("import time; time.sleep(600)", [], namespaces=sys.argv[2] == "kernel")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("way", ["kernel", "guard"])
+def test_a_program_ends_with_what_started_it(way, number, tmp_path):
+    """Both processes of it, and its folder too where what started it was not killed."""
+    path = tmp_path / "child-of-this-test.py"
+    path.write_text(Path(child.__file__).read_text())
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-P", "-c", textwrap.dedent(RUNNING), str(path), way]
+    parent = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, start_new_session=True)
+    try:
+        assert wait_for(lambda: f"-B {path}" in processes())
+        time.sleep(1)  # until it sleeps
+        assert list(tmp_path.glob("vllm-lexico-program-*"))
+    finally:
+        parent.send_signal(number)
+        parent.wait()
+    assert wait_for(lambda: f"-B {path}" not in processes())
+    if number == signal.SIGTERM:
+        assert not list(tmp_path.glob("vllm-lexico-program-*"))
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
+
+
 def processes():
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("way", ALONE)
@@ -213,6 +253,16 @@ def test_what_a_system_lacks_is_said(monkeypatch):
     said = " ".join(found.missing())
     assert "without a network namespace" in said and "without a file system of their own" in said
     assert run.Layers(frozenset({"network", "files", "user"})).missing() == []
+
+
+def test_root_of_a_namespace_that_has_no_other_user_runs_programs():
+    unshare = ["unshare", "-r", sys.executable, "-P", "-c"]
+    if os.geteuid() or subprocess.run(["unshare", "-r", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets no user have a namespace")
+    program = "open('x', 'w').write('x')\nassert open('x').read() == 'x'"
+    code = f"from vllm_lexico.evals.sandbox.run import *; x = find_layers(); o = run_program({program!r}, []); "
+    check = "assert 'user' not in x.names and (o.passed or 'files' not in x.names), o"
+    subprocess.run([*unshare, code + check], check=True)
 
 
 def test_a_sandbox_that_does_not_run_is_an_error(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ file and does not stop the next; an engine that does not start ends the process.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -189,4 +190,6 @@ def run_task(
 
 if __name__ == "__main__":  # vLLM's worker processes import this module again
     end_with_parent()
+    # What waits for a program of a model ends it and removes its folder only where an exception goes by.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main(Path(sys.argv[1])))

@@ -21,6 +21,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import types
@@ -52,6 +53,7 @@ WRITING = (
 def main() -> None:
     """Read a job, run its program, and write a line of JSON: token, passed, reason, layers."""
     job = json.load(sys.stdin)
+    end_with_parent(job["parent"])
     for name in MODULES.split():
         __import__(name)
     verdict = os.dup(1)
@@ -77,9 +79,12 @@ def isolate(job: dict[str, Any]) -> list[str]:
         it and ends with it.
     """
     if sys.platform != "linux" or not job["namespaces"]:
-        return drop_user() if sys.platform == "linux" else []
+        layers = drop_user() if sys.platform == "linux" else []
+        end_with_parent(job["parent"])  # after the user has changed, which clears it
+        return layers
     libc = ctypes.CDLL(None, use_errno=True)
-    layers: list[str] = []
+    layers = []
+    parent, held = job["parent"], None
     wanted = NEW_MOUNTS | NEW_IPC | NEW_PROCESSES | NEW_NETWORK
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(wanted if user == 0 else wanted | NEW_USER) == 0:
@@ -90,14 +95,29 @@ def isolate(job: dict[str, Any]) -> list[str]:
         layers.append("network")
         if only_folder_writable(libc, job["folder_bytes"]):
             layers.append("files")
+        end_with_parent(parent)  # once more: a new user namespace may have cleared it
+        parent, held = 0, os.pipe()
         if child := os.fork():
-            os.closerange(3, 64)  # the verdict's end is the child's alone
+            os.closerange(3, held[1])  # the verdict's end is the child's alone; its end of the pipe stays
             os.waitpid(child, 0)
             os._exit(0)
+        os.close(held[1])
         layers.append("processes")
     layers += drop_user()
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the user has changed, which clears it
+    end_with_parent(parent)
+    if held:  # from here a parent's number is 0 whether it lives or not, but the pipe's other end closes with it
+        if select.select([held[0]], [], [], 0)[0]:
+            os._exit(1)
+        os.close(held[0])
     return layers
+
+
+def end_with_parent(parent: int) -> None:
+    """Be killed as soon as the process of this number ends, and end now where it has ended already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def only_folder_writable(libc: Any, folder_bytes: int) -> bool:
