@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -270,3 +271,24 @@ def test_a_sandbox_that_does_not_run_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "CHILD", tmp_path / "child.py")
     with pytest.raises(RuntimeError, match="does not run in the sandbox here: ended without a verdict"):
         find_layers()
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_namespaces_without_a_user_are_not_entered(refused, tmp_path, monkeypatch):
+    """As AppArmor has it on Ubuntu: a user may enter them, and may then map nobody there."""
+
+    class Place:
+        def __init__(self, *names):
+            self.path = tmp_path / names[-1]
+
+        def write_text(self, words, encoding):
+            if refused:
+                raise PermissionError(1, "Operation not permitted")
+            self.path.write_text(words, encoding=encoding)
+
+    monkeypatch.setattr(child, "Path", Place)
+    monkeypatch.setattr(child.os, "geteuid", lambda: 1000)
+    libc = SimpleNamespace(unshare=lambda flags: 0)
+    assert child.may_unshare(libc) != refused
+    assert child.may_unshare(SimpleNamespace(unshare=lambda flags: -1)) is False
+    assert (tmp_path / "uid_map").exists() != refused

@@ -85,13 +85,7 @@ def isolate(job: dict[str, Any]) -> list[str]:
     libc = ctypes.CDLL(None, use_errno=True)
     layers = []
     parent, held = job["parent"], None
-    wanted = NEW_MOUNTS | NEW_IPC | NEW_PROCESSES | NEW_NETWORK
-    user, group = os.geteuid(), os.getegid()
-    if libc.unshare(wanted if user == 0 else wanted | NEW_USER) == 0:
-        if user:
-            maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
-            for name, words in maps.items():
-                Path("/proc/self", name).write_text(words, encoding="utf-8")
+    if may_unshare(libc) and unshare(libc):
         layers.append("network")
         if only_folder_writable(libc, job["folder_bytes"]):
             layers.append("files")
@@ -110,6 +104,29 @@ def isolate(job: dict[str, Any]) -> list[str]:
             os._exit(1)
         os.close(held[0])
     return layers
+
+
+def unshare(libc: Any) -> bool:
+    """Enter namespaces of this process's own; false where it cannot, which may leave it in some without a user."""
+    wanted = NEW_MOUNTS | NEW_IPC | NEW_PROCESSES | NEW_NETWORK
+    user, group = os.geteuid(), os.getegid()
+    if libc.unshare(wanted if user == 0 else wanted | NEW_USER):
+        return False
+    if user:
+        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        try:
+            for name, words in maps.items():
+                Path("/proc/self", name).write_text(words, encoding="utf-8")
+        except OSError:
+            return False
+    return True
+
+
+def may_unshare(libc: Any) -> bool:
+    """Whether `unshare` succeeds, tried by a child: AppArmor lets a user enter namespaces and then map nobody there."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == 0
+    os._exit(0 if unshare(libc) else 1)
 
 
 def end_with_parent(parent: int) -> None:
