@@ -19,13 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
+from bench.health import becomes_healthy
 from bench.record import RESULTS, record
 from bench.terminated import end_orderly
 
@@ -77,14 +76,9 @@ def start(model: Path, lexico: bool, args: argparse.Namespace, log: Path, cache:
             env=os.environ | {"XDG_CACHE_HOME": str(cache)},
         )
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{args.port}/health", timeout=5).close()
-                return time.monotonic() - began
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                if process.poll() is not None or time.monotonic() - began > args.seconds:
-                    sys.exit(f"first_start.py: it did not start; the end of {log}:\n{log.read_text()[-4000:]}")
-                time.sleep(0.2)
+        if not becomes_healthy(process, args.port, args.seconds):
+            sys.exit(f"first_start.py: it did not start; the end of {log}:\n{log.read_text()[-4000:]}")
+        return time.monotonic() - began
     finally:
         stop(process)
 

@@ -15,13 +15,12 @@ import random
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours are found under PYTHONSAFEPATH too
 
+from bench.health import becomes_healthy
 from bench.record import record
 from bench.terminated import end_orderly
 from bench.texts import TEXT
@@ -82,16 +81,10 @@ def serve(model: str, backend: str, port: int, extra: list[str], log: Path) -> s
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", *extra]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + START_SECONDS
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                return process
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"serve_crowd: the server with {backend} did not start:\n{log.read_text()[-4000:]}")
-                time.sleep(1)
+        if not becomes_healthy(process, port, START_SECONDS):
+            sys.exit(f"serve_crowd: the server with {backend} did not start:\n{log.read_text()[-4000:]}")
+        return process
     except BaseException:
         stop(process)
         raise

@@ -10,7 +10,7 @@ import gzip
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,10 @@ def profile(driver: Driver, contexts: Prompts, new_tokens: list[int], folder: Pa
     params = SamplingParams(temperature=0, max_tokens=SETTLE_STEPS + 2 * STEPS, ignore_eos=True, detokenize=False)
     for name, prompt in enumerate(prompts):
         driver.engine.add_request(f"profiled {name}", {"prompt_token_ids": prompt}, params)
-    step, profiled = 0, 0
-    while driver.engine.has_unfinished_requests():
-        outputs = driver.engine.step()
-        step += len(outputs) == len(prompts)
-        if step == SETTLE_STEPS and not profiled:
-            profiled = 1
+    for step in _full_steps(driver.engine, len(prompts)):
+        if step == SETTLE_STEPS:
             driver.engine.start_profile()
-        if step == SETTLE_STEPS + STEPS and profiled == 1:
-            profiled = 2
+        elif step == SETTLE_STEPS + STEPS:
             driver.engine.stop_profile()
     until = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < until:
@@ -69,6 +64,15 @@ def profile(driver: Driver, contexts: Prompts, new_tokens: list[int], folder: Pa
                 continue  # it is being written
         time.sleep(1)
     raise RuntimeError(f"no trace with kernels in {folder}")
+
+
+def _full_steps(engine: Any, requests: int) -> Iterator[int]:
+    """Run an engine to the end of its requests; counts the steps from 1 that bring a token for each of so many."""
+    full = 0
+    while engine.has_unfinished_requests():
+        if len(engine.step()) == requests:
+            full += 1
+            yield full
 
 
 def _events(path: Path) -> list[Event]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     finally:
         unfinished.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def try_beside(path: Path) -> None:
+    """See that something can be made beside a path, by making it; nothing is left there.
+
+    Permissions alone do not tell: root has all of them, and some file systems take nothing.
+
+    Args:
+        path: of folders that are missing too, the first one that is there has to take another.
+
+    Raises:
+        OSError: it cannot, with that folder as `filename`.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".lexico-", dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:

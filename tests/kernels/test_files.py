@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from lexico_kernels.files import cache_folder, whole_file, write_whole
+from lexico_kernels.files import cache_folder, try_beside, whole_file, write_whole
 
 
 def test_cache_folder(monkeypatch, tmp_path):
@@ -74,3 +74,12 @@ def test_many_writers_leave_one_of_their_files(tmp_path):
     for writer in writers:
         writer.join()
     assert path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+    try_beside(tmp_path / "missing" / "too" / "file")
+    (tmp_path / "text").write_text("")
+    with pytest.raises(NotADirectoryError) as error:
+        try_beside(tmp_path / "text" / "file")
+    assert error.value.filename == str(tmp_path / "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -1,11 +1,11 @@
 """`vllm-lexico inspect`: check a dictionary file, and show in words and a picture what it is and what it loses."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from lexico_kernels.files import try_beside
 from lexico_kernels.memory.layout import KV
 
 from vllm_lexico.dictionary.file import Dictionary, load_dictionary
@@ -67,9 +67,11 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in PICTURES:
         raise ValueError(refusal("--plot", str(path), f"a file that ends with {either(PICTURES)}", "rename it"))
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(refusal("--plot", str(path), "a place that can be written to", "give another one"))
+    try:
+        try_beside(path)
+    except OSError as error:
+        allowed = "a place that can be written to"
+        raise ValueError(refusal("--plot", str(path), allowed, "give another one")) from error
 
 
 def draw(dictionary: Dictionary, path: Path) -> None:

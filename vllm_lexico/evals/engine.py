@@ -13,10 +13,9 @@ from typing import Any
 
 from vllm_lexico import register
 from vllm_lexico.errors import refusal
-from vllm_lexico.evals import held
 from vllm_lexico.evals.caches import Cache
 from vllm_lexico.evals.harness import HarnessModel
-from vllm_lexico.evals.held import PoolMeter, plain_token_bytes, token_bytes
+from vllm_lexico.evals.held import PoolMeter, capacity_tokens, plain_token_bytes, token_bytes
 from vllm_lexico.evals.peers import fix_turboquant
 from vllm_lexico.evals.settings import EvalSettings
 
@@ -183,7 +182,7 @@ class Engine:
 
     def capacity_tokens(self) -> int:
         """Tokens that the pool holds, without sequences' tails."""
-        return held.capacity_tokens(self.scheduler.kv_cache_config, self.max_model_len)
+        return capacity_tokens(self.scheduler.kv_cache_config, self.max_model_len)
 
     def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Any]:
         """Answers to prompts of token ids, all at once; `params` are those of vLLM's SamplingParams."""

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from lexico_kernels.files import try_beside
 from safetensors import SafetensorError, safe_open
 
 from vllm_lexico.files import save_tensors
@@ -58,15 +58,13 @@ def check_writable(out: Path, *, given: bool) -> None:
         ValueError: nothing can be written there.
     """
     for path in dict.fromkeys((out.absolute(), Path(os.path.realpath(out)))):  # state is beside a link, not its target
-        folder = next(parent for parent in path.parents if parent.exists())
         try:
-            with tempfile.TemporaryDirectory(prefix=".lexico-", dir=folder):
-                pass
+            try_beside(path)
         except OSError as error:
             subject = f"--out is {out}" if given else f"--out is not given, and its default is {out}"
             raise ValueError(
-                f"{subject}, and {folder} cannot be written to ({error.strerror}); allowed: a file in a folder that "
-                f"can; {'name another' if given else 'give --out'}"
+                f"{subject}, and {error.filename} cannot be written to ({error.strerror}); allowed: a file in a folder "
+                f"that can; {'name another' if given else 'give --out'}"
             ) from error
 
 

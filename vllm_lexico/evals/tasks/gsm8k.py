@@ -76,10 +76,11 @@ def run(engine: Engine, settings: EvalSettings) -> tuple[list[dict[str, Any]], d
     results = evaluator.evaluate(engine.harness.lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
     samples, lm = results["samples"][TASK], engine.harness.lm
-    rows = prediction_rows(samples, lm, engine.harness.answers)
-    prompts = {sample["doc_id"]: tuple(lm.tok_encode(sample["arguments"][0][0])) for sample in samples}
-    if cut := sum(prompt not in engine.harness.answers for prompt in prompts.values()):
-        engine.note(f"{cut} of {len(prompts)} prompts lost their first tokens, so that an answer fits --max-model-len")
+    prompts = {sample["doc_id"]: sample["arguments"][0][0] for sample in samples}
+    tokens = {problem: lm.tok_encode(prompt) for problem, prompt in prompts.items()}
+    if cut := sum(tuple(prompt) not in engine.harness.answers for prompt in tokens.values()):
+        engine.note(f"{cut} of {len(tokens)} prompts lost their first tokens, so that an answer fits --max-model-len")
+    rows = prediction_rows(samples, tokens, engine.harness.answers)
     return rows, {"all": engine.meter.take()}
 
 
@@ -89,12 +90,19 @@ def answer_to(prompt: Sequence[int], answers: Mapping[Any, list[int]]) -> list[i
     return answers[next(end for end in asked if end in answers)]
 
 
-def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapping[Any, list[int]]) -> list[dict]:
-    """One row per problem out of the harness's samples, which come once per way of scoring."""
+def prediction_rows(
+    samples: Sequence[Mapping[str, Any]], prompts: Mapping[Any, Sequence[int]], answers: Mapping[Any, list[int]]
+) -> list[dict]:
+    """One row per problem out of the harness's samples, which come once per way of scoring.
+
+    Args:
+        samples: of the harness.
+        prompts: token ids, by `doc_id`.
+        answers: token ids, by those of what was asked.
+    """
     ours = {harness: name for name, harness in SCORES.items()}
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        prompt = sample["arguments"][0][0]
         if sample["doc_id"] not in rows:
             rows[sample["doc_id"]] = {
                 "id": sample["doc_id"],
@@ -102,7 +110,7 @@ def prediction_rows(samples: Sequence[Mapping[str, Any]], lm: Any, answers: Mapp
                 "target": sample["target"].split("####")[-1].strip(),
                 "prompt_hash": sample["prompt_hash"],
                 "answer": sample["resps"][0][0],
-                "tokens": answer_to(lm.tok_encode(prompt), answers),
+                "tokens": answer_to(prompts[sample["doc_id"]], answers),
             }
         name = ours[sample["filter"]]
         rows[sample["doc_id"]] |= {name: int(sample["exact_match"]), f"{name}_match": sample["filtered_resps"][0]}
